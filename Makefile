@@ -1,0 +1,33 @@
+# `make demo` and `make test` set up .venv first if it is not there.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test test-oldest lint build benchmark clean
+
+demo: .venv/ready
+	$(BIN)/trl-opsd demo
+
+test: .venv/ready lint
+	$(BIN)/python -m pytest -q
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+build: .venv/ready
+	$(BIN)/python -m build
+
+benchmark: .venv/ready
+	$(BIN)/python benchmarks/loss_head.py
+
+clean:
+	rm -rf .venv build dist outputs *.egg-info
+
+# torch first and alone, so that a pinned build already chosen is not replaced by a dependency's wish.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one file that names TRL's private parts.
+
+`RolloutTrainer` sits between `trl.GRPOTrainer` and our trainers. It calls the parent's method first, then hands what
+it returned to a hook with a public name; no method of TRL is copied. `check_trl` says which private name is missing
+when TRL has moved.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import trl
+from accelerate.utils import gather_object
+from trl import GRPOConfig, GRPOTrainer
+
+SUPPORTED_TRL = "1.16"
+
+# Method -> the arguments that our wrappers rely on.
+_METHODS = {
+    "_generate_and_score_completions": ("inputs",),
+    "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
+    "_compute_loss": ("model", "inputs"),
+    "_prepare_inputs": ("generation_batch",),
+    "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep"),
+    "_save_checkpoint": ("model", "trial"),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_get_output_dir": ("trial",),
+}
+_ATTRIBUTES = ("_buffered_inputs", "_logs", "_metrics", "_step", "_tokenizer")
+
+
+class UnsupportedTRLError(ImportError):
+    """The installed TRL lacks a name that the trainers wrap."""
+
+
+def check_trl(trainer_class: type = GRPOTrainer, instance: Any = None) -> None:
+    """Check that TRL has the private names wrapped here.
+
+    Args:
+        trainer_class: the class to check, with its methods' arguments.
+        instance: a constructed trainer, to check its attributes too.
+
+    Raises:
+        UnsupportedTRLError: a name or argument is missing; names it, the installed version and the supported range.
+    """
+    missing = []
+    for name, arguments in _METHODS.items():
+        method = getattr(trainer_class, name, None)
+        if method is None:
+            missing.append(name)
+            continue
+        method = inspect.unwrap(method)
+        missing += [f"{name}({arg})" for arg in arguments if arg not in inspect.signature(method).parameters]
+    if instance is not None:
+        missing += [name for name in _ATTRIBUTES if not hasattr(instance, name)]
+    if missing:
+        raise UnsupportedTRLError(
+            f"trl {trl.__version__} has no {', '.join(missing)} in {trainer_class.__name__}, which trl_opsd wraps. "
+            f"Supported versions of TRL: {SUPPORTED_TRL}. Install one of them, for instance "
+            f"`pip install 'trl=={SUPPORTED_TRL.split(' ')[-1]}.*'`."
+        )
+
+
+class _One(int):
+    """The number 1 that passes GRPOConfig's test for at least two rollouts; a method without groups has one."""
+
+    def __lt__(self, other: Any) -> bool:
+        return False if other == 2 else int.__lt__(self, other)
+
+
+@contextmanager
+def allow_single_rollout(config: GRPOConfig) -> Iterator[None]:
+    """Let `GRPOConfig.__post_init__` accept `num_generations=1`; every other check of it still runs."""
+    if config.num_generations == 1:
+        config.num_generations = _One(1)
+    yield
+    config.num_generations = int(config.num_generations)
+
+
+class RolloutTrainer(GRPOTrainer):
+    """GRPOTrainer with its private seams turned into hooks. Subclasses implement `add_targets` and `step_loss`."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        method = getattr(cls, "method", None)
+        if method is not None:  # what TRL's model card reads
+            cls._name, cls._paper = method.name, method.paper
+            cls._tag_names = ["trl-opsd", "self-distillation", method.name.lower().replace(" ", "-")]
+
+    def __init__(self, *args, **kwargs):
+        check_trl()
+        super().__init__(*args, **kwargs)
+        check_trl(instance=self)
+        self._rewards: torch.Tensor | None = None
+        self._cached_logps = None
+
+    # Hooks
+
+    def prepare_rows(self, rows: list[dict]) -> list[dict]:
+        """Dataset rows before sampling."""
+        return rows
+
+    def add_targets(self, rows: list[dict], batch: dict[str, Any], rewards: torch.Tensor) -> dict[str, Any]:
+        """Add what the loss needs to a scored generation batch; `rewards` (world batch, functions)."""
+        raise NotImplementedError
+
+    def step_loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+        """Loss of one micro-batch, divided by everything it is to be divided by."""
+        raise NotImplementedError
+
+    def save_extra_state(self, checkpoint: str) -> None:
+        """Write what the parent does not save, into a checkpoint folder; called on every process."""
+
+    def load_extra_state(self, checkpoint: str) -> None:
+        """Read it back when a run is resumed."""
+
+    def count_loss_items(self, batch: dict[str, Any]) -> torch.Tensor:
+        """0-d number of items of a micro-batch that the loss averages over."""
+        raise NotImplementedError
+
+    # What the hooks may ask for
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, also where the processing class is a processor."""
+        return self._tokenizer
+
+    @property
+    def mode(self) -> str:
+        """ "train" or "eval"."""
+        return "train" if self.model.training else "eval"
+
+    def render_kwargs(self) -> dict[str, Any]:
+        """What TRL passes to `apply_chat_template` beside the user's arguments."""
+        kwargs = {"tools": self.tools or None} if getattr(self, "tools", None) else {}
+        if getattr(self, "chat_template", None) is not None:
+            kwargs["chat_template"] = self.chat_template
+        return kwargs
+
+    def add_metrics(self, metrics: dict[str, float]) -> None:
+        """Log numbers that are the same on every rank; averaged over the logging interval."""
+        for name, value in metrics.items():
+            self._metrics[self.mode][name].append(value)
+
+    def add_table_column(self, name: str, values: list) -> None:
+        """Append one value per local rollout to a column of the completions table (a collective)."""
+        self._logs["extra"][name].extend(gather_object(values))
+
+    def fill_table_column(self, name: str, values: dict[int, float]) -> None:
+        """Overwrite rows of a column by world-batch index, where `add_table_column` put a placeholder (a collective)."""
+        column = self._logs["extra"][name]
+        for index, value in gather_object(list(values.items())):
+            if index < len(column):
+                column[index] = value
+
+    def policy_loss(self, model: torch.nn.Module, batch: dict[str, Any], logps_and_entropies: tuple) -> torch.Tensor:
+        """TRL's policy-gradient loss from log-probabilities that were computed already."""
+        self._cached_logps = logps_and_entropies
+        try:
+            return super()._compute_loss(model, batch)
+        finally:
+            self._cached_logps = None
+
+    def policy_logps(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple:
+        """Log-probabilities (B, T), entropies (B, T) and router loss of the student, with gradient."""
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        return super()._get_per_token_logps_and_entropies(
+            model,
+            ids,
+            mask,
+            batch["completion_ids"].size(1),
+            compute_entropy=True,
+            compute_aux_loss=getattr(self, "aux_loss_enabled", False),
+        )
+
+    # TRL's seams
+
+    def _generate_and_score_completions(self, inputs):
+        rows = self.prepare_rows(inputs)
+        batch = super()._generate_and_score_completions(rows)
+        return self.add_targets(rows, batch, self._rewards)
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._rewards
+
+    def _compute_loss(self, model, inputs):
+        return self.step_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, *args, **kwargs):
+        if self._cached_logps is not None:
+            return self._cached_logps
+        if self.args.reward_weight == 0.0:
+            # Asked for by the generation step (old or reference log-probabilities), read by the policy loss alone.
+            completion_length = args[1] if len(args) > 1 else kwargs["logits_to_keep"]
+            return input_ids.new_zeros(input_ids.size(0), completion_length, dtype=torch.float32), None, None
+        return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
+
+    def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
+        batch = super()._prepare_inputs(generation_batch)
+        if self.mode == "eval":
+            self._count_window([batch])
+        elif self._buffered_inputs is not before:
+            window = self.args.gradient_accumulation_steps
+            for start in range(0, len(self._buffered_inputs), window):
+                self._count_window(self._buffered_inputs[start : start + window])
+        return batch
+
+    def _count_window(self, batches):
+        """Give the micro-batches of one optimizer step the count, over all ranks, that their loss is divided by."""
+        count = torch.stack([self.count_loss_items(batch).float() for batch in batches]).sum()
+        count = self.accelerator.reduce(count, reduction="sum")
+        for batch in batches:
+            batch["num_loss_items"] = count
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        folder = f"checkpoint-{self.state.global_step}"
+        self.save_extra_state(f"{self._get_output_dir(trial=trial)}/{folder}")
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.load_extra_state(checkpoint)

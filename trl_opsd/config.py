@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of the trainers: GRPOConfig plus the teacher, its prompt and the loss.
+
+Defaults are the setting that OPSD's official code runs (arXiv 2601.18734, version 3) unless a field says otherwise.
+"""
+
+import json
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from trl import GRPOConfig
+
+from ._trl import allow_single_rollout
+from .contexts import (
+    REFERENCE_PROMPT_TEMPLATE,
+    SHORTEN_CHOICES,
+    TEACHER_PROMPT_TEMPLATE,
+    check_template,
+)
+from .losses import Divergence
+from .markers import REFLECTION_MARKERS
+from .teacher import TEACHER_KINDS
+
+# What only TRL's policy-gradient loss reads: without a reward in the loss these do nothing.
+REWARD_ONLY_FIELDS = (
+    "beta",
+    "delta",
+    "entropy_coef",
+    "epsilon",
+    "epsilon_high",
+    "importance_sampling_level",
+    "loss_type",
+    "off_policy_mask_threshold",
+    "scale_rewards",
+    "sync_ref_model",
+    "top_entropy_quantile",
+    "use_adaptive_entropy",
+)
+
+
+def _field(default: Any, help_text: str) -> Any:
+    factory = isinstance(default, (dict, list))
+    keywords = {"default_factory": lambda: default.copy()} if factory else {"default": default}
+    return field(metadata={"help": help_text}, **keywords)
+
+
+@dataclass
+class OPSDConfig(GRPOConfig):
+    """Settings of `OPSDTrainer`: every field of `trl.GRPOConfig`, some with other defaults, and the ones below.
+
+    The defaults are those of arXiv 2601.18734, version 3: forward KL clipped per vocabulary entry at 0.05, one rollout
+    a prompt of 1,024 tokens at temperature 1.1, thinking off for the student and on for the teacher, AdamW at 5e-6 for
+    100 steps of 32 rollouts (4 a device times 8 accumulation steps: on N devices set
+    `gradient_accumulation_steps=8/N`).
+
+    Raises:
+        ValueError: a field outside its range; the message names the field, its value and what to set instead.
+    """
+
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_chat_template_kwargs"]  # noqa: RUF012
+
+    # Defaults of GRPOConfig that the method changes.
+    learning_rate: float = _field(5e-6, "Initial learning rate of AdamW.")
+    max_grad_norm: float = _field(0.1, "Largest gradient norm; larger ones are scaled down.")
+    max_steps: int = _field(100, "Optimizer steps. The papers stop early: long runs collapse.")
+    save_steps: float = _field(25, "Steps between checkpoints.")
+    per_device_train_batch_size: int = _field(4, "Rollouts per device and micro-batch.")
+    gradient_accumulation_steps: int = _field(8, "Micro-batches per optimizer step.")
+    num_generations: int | None = _field(1, "Rollouts per prompt. 1 is allowed unless a reward enters the loss.")
+    max_completion_length: int | None = _field(1024, "Longest rollout in tokens.")
+    temperature: float = _field(1.1, "Sampling temperature of the rollouts.")
+    top_p: float = _field(0.95, "Nucleus sampling: probability mass kept, in (0, 1].")
+    top_k: int = _field(20, "Sampling among the k likeliest tokens; 0 for all.")
+    chat_template_kwargs: dict | str | None = _field(
+        {"enable_thinking": False}, "Keyword arguments of the chat template for the student's prompt."
+    )
+
+    # The student's prompt.
+    prompt_template: str | None = _field(
+        None,
+        "Rewrites the last user message before sampling; holds `{prompt}`. None takes the dataset's prompt as it is.",
+    )
+
+    # The teacher.
+    teacher_model_kind: str = _field(
+        "base",
+        "Whose weights the teacher has: `base` the initial ones, `live` the student's, `ema` a moving average.",
+    )
+    teacher_update_rate: float = _field(
+        0.001, "Share of the student in each update of the `ema` teacher, in (0, 1]."
+    )
+    teacher_sync_steps: int = _field(1, "Optimizer steps between two updates of the `ema` teacher.")
+    teacher_prompt_template: str = _field(
+        TEACHER_PROMPT_TEMPLATE,
+        "The teacher's last user message; holds `{solution}` and, for a privileged teacher, `{prompt}`.",
+    )
+    reference_prompt_template: str = _field(
+        REFERENCE_PROMPT_TEMPLATE, "The user message of a teacher that sees the solution but not the problem."
+    )
+    teacher_chat_template_kwargs: dict | str | None = _field(
+        {"enable_thinking": True}, "Keyword arguments of the chat template for the teacher's prompt."
+    )
+    teacher_prefix: str | None = _field(
+        None, "Text that opens the teacher's turn, before the rollout (for instance an empty think block)."
+    )
+    max_teacher_prompt_length: int | None = _field(
+        None, "Longest teacher prompt in tokens; a longer one has its solution shortened. None for no limit."
+    )
+    solution_shortening: str = _field(
+        "middle", f"Where a too long solution loses text, one of {SHORTEN_CHOICES}."
+    )
+    teacher_tokens_per_forward: int = _field(
+        32_768, "Tokens, padding included, that one teacher forward may hold."
+    )
+
+    # The loss.
+    divergence: str = _field("forward_kl", "`forward_kl` KL(teacher, student), `reverse_kl` or `jsd`.")
+    jsd_weight: float = _field(0.5, "Weight of the target in the mixture of `jsd`, in (0, 1).")
+    clip: str | None = _field(
+        "upper",
+        "`upper` or `symmetric` clip each vocabulary entry's term, `token` the position's sum; `none` does not clip.",
+    )
+    clip_value: float = _field(0.05, "Bound of the clip in nats, above 0.")
+    loss_temperature: float | None = _field(
+        None, "Divides both models' logits in the loss. None takes the sampling `temperature`."
+    )
+    loss_reduction: str = _field(
+        "token", "`token`: mean over all tokens of the optimizer step; `sequence`: mean of each rollout's mean."
+    )
+    distillation_length: int | None = _field(
+        None, "Only the first so many tokens of a rollout are distilled. None for all."
+    )
+    num_loss_tokens_to_skip: int = _field(0, "So many first tokens of a rollout are not distilled.")
+    reward_weight: float = _field(
+        0.0, "Weight of TRL's policy-gradient loss beside the distillation; 0 leaves rewards to the log."
+    )
+
+    # Diagnostics.
+    reflection_markers: list[str] = _field(
+        list(REFLECTION_MARKERS), "Whole words counted per 1,000 tokens of rollout."
+    )
+
+    def __post_init__(self):
+        if isinstance(self.teacher_chat_template_kwargs, str):
+            self.teacher_chat_template_kwargs = json.loads(self.teacher_chat_template_kwargs)
+        if isinstance(self.clip, str) and self.clip.lower() == "none":
+            self.clip = None
+        if self.reward_weight == 0.0:
+            # The correction costs a student forward a step and only TRL's policy-gradient loss uses it.
+            self.vllm_importance_sampling_correction = False
+        with allow_single_rollout(self):
+            super().__post_init__()
+        if self.loss_temperature is None:
+            self.loss_temperature = self.temperature
+        self._check_loss()
+        self._check_teacher()
+        self._check_rollouts()
+        self._warn_unused()
+
+    def loss_divergence(self) -> Divergence:
+        """The divergence of the loss with its temperature and clip.
+
+        Raises:
+            ValueError: one of its fields is outside its range.
+        """
+        return Divergence(
+            name=self.divergence,
+            jsd_weight=self.jsd_weight,
+            temperature=self.loss_temperature,
+            clip=self.clip,
+            clip_value=self.clip_value,
+        )
+
+    def _check_loss(self) -> None:
+        self.loss_divergence()
+        _require(self.loss_reduction in ("token", "sequence"), self, "loss_reduction", "'token' or 'sequence'")
+        _require(self.reward_weight >= 0, self, "reward_weight", "0 or more")
+        _require(self.num_loss_tokens_to_skip >= 0, self, "num_loss_tokens_to_skip", "0 or more")
+        length = self.distillation_length
+        _require(length is None or length > 0, self, "distillation_length", "a positive number of tokens, or None")
+        if length is not None and self.num_loss_tokens_to_skip >= length:
+            raise ValueError(
+                f"num_loss_tokens_to_skip={self.num_loss_tokens_to_skip} leaves nothing of distillation_length="
+                f"{length}. Skip fewer tokens or distil more."
+            )
+        if length is not None and length > self.max_completion_length:
+            warnings.warn(
+                f"distillation_length={length} is above max_completion_length={self.max_completion_length}; "
+                "every token of a rollout is distilled.",
+                stacklevel=4,
+            )
+
+    def _check_teacher(self) -> None:
+        _require(self.teacher_model_kind in TEACHER_KINDS, self, "teacher_model_kind", f"one of {TEACHER_KINDS}")
+        _require(0 < self.teacher_update_rate <= 1, self, "teacher_update_rate", "above 0 and at most 1")
+        _require(self.teacher_sync_steps >= 1, self, "teacher_sync_steps", "1 or more")
+        _require(
+            self.solution_shortening in SHORTEN_CHOICES, self, "solution_shortening", f"one of {SHORTEN_CHOICES}"
+        )
+        _require(self.teacher_tokens_per_forward >= 1, self, "teacher_tokens_per_forward", "1 or more")
+        budget = self.max_teacher_prompt_length
+        _require(budget is None or budget >= 1, self, "max_teacher_prompt_length", "1 or more, or None")
+        check_template("teacher_prompt_template", self.teacher_prompt_template, "{prompt}", "{solution}")
+        check_template("reference_prompt_template", self.reference_prompt_template, "{solution}")
+        if self.prompt_template is not None:
+            check_template("prompt_template", self.prompt_template, "{prompt}")
+
+    def _check_rollouts(self) -> None:
+        if self.reward_weight > 0 and self.num_generations < 2:
+            raise ValueError(
+                f"num_generations={self.num_generations} with reward_weight={self.reward_weight}: TRL's advantages "
+                "need at least 2 rollouts a prompt. Set num_generations to 2 or more, or reward_weight to 0."
+            )
+        if self.steps_per_generation % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"steps_per_generation={self.steps_per_generation} is not a multiple of gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps}: the loss is a mean over the tokens of a whole optimizer step, "
+                "so they must be known when it starts. Set steps_per_generation to a multiple, or leave it unset."
+            )
+
+    def _warn_unused(self) -> None:
+        if self.reward_weight > 0:
+            return
+        default = {f.name: f.default for f in fields(GRPOConfig)}
+        moved = [name for name in REWARD_ONLY_FIELDS if name in default and getattr(self, name) != default[name]]
+        if moved:
+            warnings.warn(
+                f"Set but unused, because they belong to TRL's policy-gradient loss and reward_weight is 0: "
+                f"{', '.join(moved)}. Set reward_weight above 0 to use them.",
+                stacklevel=4,
+            )
+
+
+def _require(holds: bool, config: GRPOConfig, name: str, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={getattr(config, name)!r} is not valid; set it to {wanted}.")

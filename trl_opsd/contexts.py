@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a teacher reads: from a group of rollouts to prompt templates, what stands in their slot, and weights.
+
+A method names, for every rollout, the contexts its target is made of. Each context adds its hidden states with a
+weight to the anchor or to the direction of the target `W a + shape(W d)`; a rollout without contexts is not distilled.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Prompt = str | list[dict[str, Any]]
+
+SHORTEN_CHOICES = ("middle", "end")
+
+TEACHER_PROMPT_TEMPLATE = """{prompt}
+
+A reference solution to this problem stands between the two marks.
+
+=== Reference solution begins ===
+{solution}
+=== Reference solution ends ===
+
+Work through it until every step is clear to you. Then solve the problem afresh, by your own reasoning and in your own words rather than by copying, and reach the same result. Put the final answer in \\boxed{}."""
+
+REFERENCE_PROMPT_TEMPLATE = """A reference solution stands between the two marks.
+
+=== Reference solution begins ===
+{solution}
+=== Reference solution ends ===
+
+Work through it until every step is clear to you. Then give the solution afresh, by your own reasoning and in your own words rather than by copying, and reach the same result. Put the final answer in \\boxed{}."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled completion and what is known of it.
+
+    Attributes:
+        prompt: the dataset's prompt, text or a conversation that ends with a user turn.
+        solution: the reference solution, or None where the row has none.
+        completion: the sampled text.
+        reward: its reward, or None if it has none.
+    """
+
+    prompt: Prompt
+    solution: str | None
+    completion: str
+    reward: float | None = None
+
+
+@dataclass(frozen=True)
+class TeacherContext:
+    """One view of the teacher on one rollout.
+
+    Attributes:
+        template: name of the prompt template: "teacher" (problem and slot), "reference" (slot only) or "plain"
+            (the student's own prompt, nothing privileged).
+        slot: the text put in place of `{solution}`; None for "plain".
+        anchor: weight of this view's hidden states in the anchor.
+        direction: weight in the direction.
+    """
+
+    template: str
+    slot: str | None
+    anchor: float = 0.0
+    direction: float = 0.0
+
+
+Contexts = tuple[TeacherContext, ...]
+ContextRule = Callable[[Sequence[Rollout]], list[Contexts]]
+
+
+def privileged_contexts(group: Sequence[Rollout]) -> list[Contexts]:
+    """OPSD: the teacher reads problem and reference solution (arXiv 2601.18734, section 3)."""
+    return [(TeacherContext("teacher", rollout.solution, anchor=1.0),) for rollout in group]
+
+
+def check_template(name: str, template: str, *slots: str) -> None:
+    """Check that a prompt template holds each of `slots`.
+
+    Raises:
+        ValueError: a slot is missing; names the config field `name`.
+    """
+    for slot in slots:
+        if slot not in template:
+            raise ValueError(f"{name} does not contain {slot}: {template!r}. Put {slot} where that text should stand.")
+
+
+def fill_template(template: str, *, prompt: str = "", solution: str = "") -> str:
+    """Put texts into `{prompt}` and `{solution}`, in one pass: braces in the texts are data, never slots."""
+    texts = {"{prompt}": prompt, "{solution}": solution}
+    return re.sub(r"\{prompt\}|\{solution\}", lambda match: texts[match.group()], template)
+
+
+def check_prompt(prompt: Any, row: str) -> None:
+    """Check that a dataset prompt is text or a text-only conversation that ends with a user turn.
+
+    Raises:
+        ValueError: it is not; the message starts with `row`, which names the place.
+    """
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise ValueError(f"{row}: `prompt` is empty. Remove the row or give it a problem.")
+        return
+    if not isinstance(prompt, list) or not prompt or not all(isinstance(m, dict) for m in prompt):
+        raise ValueError(
+            f"{row}: `prompt` is {type(prompt).__name__}, not text or a list of messages. Give a string or "
+            '[{"role": "user", "content": ...}].'
+        )
+    if prompt[-1].get("role") != "user":
+        raise ValueError(
+            f"{row}: `prompt` ends with a {prompt[-1].get('role')!r} turn, but the model answers a user. End it with a "
+            "message of role 'user' and move an answer to `solution`."
+        )
+    message_text(prompt[-1], row)
+
+
+def message_text(message: dict[str, Any], row: str = "prompt") -> str:
+    """The text of a message whose content is a string or a list of text parts.
+
+    Raises:
+        ValueError: the content is empty or holds something other than text.
+    """
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+        content = "".join(str(part.get("text")) for part in content)
+    if not isinstance(content, str) or not content.strip():
+        raise ValueError(
+            f"{row}: the last message's content is not text: {str(content)[:80]!r}. Only non-empty text prompts can be "
+            "shown to the teacher."
+        )
+    return content
+
+
+def rewrite_last_turn(prompt: Prompt, rewrite: Callable[[str], str]) -> Prompt:
+    """The prompt with the text of its last user turn replaced; system and earlier turns stay."""
+    if isinstance(prompt, str):
+        return rewrite(prompt)
+    return [*prompt[:-1], {**prompt[-1], "content": rewrite(message_text(prompt[-1]))}]

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes the embedded demo model from nothing: `python -m trl_opsd.demo.build [--output DIR] [--seed 0] [--steps N]`.
+
+Same seed, steps, thread count and machine type: same bytes.
+"""
+
+import argparse
+import math
+import random
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from . import model_path
+from .corpus import Example, draw_example
+from .measure import MAX_NEW_TOKENS, format_results, measure
+from .tokenizer import build_tokenizer
+
+DEFAULT_STEPS = 1200
+BATCH_SIZE = 64
+BATCHES_PER_DRAW = 8  # drawn together and sorted by length, so that a batch holds little padding
+MUON_LEARNING_RATE = 1e-2  # matrices; half the steps of AdamW on this task
+ADAMW_LEARNING_RATE = 5e-3  # embeddings and norms
+WARMUP_STEPS = 40
+WEIGHT_DECAY = 0.01
+IGNORED = -100
+
+CARD = """\
+---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# Written-out arithmetic, Qwen3 architecture, 0.9M parameters
+
+The embedded demo model of `trl_opsd`: it solves chains of two to four operations step by step, and has a bad habit in the
+plain prompt (slips that mostly go unnoticed) that a reference solution in the prompt switches off. It is good for nothing else.
+Made from nothing by `python -m trl_opsd.demo.build --seed {seed} --steps {steps}`; no outside data.
+
+Validation problems, four samples each at temperature 1 where not greedy:
+
+{table}
+"""
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """A fresh Qwen3 of about 0.9M parameters."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=448,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def tokenize(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """Token ids of prompt, answer and eos, and the labels: `IGNORED` where the text is only read."""
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": example.user}],
+        add_generation_prompt=True,
+        enable_thinking=example.thinking,
+        return_dict=False,
+    )
+    answer = tokenizer._tokenizer.encode("".join(text for text, _ in example.pieces), add_special_tokens=False)
+    trained = [flag for text, flag in example.pieces for _ in text]
+    ids = [*prompt, *answer.ids, tokenizer.eos_token_id]
+    labels = [IGNORED] * len(prompt)
+    labels += [token if trained[begin] else IGNORED for token, (begin, _) in zip(answer.ids, answer.offsets, strict=True)]
+    return ids, [*labels, tokenizer.eos_token_id]
+
+
+def draw_batches(tokenizer: PreTrainedTokenizerFast, generator: random.Random) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Draws `BATCHES_PER_DRAW` batches of ids and labels, each (B, T), padded on the right."""
+    examples = [tokenize(draw_example(generator), tokenizer) for _ in range(BATCH_SIZE * BATCHES_PER_DRAW)]
+    examples.sort(key=lambda example: len(example[0]))
+    batches = []
+    for start in range(0, len(examples), BATCH_SIZE):
+        rows = examples[start : start + BATCH_SIZE]
+        width = len(rows[-1][0])
+        ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row, _ in rows])
+        labels = torch.tensor([row + [IGNORED] * (width - len(row)) for _, row in rows])
+        batches.append((ids, labels))
+    generator.shuffle(batches)
+    return batches
+
+
+def build_optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for the embeddings and the norms."""
+    matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
+    chosen = set(matrices)
+    rest = [weight for weight in model.parameters() if weight not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=MUON_LEARNING_RATE, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=ADAMW_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def learning_rate_at(step: int, num_steps: int) -> float:
+    """Factor on the learning rate: linear warm-up, then a cosine to zero."""
+    warmup = min(WARMUP_STEPS, num_steps // 10 + 1)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
+
+
+def train(tokenizer: PreTrainedTokenizerFast, *, seed: int, num_steps: int, progress: bool = True) -> Qwen3ForCausalLM:
+    """Trains a fresh model on `num_steps` batches."""
+    torch.manual_seed(seed)
+    model = build_model(tokenizer).train()
+    generator = random.Random(f"build/{seed}")
+    optimizers = build_optimizers(model)
+    schedules = [LambdaLR(optimizer, lambda step: learning_rate_at(step, num_steps)) for optimizer in optimizers]
+    batches: list[tuple[torch.Tensor, torch.Tensor]] = []
+    bar = tqdm(range(num_steps), desc="building the demo model", disable=not progress)
+    for step in bar:
+        batches = batches or draw_batches(tokenizer, generator)
+        ids, labels = batches.pop()
+        # Padding stands on the right of a causal model: no position that is trained on can see it.
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, H)
+        kept = labels[:, 1:] != IGNORED
+        loss = cross_entropy(model.lm_head(hidden[kept]), labels[:, 1:][kept])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return model.eval()
+
+
+def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path, card: str) -> None:
+    """Writes weights, tokenizer, generation settings and the card."""
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=MAX_NEW_TOKENS,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    (output / "README.md").write_text(card, encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Trains, measures and saves."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path(model_path()))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
+    parser.add_argument("--problems", type=int, default=300, help="validation problems of the closing measurement")
+    options = parser.parse_args(arguments)
+    tokenizer = build_tokenizer()
+    model = train(tokenizer, seed=options.seed, num_steps=options.steps)
+    table = format_results(measure(model, tokenizer, num_problems=options.problems))
+    print(table)
+    save(model, tokenizer, options.output, CARD.format(seed=options.seed, steps=options.steps, table=table))
+
+
+if __name__ == "__main__":
+    main()

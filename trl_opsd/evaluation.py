@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling, verifying and honest numbers: avg@k, pass@k, majority@k and bootstrap intervals over questions.
+
+Base and trained model are measured by the same call, with the same settings, in the same run.
+"""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .markers import REFLECTION_MARKERS, count_markers
+
+Prompt = str | list[dict[str, Any]]
+
+
+class Completion(NamedTuple):
+    """One sampled answer: its text without special tokens, its length with the eos token, and whether it has none."""
+
+    text: str
+    num_tokens: int
+    is_cut: bool
+
+
+class Interval(NamedTuple):
+    """An estimate and the ends of its bootstrap interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Numbers of one model on one set of questions.
+
+    Attributes:
+        num_samples (`int`): k, samples per question.
+        avg_at_k (`float`): mean accuracy over samples and questions, in [0, 1].
+        pass_at_k (`float`): share of questions with at least one right answer among k, in [0, 1].
+        majority_at_k (`float`): share of questions whose most frequent answer is right, in [0, 1].
+        per_question_scores (`tuple[float, ...]`): accuracy of each question, in the order of the rows.
+        mean_completion_length (`float`): tokens, the eos token included.
+        cut_share (`float`): share of completions that reached the length limit, in [0, 1].
+        markers_per_1000_tokens (`float`): reflection markers per 1,000 completion tokens.
+        completions (`tuple[tuple[Completion, ...], ...]`): all samples of each question.
+    """
+
+    num_samples: int
+    avg_at_k: float
+    pass_at_k: float
+    majority_at_k: float
+    per_question_scores: tuple[float, ...]
+    mean_completion_length: float
+    cut_share: float
+    markers_per_1000_tokens: float
+    completions: tuple[tuple[Completion, ...], ...]
+
+    def pass_at(self, k: int) -> float:
+        """Unbiased pass@k for any k up to `num_samples`."""
+        counts = [round(score * self.num_samples) for score in self.per_question_scores]
+        return float(np.mean([estimate_pass_at_k(self.num_samples, count, k) for count in counts]))
+
+
+def render_prompt(tokenizer, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
+    """Token ids of a prompt; a conversation goes through the chat template and ends where the answer begins."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    return list(
+        tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=False, **(chat_template_kwargs or {})
+        )
+    )
+
+
+def generate_completions(
+    model,
+    tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    num_samples: int = 1,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    max_new_tokens: int = 1024,
+    batch_size: int = 128,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[list[Completion]]:
+    """Samples `num_samples` completions of every prompt with `model.generate`.
+
+    Args:
+        model: a causal language model; its train or eval state is restored.
+        tokenizer: its tokenizer, with a pad token.
+        prompts (`Sequence`): texts or conversations.
+        num_samples (`int`): completions per prompt, 1 or more; more than one needs `temperature` above 0.
+        temperature (`float`): 0 decodes greedily.
+        top_p (`float`): nucleus mass in (0, 1].
+        top_k (`int`): 0 keeps all tokens.
+        max_new_tokens (`int`): length limit of a completion.
+        batch_size (`int`): sequences generated at once; prompts are taken longest first and padded on the left.
+        chat_template_kwargs (`Mapping`, *optional*): for example `{"enable_thinking": False}`.
+        seed (`int`): the draws are a function of it; the caller's random state is left as it was.
+        progress (`bool`): shows a progress bar.
+
+    Returns:
+        `list[list[Completion]]`: one list of `num_samples` per prompt, in the order of `prompts`.
+    """
+    import torch
+    from tqdm import tqdm
+
+    if num_samples > 1 and temperature == 0:
+        raise ValueError(f"num_samples is {num_samples} at temperature 0; set num_samples=1 or a temperature above 0.")
+    rendered = [render_prompt(tokenizer, prompt, chat_template_kwargs) for prompt in prompts]
+    order = sorted(range(len(rendered)), key=lambda index: -len(rendered[index]))
+    prompts_at_once = max(1, batch_size // num_samples)
+    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    sampling |= {"max_new_tokens": max_new_tokens, "num_return_sequences": num_samples}
+    completions: list[list[Completion]] = [[] for _ in rendered]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            for start in tqdm(range(0, len(order), prompts_at_once), desc="generating", disable=not progress):
+                batch = order[start : start + prompts_at_once]
+                samples = _generate_batch(model, tokenizer, [rendered[index] for index in batch], sampling)
+                for position, index in enumerate(batch):
+                    completions[index] = samples[position * num_samples : (position + 1) * num_samples]
+    finally:
+        model.train(was_training)
+    return completions
+
+
+def _generate_batch(model, tokenizer, rendered: list[list[int]], sampling: Mapping[str, Any]) -> list[Completion]:
+    import torch
+
+    width = max(map(len, rendered))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rendered])  # (B, T)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rendered])
+    output = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
+    stops = {tokenizer.eos_token_id, *np.atleast_1d(model.generation_config.eos_token_id).tolist()}
+    return [_read_completion(row, stops, tokenizer) for row in output[:, width:].tolist()]
+
+
+def _read_completion(ids: list[int], stops: set[int | None], tokenizer) -> Completion:
+    length = next((index + 1 for index, token in enumerate(ids) if token in stops), len(ids))
+    is_cut = not any(token in stops for token in ids)
+    return Completion(tokenizer.decode(ids[:length], skip_special_tokens=True), length, is_cut)
+
+
+@lru_cache(maxsize=65_536)
+def _parse(text: str) -> tuple[Any, ...]:
+    """math-verify's reading of a text, () where it reads nothing. Its alarms are off: they only work in a main thread."""
+    from math_verify import parse
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    try:
+        return tuple(parse(text.strip(), parsing_timeout=None))
+    except Exception:  # whatever a parser of free text trips over, it did not find an answer
+        return ()
+
+
+def verifies(solution: str) -> bool:
+    """Whether `solution` holds an answer that math-verify can read."""
+    return bool(_parse(solution))
+
+
+@lru_cache(maxsize=65_536)
+def verify(completion: str, solution: str) -> bool:
+    """Whether the answer in `completion` equals the one in `solution`; False where either cannot be read."""
+    from math_verify import verify as equal
+
+    gold, answer = _parse(solution), _parse(completion)
+    if not gold or not answer:
+        return False
+    try:
+        return bool(equal(list(gold), list(answer), timeout_seconds=None))
+    except Exception:  # sympy raises many kinds on odd input
+        return False
+
+
+def estimate_pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Unbiased chance that k of the samples hold a right one: 1 - C(n - c, k) / C(n, k) (arXiv 2107.03374)."""
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"k is {k}; it must lie in 1..{num_samples}, the number of samples.")
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def majority_is_correct(completions: Sequence[str], solution: str) -> bool:
+    """Whether the most frequent readable answer is right; the earliest wins a tie, unreadable answers do not vote."""
+    answers = [(str(parsed[0]), text) for text in completions if (parsed := _parse(text))]
+    if not answers:
+        return False
+    winner = Counter(answer for answer, _ in answers).most_common(1)[0][0]
+    return verify(next(text for answer, text in answers if answer == winner), solution)
+
+
+def evaluate(
+    model,
+    tokenizer,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    num_samples: int = 4,
+    markers: Sequence[str] = REFLECTION_MARKERS,
+    **generation: Any,
+) -> EvaluationResult:
+    """Samples and verifies every row of `prompt` and `solution`.
+
+    Args:
+        model, tokenizer: as in [`generate_completions`].
+        rows (`Sequence[Mapping]`): questions with a `prompt` and a `solution` that verifies.
+        num_samples (`int`): k of avg@k, pass@k and majority@k.
+        markers (`Sequence[str]`): words counted as reflection markers.
+        **generation: further arguments of [`generate_completions`].
+
+    Returns:
+        [`EvaluationResult`]
+    """
+    rows = list(rows)
+    prompts = [row["prompt"] for row in rows]
+    samples = generate_completions(model, tokenizer, prompts, num_samples=num_samples, **generation)
+    return summarize(samples, [row["solution"] for row in rows], markers)
+
+
+def summarize(
+    samples: Sequence[Sequence[Completion]],
+    solutions: Sequence[str],
+    markers: Sequence[str] = REFLECTION_MARKERS,
+) -> EvaluationResult:
+    """Numbers of samples made elsewhere, the same count for every question."""
+    if not samples:
+        raise ValueError("rows is empty; give at least one question.")
+    pairs = list(zip(samples, solutions, strict=True))
+    counts = [sum(verify(sample.text, solution) for sample in group) for group, solution in pairs]
+    flat = [sample for group in samples for sample in group]
+    num_samples, num_tokens = len(samples[0]), sum(sample.num_tokens for sample in flat)
+    majority = [majority_is_correct([sample.text for sample in group], solution) for group, solution in pairs]
+    return EvaluationResult(
+        num_samples=num_samples,
+        avg_at_k=float(np.mean(counts) / num_samples),
+        pass_at_k=float(np.mean([count > 0 for count in counts])),
+        majority_at_k=float(np.mean(majority)),
+        per_question_scores=tuple(count / num_samples for count in counts),
+        mean_completion_length=num_tokens / len(flat),
+        cut_share=float(np.mean([sample.is_cut for sample in flat])),
+        markers_per_1000_tokens=1000 * sum(count_markers(sample.text, markers) for sample in flat) / max(1, num_tokens),
+        completions=tuple(tuple(group) for group in samples),
+    )
+
+
+def bootstrap_interval(
+    per_question_scores: Sequence[float], *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean, drawing questions with replacement.
+
+    Args:
+        per_question_scores (`Sequence[float]`): one score per question.
+        level (`float`): coverage in (0, 1).
+        resamples (`int`): bootstrap draws.
+        seed (`int`): seed of the draws.
+
+    Returns:
+        `tuple[float, float]`: lower and upper end.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; set it between 0 and 1, for example 0.95.")
+    scores = np.asarray(per_question_scores, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    for start in range(0, resamples, 100):  # in blocks, so that many questions need little memory
+        block = means[start : start + 100]
+        block[:] = scores[generator.integers(len(scores), size=(len(block), len(scores)))].mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_difference(
+    after: Sequence[float], before: Sequence[float], *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Mean of `after - before` over the same questions, with its bootstrap interval over questions."""
+    if len(after) != len(before):
+        raise ValueError(f"after has {len(after)} questions and before {len(before)}; score the same questions.")
+    difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    return Interval(
+        float(difference.mean()), *bootstrap_interval(difference, level=level, resamples=resamples, seed=seed)
+    )

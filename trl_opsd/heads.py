@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a function of the hidden states inside a causal LM's own forward.
+
+The loss needs the final hidden states and the output head, never the logits. It is computed inside the (wrapped)
+model's forward because that is where every engine has the head whole and its gradient hooks armed: DDP's bucket hooks,
+DeepSpeed ZeRO-3's gathered parameters, FSDP2's unsharded parameters.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+HeadFunction = Callable[[torch.Tensor, "OutputHead"], Any]
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """The map from hidden states to logits: `softcap(logit_scale * (h @ weight.T + bias))`.
+
+    Attributes:
+        weight: (V, H), whole (gathered) for as long as the forward runs.
+        bias: (V,) or None.
+        logit_scale: multiplier of the logits, 1 for most models.
+        logit_softcap: Gemma-style cap `c * tanh(z / c)`, or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Dense logits (..., V) of hidden states (..., H): for checks and small models."""
+        logits = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
+        if self.logit_softcap is not None:
+            logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
+        return logits
+
+
+class _Request:
+    """What the next forward of a patched model is asked to do."""
+
+    def __init__(self, function: HeadFunction, keep_forward: bool):
+        self.function, self.keep_forward, self.result = function, keep_forward, None
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The transformers causal LM inside `model`, below any PEFT wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def attach_head_function(model: nn.Module) -> None:
+    """Patch `model`'s forward so that `head_function` can reach its hidden states. Idempotent.
+
+    Args:
+        model: a transformers causal LM, or a PEFT model around one.
+
+    Raises:
+        ValueError: the model has no separate backbone or no linear output head.
+    """
+    model = causal_lm(model)
+    if hasattr(model, "_head_request"):
+        return
+    head = model.get_output_embeddings()
+    if head is None or not hasattr(head, "weight") or model.base_model is model:
+        raise ValueError(
+            f"model: {type(model).__name__} has no backbone with a linear output head, which the token-level loss "
+            "needs. Use a decoder-only model of AutoModelForCausalLM."
+        )
+    original = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` reads the signature
+    def forward(self, *args, **kwargs):
+        request = self._head_request
+        if request is None:
+            return original(*args, **kwargs)
+        if request.keep_forward:
+            return _forward_and_capture(self, original, request, args, kwargs)
+        hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
+        request.result = _call(request.function, self, hidden)
+        # A tensor in the output keeps DDP's and DeepSpeed's output hooks working.
+        return {"loss": request.result if isinstance(request.result, torch.Tensor) else request.result[0]}
+
+    model._head_request = None
+    model.forward = MethodType(forward, model)
+
+
+@contextmanager
+def head_function(model: nn.Module, function: HeadFunction, *, keep_forward: bool = False) -> Iterator[_Request]:
+    """Within the context, a forward of `model` (however wrapped) calls `function(hidden, head)`.
+
+    Args:
+        model: the unwrapped model given to `attach_head_function`.
+        function: takes hidden states (B, S, H) and an `OutputHead`; returns a tensor or a tuple that starts with one.
+        keep_forward: run the model's own forward too and return its output; otherwise only the backbone runs.
+
+    Yields:
+        An object whose `result` holds what `function` returned last.
+    """
+    model = causal_lm(model)
+    request = _Request(function, keep_forward)
+    model._head_request = request
+    try:
+        yield request
+    finally:
+        model._head_request = None
+
+
+def head_shape(model: nn.Module) -> tuple[int, int]:
+    """(V, H) of the output head, also where ZeRO-3 holds it partitioned."""
+    weight = causal_lm(model).get_output_embeddings().weight
+    return tuple(getattr(weight, "ds_shape", weight.shape))
+
+
+def _forward_and_capture(model, original, request, args, kwargs):
+    captured = []
+    hook = model.base_model.register_forward_hook(lambda module, inputs, output: captured.append(output))
+    try:
+        output = original(*args, **kwargs)
+    finally:
+        hook.remove()
+    request.result = _call(request.function, model, captured[-1].last_hidden_state)
+    return output
+
+
+def _call(function: HeadFunction, model: nn.Module, hidden: torch.Tensor) -> Any:
+    head = model.get_output_embeddings()
+    weight, bias = head.weight, getattr(head, "bias", None)
+    with _gathered(weight, bias):
+        return function(hidden, OutputHead(_whole(weight), _whole(bias), *_logit_transform(model.config)))
+
+
+def _whole(tensor):
+    """An FSDP2 shard as a full tensor; others as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _gathered(*parameters):
+    """ZeRO-3: the partitioned parameters whole for the duration (one gather per forward, not per tile)."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_status") and p.ds_status.name != "AVAILABLE"]
+    if not partitioned:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned)
+
+
+def _logit_transform(config) -> tuple[float, float | None]:
+    """(logit_scale, logit_softcap) as the families of transformers spell them; checked by `check_output_head`."""
+    config = config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name)), softcap
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is not None:
+        return (float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)), softcap
+    return 1.0, softcap
+
+
+@torch.no_grad()
+def check_output_head(model: nn.Module, forward: Callable, token_ids: torch.Tensor) -> None:
+    """Compare the model's own logits with the head applied to its hidden states, once, before training.
+
+    Args:
+        model: the unwrapped, patched model.
+        forward: what runs it (the model or its engine), called with `input_ids` and `attention_mask`.
+        token_ids: (1, S) a few token ids.
+
+    Raises:
+        ValueError: the two differ, so a loss from hidden states would be another model's loss.
+    """
+    with head_function(model, lambda hidden, head: head.logits(hidden), keep_forward=True) as request:
+        logits = forward(input_ids=token_ids, attention_mask=torch.ones_like(token_ids)).logits
+    ours, own = request.result[:, -1].float(), logits[:, -1].float()
+    error = (ours - own).abs().max().item()
+    if not error <= 0.02 * own.abs().max().item() + 1e-3:
+        raise ValueError(
+            f"model: the logits of {type(causal_lm(model)).__name__} are not its output head applied to its last "
+            f"hidden state (largest difference {error:.3g}), which the token-level loss relies on. This architecture "
+            "is not supported yet."
+        )

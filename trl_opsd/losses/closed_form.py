@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Value, diagnostics and gradient of a divergence for a block of positions in one sweep, without autograd.
+
+With g the derivative of the kept terms with respect to log q, the derivative with respect to the student's logits is
+g - q sum(g). Adding a multiple c q to g leaves that unchanged; c is chosen so that g + c q is exactly 0, entry by
+entry, where the two distributions are equal. A term that is clipped has g = 0, so there only c q remains.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .divergences import MAX_LOG_RATIO, Divergence
+
+
+class FusedDiagnostics(NamedTuple):
+    """What every position contributed; all detached, (N,), 0 where the token weight is 0.
+
+    Attributes:
+        loss: divergence after the clip, in nats, before the token weight.
+        unclipped: the divergence itself, in nats, >= 0 up to rounding.
+        clipped_share: share of vocabulary entries whose term was cut, in [0, 1]; for the `token` clip 1 where the
+            summed value was cut.
+        student_entropy: in nats, at the temperature of the loss.
+        target_entropy: in nats, at the temperature of the loss.
+        top_agreement: 1 where student and target have the same likeliest token, else 0.
+    """
+
+    loss: torch.Tensor
+    unclipped: torch.Tensor
+    clipped_share: torch.Tensor
+    student_entropy: torch.Tensor
+    target_entropy: torch.Tensor
+    top_agreement: torch.Tensor
+
+
+class _Block(NamedTuple):
+    """Log-probabilities and probabilities of a block, each (n, V)."""
+
+    log_q: torch.Tensor
+    log_p: torch.Tensor
+    q: torch.Tensor
+    p: torch.Tensor
+
+
+def sweep(
+    student_logits: torch.Tensor, target_logits: torch.Tensor, rule: Divergence, *, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Diagnostics and gradient of a block of positions.
+
+    Args:
+        student_logits: (n, V), finite, already divided by the temperature.
+        target_logits: (n, V), finite, already divided by the temperature.
+        rule: the divergence and its clip; its temperature is not read.
+        with_gradient: False leaves the gradient out.
+
+    Returns:
+        (6, n) rows in the order of [`FusedDiagnostics`], and (n, V) derivative of each position's loss with respect
+        to `student_logits`, or None.
+    """
+    log_q, log_p = student_logits.log_softmax(-1), target_logits.log_softmax(-1)
+    block = _Block(log_q, log_p, log_q.exp(), log_p.exp())
+    terms, slope, multiple = _FORMS[rule.name](block, rule.jsd_weight)
+    unclipped = terms.sum(-1)
+    loss, clipped_share, kept = unclipped, torch.zeros_like(unclipped), None
+    if rule.clip == "token":
+        loss = unclipped.clamp(max=rule.clip_value)
+        kept = unclipped <= rule.clip_value
+        clipped_share = (~kept).to(unclipped.dtype)
+    elif rule.clip is not None:
+        clipped = terms > rule.clip_value if rule.clip == "upper" else terms.abs() > rule.clip_value
+        clipped_share = clipped.to(unclipped.dtype).mean(-1)
+        if with_gradient:
+            slope = torch.where(clipped, block.q * multiple, slope)
+        lowest = None if rule.clip == "upper" else -rule.clip_value
+        loss = terms.clamp_(lowest, rule.clip_value).sum(-1)
+    diagnostics = torch.stack([loss, unclipped, clipped_share, *_distribution_measures(block)])
+    if not with_gradient:
+        return diagnostics, None
+    gradient = slope.addcmul(block.q, slope.sum(-1, keepdim=True), value=-1)
+    return diagnostics, gradient if kept is None else gradient.mul_(kept.unsqueeze(-1))
+
+
+def _distribution_measures(block: _Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    student_entropy = -(block.q * block.log_q).sum(-1)
+    target_entropy = -(block.p * block.log_p).sum(-1)
+    agreement = block.log_q.argmax(-1) == block.log_p.argmax(-1)
+    return student_entropy, target_entropy, agreement.to(student_entropy.dtype)
+
+
+# Each form gives the terms (n, V), g + c q (n, V) and c.
+
+
+def _forward_kl(block: _Block, jsd_weight: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+    terms = (block.log_p - block.log_q).mul_(block.p)
+    return terms, block.q - block.p, 1.0
+
+
+def _reverse_kl(block: _Block, jsd_weight: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+    terms = (block.log_q - block.log_p).mul_(block.q)
+    return terms, terms.clone(), -1.0
+
+
+def _jsd(block: _Block, jsd_weight: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+    ratio = (block.log_p - block.log_q).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_m_over_q = torch.expm1(ratio).mul_(jsd_weight).log1p_()
+    slope = (block.q * log_m_over_q).mul_(jsd_weight - 1)
+    log_p_over_m = ratio.sub_(log_m_over_q)
+    terms = log_p_over_m.mul_(block.p).mul_(jsd_weight).add_(slope)
+    return terms, slope, 0.0
+
+
+_FORMS = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plain form of the loss from hidden states: all logits at once, differentiated by autograd.
+
+It says in a few lines what `fused.py` computes, and is what the tests compare that with.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .closed_form import FusedDiagnostics
+from .divergences import Divergence, clip_and_sum, compute_dtype, divergence_terms
+from .reduction import weighted_sum
+from .targets import Shape
+from .views import Direction
+
+
+def dense_divergence_from_hidden(
+    student_hidden: torch.Tensor,
+    head_weight: torch.Tensor,
+    anchor_hidden: torch.Tensor,
+    direction_hidden: Direction = None,
+    *,
+    token_weights: torch.Tensor,
+    divergence: Divergence,
+    shape: Shape,
+    head_bias: torch.Tensor | None = None,
+    target_head_weight: torch.Tensor | None = None,
+    target_head_bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    num_tokens: int | None = None,
+) -> tuple[torch.Tensor, FusedDiagnostics]:
+    """As [`fused_divergence`], in arguments and results, with (N, V) logits in memory and no check of shapes."""
+    dtype = compute_dtype(student_hidden.dtype)
+
+    def project(hidden, weight, bias):
+        logits = hidden.to(dtype) @ weight[:num_tokens].to(dtype).T
+        logits = logit_scale * (logits if bias is None else logits + bias[:num_tokens])
+        if logit_softcap is not None:
+            logits = logit_softcap * torch.tanh(logits / logit_softcap)
+        return logits / divergence.temperature
+
+    log_q = project(student_hidden, head_weight, head_bias).log_softmax(-1)
+    with torch.no_grad():
+        if target_head_weight is None:
+            target_head_weight, target_head_bias = head_weight, head_bias
+        target = project(anchor_hidden, target_head_weight, target_head_bias)
+        if shape.uses_direction:
+            pairs = [(1.0, direction_hidden)] if torch.is_tensor(direction_hidden) else direction_hidden
+            bias = None if logit_softcap is None else target_head_bias
+            target = target + shape(
+                sum(_column(weight) * project(hidden, target_head_weight, bias) for weight, hidden in pairs)
+            )
+        log_p = target.log_softmax(-1)
+    terms = divergence_terms(log_q, log_p, divergence)
+    loss = clip_and_sum(terms, divergence)
+    diagnostics = _diagnostics(loss.detach(), terms.detach(), log_q.detach(), log_p, divergence)
+    kept = token_weights != 0
+    zeroed = FusedDiagnostics(*(row.masked_fill(~kept, 0.0) for row in diagnostics))
+    return weighted_sum(loss, token_weights.detach().to(dtype)), zeroed
+
+
+def _column(weight: float | torch.Tensor) -> float | torch.Tensor:
+    return weight.unsqueeze(-1) if torch.is_tensor(weight) else weight
+
+
+def _diagnostics(loss, terms, log_q, log_p, divergence: Divergence) -> FusedDiagnostics:
+    unclipped, clipped = terms.sum(-1), torch.zeros_like(terms)
+    if divergence.clip == "token":
+        clipped = (unclipped > divergence.clip_value).unsqueeze(-1)
+    elif divergence.clip == "upper":
+        clipped = terms > divergence.clip_value
+    elif divergence.clip == "symmetric":
+        clipped = terms.abs() > divergence.clip_value
+    return FusedDiagnostics(
+        loss=loss,
+        unclipped=unclipped,
+        clipped_share=clipped.to(loss.dtype).mean(-1),
+        student_entropy=torch.special.entr(log_q.exp()).sum(-1),
+        target_entropy=torch.special.entr(log_p.exp()).sum(-1),
+        top_agreement=(log_q.argmax(-1) == log_p.argmax(-1)).to(loss.dtype),
+    )

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Per-token divergences between the student and a frozen target, over the full vocabulary.
+
+These are the plain forms, differentiated by autograd. `fused.py` computes the same numbers from hidden states
+without logits of the whole batch, and the tests hold the two equal.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+CLIPS = (None, "upper", "symmetric", "token")
+
+# Beyond this log-ratio the smaller of the two probabilities is under exp(-80): its term is below 1e-32, and
+# expm1 would overflow in float32 soon after.
+MAX_LOG_RATIO = 80.0
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Which divergence is measured, at which temperature, and how it is clipped.
+
+    Args:
+        name: `forward_kl` is KL(target || student), `reverse_kl` is KL(student || target), `jsd` is
+            b KL(target || m) + (1 - b) KL(student || m) with m = b target + (1 - b) student.
+        jsd_weight: b above, in (0, 1). Only `jsd` reads it.
+        temperature: both logits are divided by it, > 0.
+        clip: None, `upper` (each vocabulary entry's term is cut at `clip_value`, OPSD), `symmetric` (each term
+            is kept within plus and minus `clip_value`, OGLS-SD) or `token` (the summed value is cut at
+            `clip_value`). A term that is cut has no gradient, and a sum of cut terms may be negative.
+        clip_value: the bound in nats, > 0.
+
+    Raises:
+        ValueError: for a value outside these ranges.
+    """
+
+    name: str = "forward_kl"
+    jsd_weight: float = 0.5
+    temperature: float = 1.0
+    clip: str | None = None
+    clip_value: float = 0.05
+
+    def __post_init__(self):
+        if self.name not in DIVERGENCES:
+            raise ValueError(f"divergence={self.name!r} is not known; set one of {DIVERGENCES}.")
+        if self.clip not in CLIPS:
+            raise ValueError(f"clip={self.clip!r} is not known; set one of {CLIPS}.")
+        if not 0 < self.jsd_weight < 1:
+            raise ValueError(
+                f"jsd_weight={self.jsd_weight} is outside (0, 1); set a weight between the two, or "
+                "divergence='forward_kl' or 'reverse_kl' for the ends."
+            )
+        require_positive("temperature", self.temperature)
+        require_positive("clip_value", self.clip_value, hint=", or clip=None for no clip")
+
+
+def require_positive(field: str, value: float, hint: str = "") -> None:
+    """Raise a ValueError that names `field` unless `value` is a finite number > 0."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{field}={value} is not a finite number > 0; set one{hint}.")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which logits of `dtype` are compared: float64 stays, everything narrower becomes float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def token_divergence(
+    student_logits: torch.Tensor,
+    target_logits: torch.Tensor,
+    *,
+    divergence: str = "forward_kl",
+    jsd_weight: float = 0.5,
+    temperature: float = 1.0,
+    clip: str | None = None,
+    clip_value: float = 0.05,
+) -> torch.Tensor:
+    """Divergence of every position, summed over the vocabulary (clips of arXiv 2601.18734 and 2605.12400).
+
+    Args:
+        student_logits: (..., V), finite. The only input with a gradient.
+        target_logits: (..., V), detached. An entry of -inf has probability 0: `forward_kl` and `jsd` stay
+            finite, `reverse_kl` is infinite by definition and has no usable gradient.
+        divergence, jsd_weight, temperature, clip, clip_value: see [`Divergence`].
+
+    Returns:
+        (...) in nats; float64 for float64 logits, float32 otherwise. At least 0 without an entry-wise clip.
+
+    Raises:
+        ValueError: for a setting out of range, shapes that differ, logits that are not floating point.
+    """
+    rule = Divergence(divergence, jsd_weight, temperature, clip, clip_value)
+    log_q, log_p = log_probs(student_logits, target_logits, rule.temperature)
+    return clip_and_sum(divergence_terms(log_q, log_p, rule), rule)
+
+
+def sampled_token_loss(
+    student_logits: torch.Tensor,
+    target_logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Policy-gradient form on the sampled token: -A log q(y) with A = log p(y) - log q(y) held constant.
+
+    For y drawn from q its gradient is, in expectation, that of KL(q || p) (OPSD, arXiv 2601.18734).
+
+    Args:
+        student_logits: (..., V), finite. The only input with a gradient, and not through A.
+        target_logits: (..., V), detached.
+        token_ids: (...) int64, in [0, V): the tokens that were sampled.
+        temperature: both logits are divided by it, > 0.
+
+    Returns:
+        (...) loss per position; its gradient is what matters, not its value.
+
+    Raises:
+        ValueError: for a temperature that is not > 0, shapes that differ, logits that are not floating point.
+    """
+    require_positive("temperature", temperature)
+    log_q, log_p = log_probs(student_logits, target_logits, temperature)
+    if token_ids.shape != log_q.shape[:-1]:
+        raise ValueError(
+            f"token_ids has shape {tuple(token_ids.shape)}; pass one id per position, shape "
+            f"{tuple(log_q.shape[:-1])}."
+        )
+    index = token_ids.unsqueeze(-1)
+    sampled_log_q = log_q.gather(-1, index).squeeze(-1)
+    sampled_log_p = log_p.gather(-1, index).squeeze(-1)
+    return -(sampled_log_p - sampled_log_q).detach() * sampled_log_q
+
+
+def log_probs(
+    student_logits: torch.Tensor, target_logits: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the student and, detached, of the target at `temperature`, in float32 or float64.
+
+    Raises:
+        ValueError: for shapes that differ or logits that are not floating point.
+    """
+    for field, logits in (("student_logits", student_logits), ("target_logits", target_logits)):
+        if not logits.is_floating_point():
+            raise ValueError(f"{field} has dtype {logits.dtype}; pass floating-point logits.")
+    if student_logits.shape != target_logits.shape:
+        raise ValueError(
+            f"target_logits has shape {tuple(target_logits.shape)} and student_logits "
+            f"{tuple(student_logits.shape)}; pass equal shapes (..., V)."
+        )
+    dtype = compute_dtype(torch.promote_types(student_logits.dtype, target_logits.dtype))
+    log_q = torch.log_softmax(student_logits.to(dtype) / temperature, dim=-1)
+    log_p = torch.log_softmax(target_logits.detach().to(dtype) / temperature, dim=-1)
+    return log_q, log_p
+
+
+def divergence_terms(log_q: torch.Tensor, log_p: torch.Tensor, rule: Divergence) -> torch.Tensor:
+    """Terms (..., V) that sum to the unclipped divergence; a term is exactly 0 where log_q equals log_p."""
+    if rule.name == "forward_kl":
+        p = log_p.exp()
+        return p * (log_p - log_q).masked_fill(p == 0, 0.0)
+    if rule.name == "reverse_kl":
+        q = log_q.exp()
+        return q * (log_q - log_p).masked_fill(q == 0, 0.0)
+    # With r = log p - log q: log(m / q) = log(1 + b (e^r - 1)) and log(m / p) = log(1 + (1 - b) (e^-r - 1)).
+    ratio = (log_p - log_q).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    b = rule.jsd_weight
+    log_m_over_q = torch.log1p(b * torch.expm1(ratio))
+    log_m_over_p = torch.log1p((1 - b) * torch.expm1(-ratio))
+    return -b * log_p.exp() * log_m_over_p - (1 - b) * log_q.exp() * log_m_over_q
+
+
+def clip_and_sum(terms: torch.Tensor, rule: Divergence) -> torch.Tensor:
+    """Sum of the terms (..., V) over V under the rule's clip, (...)."""
+    if rule.clip == "upper":
+        terms = terms.clamp(max=rule.clip_value)
+    elif rule.clip == "symmetric":
+        terms = terms.clamp(-rule.clip_value, rule.clip_value)
+    value = terms.sum(-1)
+    return value.clamp(max=rule.clip_value) if rule.clip == "token" else value

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The output head as a product in both directions: hidden states to tempered logits, and gradients back.
+
+Products take narrow inputs where the device accumulates them in float32 (CUDA); elsewhere the head is widened a slice
+at a time, so that no second copy of it exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .divergences import compute_dtype
+
+# Head rows widened at a time: 8192 x 4096 in float32 is 128 MiB.
+WIDENED_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Logits `softcap(logit_scale * (W h + b)) / temperature`, with everything constant.
+
+    Attributes:
+        weight: (V, H) W.
+        bias: (V,) b, or None.
+        logit_scale: multiplier of the logits.
+        softcap: cap of `cap * tanh(z / cap)`, or None for a linear head.
+        temperature: divisor of the logits, > 0.
+        dtype: in which products take their inputs, see `product_dtype`.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None, **settings) -> Projection:
+        """A projection detached from the head; on CUDA the head is narrowed to the products' dtype once."""
+        weight = weight.detach().to(settings["dtype"]) if weight.is_cuda else weight.detach()
+        return cls(weight, None if bias is None else bias.detach(), **settings)
+
+    @property
+    def factor(self) -> float:
+        """d logits / d (W h + b), for a softcap at z = 0."""
+        return self.logit_scale / self.temperature
+
+    def write_logits(self, hidden: torch.Tensor, out: torch.Tensor, *, with_bias: bool = True) -> torch.Tensor:
+        """Fill `out` (n, V), float32 or float64, with the tempered logits of `hidden` (n, H); returns `out`."""
+        hidden = hidden.to(self.dtype)
+        for rows, weight in self._slices():
+            _product(hidden, weight.t(), out[:, rows])
+        if with_bias and self.bias is not None:
+            out.add_(self.bias)
+        if self.softcap is not None:
+            out.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+        elif self.factor != 1:
+            out.mul_(self.factor)
+        return out
+
+    def through_softcap(self, gradient: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """`gradient` (n, V) in place times the softcap's derivative at the tempered `logits` (n, V)."""
+        if self.softcap is None:
+            return gradient
+        tanh = logits * (self.temperature / self.softcap)
+        return gradient.mul_(tanh.mul_(tanh).neg_().add_(1))
+
+    def write_hidden_gradient(self, gradient: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:
+        """Fill `out` (n, H) with the gradient to the hidden states.
+
+        Args:
+            gradient: (n, V) derivative of each position's loss, passed through the softcap.
+            weights: (n,) weight of each position.
+            out: (n, H) float32 or float64.
+        """
+        out.zero_()
+        narrow = gradient.to(self.dtype)
+        for rows, weight in self._slices():
+            _add_product(out, narrow[:, rows], weight)
+        out.mul_(weights.unsqueeze(-1) * self.factor)
+
+    def add_head_gradient(
+        self,
+        gradient: torch.Tensor,
+        weights: torch.Tensor,
+        hidden: torch.Tensor,
+        grad_weight: torch.Tensor | None,
+        grad_bias: torch.Tensor | None,
+    ) -> None:
+        """Add to `grad_weight` (V, H) and `grad_bias` (V,), where given; the rest as in `write_hidden_gradient`."""
+        weights = weights * self.factor
+        if grad_weight is not None:
+            weighted = (hidden.to(weights.dtype) * weights.unsqueeze(-1)).to(self.dtype)
+            _add_product(grad_weight, gradient.to(self.dtype).t(), weighted)
+        if grad_bias is not None:
+            grad_bias.addmv_(gradient.t(), weights)
+
+    def _slices(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Slices of the head in the dtype of the products, with the rows they hold."""
+        step = WIDENED_ROWS if self.weight.dtype != self.dtype else len(self.weight)
+        for start in range(0, len(self.weight), step):
+            rows = slice(start, start + step)
+            yield rows, self.weight[rows].to(self.dtype)
+
+
+def product_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """Dtype of the inputs of products with `hidden`; results are float32, or float64 for float64."""
+    device = hidden.device.type
+    if device != "cuda" or hidden.dtype == torch.float64 or "dtype_out" not in torch.ops.aten.mm.overloads():
+        return compute_dtype(hidden.dtype)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += torch.mm(a, b, out_dtype=total.dtype)

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose weights the teacher has.
+
+One model plays both roles. The teacher is the student's module with other values in its trainable parameters: for the
+time of scoring they are exchanged (or a fresh adapter is switched off), so frozen and adapted layers exist once, and
+the teacher's values are sharded the way the student's are.
+
+    base   the initial values: a fresh adapter off, otherwise a copy of the trainable parameters made at the start
+    live   the student's values at the time of scoring
+    ema    a moving average that starts from the student; of a LoRA pair the update B A is averaged, not A and B
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .heads import OutputHead, causal_lm
+
+TEACHER_KINDS = ("base", "live", "ema")
+
+
+class Teacher:
+    """The teacher's weights over the student's module.
+
+    Args:
+        kind: "base", "live" or "ema".
+        student: the model, unwrapped; a PEFT model where adapters train.
+        fresh_adapter: its adapter was just made and changes nothing yet, so switching it off is the initial model.
+        update_rate: share of the student in an update of "ema", in (0, 1].
+        keep_head: copy the head at each scoring because the loss will be taken after later updates.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        student: nn.Module,
+        *,
+        fresh_adapter: bool = False,
+        update_rate: float = 0.001,
+        keep_head: bool = False,
+    ):
+        self.kind, self.student, self.update_rate = kind, student, update_rate
+        self.adapter_off = kind == "base" and fresh_adapter
+        self.keep_head = keep_head
+        self.head: OutputHead | None = None
+        head_module = causal_lm(student).get_output_embeddings()
+        self._head_trains = any(parameter.requires_grad for parameter in head_module.parameters())
+        self.values = {} if kind == "live" or self.adapter_off else self._copy_of_student()
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within the context the student's module is the teacher, in evaluation mode; all is restored after it."""
+        modes = [(module, module.training) for module in self.student.modules()]
+        self.student.eval()
+        self.head = None
+        try:
+            with self.student.disable_adapter() if self.adapter_off else nullcontext(), self._exchanged():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def observe_head(self, head: OutputHead) -> None:
+        """Remember, during scoring, the teacher's output head where it may differ from the student's."""
+        if self.head is not None or not self._head_trains:
+            return
+        copy = self.keep_head or hasattr(head.weight, "ds_id")
+        weight, bias = (None if t is None else t.detach() for t in (head.weight, head.bias))
+        if copy:
+            weight, bias = weight.clone(), None if bias is None else bias.clone()
+        self.head = OutputHead(weight, bias, head.logit_scale, head.logit_softcap)
+
+    @torch.no_grad()
+    def update(self) -> float:
+        """Move "ema" towards the student by `update_rate`; nothing for the other kinds.
+
+        Returns:
+            The largest relative size of what a LoRA pair's rank could not hold of its averaged update, 0 without LoRA.
+        """
+        if self.kind != "ema":
+            return 0.0
+        lost = 0.0
+        for name, parameter in self._trainable():
+            current = parameter.detach()
+            if "lora_B." in name and current.ndim == 2 and name.replace("lora_B.", "lora_A.") in self.values:
+                lost = max(lost, self._update_pair(name.replace("lora_B.", "lora_A."), name))
+            elif "lora_A." not in name or current.ndim != 2:
+                self.values[name].lerp_(current.to(self.values[name]), self.update_rate)
+        return lost
+
+    def save(self, folder: str | Path) -> None:
+        """Write the "ema" values into a checkpoint folder as safetensors."""
+        if self.kind == "ema":
+            save_file({name: value.contiguous() for name, value in self.values.items()}, _file(folder))
+
+    def load(self, folder: str | Path) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: the checkpoint was written without an "ema" teacher.
+        """
+        if self.kind != "ema":
+            return
+        if not _file(folder).exists():
+            raise FileNotFoundError(
+                f"{_file(folder)} is missing: the checkpoint was not written with teacher_model_kind='ema'. Resume "
+                "with the setting it was trained with."
+            )
+        for name, value in load_file(_file(folder)).items():
+            self.values[name].copy_(value)
+
+    def _trainable(self):
+        return ((name, p) for name, p in self.student.named_parameters() if p.requires_grad)
+
+    def _copy_of_student(self) -> dict[str, torch.Tensor]:
+        # A moving average in bfloat16 would round its small steps away.
+        dtype = {"ema": torch.float32}.get(self.kind)
+        return {n: p.detach().clone().to(_at_least(p.dtype, dtype)) for n, p in self._trainable()}
+
+    @contextmanager
+    def _exchanged(self) -> Iterator[None]:
+        own = []
+        for name, parameter in self.student.named_parameters():
+            if name in self.values:
+                own.append((parameter, parameter.data))
+                parameter.data = self.values[name].to(dtype=parameter.dtype, device=parameter.device)
+        try:
+            yield
+        finally:
+            for parameter, data in own:
+                parameter.data = data
+
+    def _update_pair(self, name_a: str, name_b: str) -> float:
+        """Average the update B A of one LoRA pair and refit it to the pair's rank."""
+        student = dict(self.student.named_parameters())
+        new_a, new_b, lost = average_low_rank(
+            (self.values[name_a], self.values[name_b]),
+            (student[name_a].detach().float(), student[name_b].detach().float()),
+            self.update_rate,
+        )
+        self.values[name_a].copy_(new_a)
+        self.values[name_b].copy_(new_b)
+        return lost
+
+
+def average_low_rank(
+    teacher: tuple[torch.Tensor, torch.Tensor], student: tuple[torch.Tensor, torch.Tensor], rate: float
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """(1 - rate) B_T A_T + rate B_S A_S as the best pair of the same rank.
+
+    Args:
+        teacher: A (r, in) and B (out, r).
+        student: the same shapes.
+        rate: weight of the student, in (0, 1].
+
+    Returns:
+        A (r, in), B (out, r), and the Frobenius norm of what rank r cannot hold over that of the whole.
+    """
+    rank = teacher[0].shape[0]
+    left, left_core = torch.linalg.qr(torch.cat([(1 - rate) * teacher[1], rate * student[1]], dim=1))
+    right, right_core = torch.linalg.qr(torch.cat([teacher[0], student[0]], dim=0).T)
+    u, s, v = torch.linalg.svd(left_core @ right_core.T)
+    root = s[:rank].sqrt()
+    total = s.square().sum().sqrt().item()
+    lost = s[rank:].square().sum().sqrt().item() / total if total else 0.0
+    a, b = root[:, None] * (v[:rank] @ right.T), (left @ u[:, :rank]) * root
+    return nn.functional.pad(a, (0, 0, 0, rank - a.shape[0])), nn.functional.pad(b, (0, rank - b.shape[1])), lost
+
+
+def _at_least(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return dtype if wanted is None else torch.promote_types(dtype, wanted)
+
+
+def _file(folder: str | Path) -> Path:
+    return Path(folder) / "teacher.safetensors"

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is checked before any training: the dataset's rows and the model, each with an error that names the fix."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .contexts import check_prompt
+
+IMAGE_COLUMNS = ("image", "images")
+
+
+def check_dataset(dataset: Any, name: str, *, needs_solution: bool) -> None:
+    """Check columns and rows of a training or evaluation dataset.
+
+    Every row of a map-style dataset is read; a streamed one is checked row by row as it is used.
+
+    Args:
+        dataset: a `datasets.Dataset`, `IterableDataset`, or a dict of them for evaluation.
+        name: the trainer argument it was given as, for the message.
+        needs_solution: the method's teacher reads the reference solution of every row.
+
+    Raises:
+        ValueError: it is empty, lacks a column, has images, or a row is malformed.
+    """
+    if isinstance(dataset, Mapping):
+        for key, part in dataset.items():
+            check_dataset(part, f"{name}[{key!r}]", needs_solution=needs_solution)
+        return
+    columns = dataset.column_names
+    if columns is not None:
+        _check_columns(columns, name, needs_solution)
+    if not hasattr(dataset, "__len__"):
+        return
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty. Give it at least one row with `prompt` and `solution`.")
+    wanted = [column for column in ("prompt", "solution") if column in columns]
+    check_rows(dataset.select_columns(wanted), name, needs_solution=needs_solution)
+
+
+def check_rows(rows: Iterable[Mapping[str, Any]], name: str, *, needs_solution: bool) -> None:
+    """Check prompts and solutions row by row; the message names the row's index.
+
+    Raises:
+        ValueError: a prompt that the teacher could not be shown, or a missing or empty solution.
+    """
+    for index, row in enumerate(rows):
+        place = f"{name} row {index}"
+        check_prompt(row["prompt"], place)
+        solution = row.get("solution")
+        if solution is None and not needs_solution:
+            continue
+        if not isinstance(solution, str) or not solution.strip():
+            raise ValueError(
+                f"{place}: `solution` is {_describe(solution)}, but the teacher reads it. Remove the row or give it a "
+                "reference solution as text."
+            )
+
+
+def check_model_config(config: Any) -> None:
+    """Check that a model is a decoder-only language model.
+
+    Raises:
+        ValueError: it is an encoder-decoder, or reads images or audio.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"model: {config.model_type} is an encoder-decoder; the teacher scores the student's tokens as a "
+            "continuation. Use a decoder-only model."
+        )
+    if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
+        raise ValueError(
+            f"model: {config.model_type} reads images or audio, which are not carried into the teacher's prompt. Use "
+            "its text-only checkpoint."
+        )
+
+
+def check_vocabulary(config: Any, head_rows: int, num_tokens: int) -> None:
+    """Check that config, output head and tokenizer agree on the vocabulary.
+
+    Raises:
+        ValueError: the head's rows differ from the config's, or the tokenizer has more tokens than rows.
+    """
+    vocab_size = config.get_text_config().vocab_size
+    if head_rows != vocab_size:
+        raise ValueError(
+            f"model: its output head has {head_rows} rows but config.vocab_size is {vocab_size}. Call "
+            f"`model.resize_token_embeddings({vocab_size})` or correct the config."
+        )
+    if num_tokens > head_rows:
+        raise ValueError(
+            f"processing_class: the tokenizer has {num_tokens} tokens but the model only {head_rows} rows. Use the "
+            f"model's own tokenizer, or call `model.resize_token_embeddings({num_tokens})`."
+        )
+
+
+def _check_columns(columns: list[str], name: str, needs_solution: bool) -> None:
+    for column in ("prompt", "solution") if needs_solution else ("prompt",):
+        if column not in columns:
+            raise ValueError(
+                f"{name} has no `{column}` column (it has {columns}). Rename the column that holds the "
+                f"{'problem' if column == 'prompt' else 'reference solution'} with "
+                f"`dataset.rename_column(..., {column!r})`."
+            )
+    images = [column for column in IMAGE_COLUMNS if column in columns]
+    if images:
+        raise ValueError(
+            f"{name} has the column `{images[0]}`: images are not carried into the teacher's prompt. Remove the column "
+            "to train on text alone."
+        )
+
+
+def _describe(value: Any) -> str:
+    return "empty" if isinstance(value, str) else "None" if value is None else f"of type {type(value).__name__}"
