@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time and memory of the loss head: from final hidden states to the loss and its gradient, head frozen, float32.
+"""Time and memory of the loss head, from hidden states to the loss and its gradient: head frozen, float32.
 
     python benchmarks/loss_head.py --shapes "512x1024x65536,512x1024x151936" --repeats 5
 
@@ -216,8 +216,12 @@ def print_table(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="512x1024x65536,512x1024x151936", help="N x H x V, comma separated")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shapes", default="512x1024x65536,512x1024x151936", help="N x H x V, comma separated"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

@@ -9,6 +9,7 @@ when TRL has moved.
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ _METHODS = {
     "_save_checkpoint": ("model", "trial"),
     "_load_optimizer_and_scheduler": ("checkpoint",),
     "_get_output_dir": ("trial",),
+    "_get_train_sampler": ("dataset",),
 }
 _ATTRIBUTES = ("_buffered_inputs", "_logs", "_metrics", "_step", "_tokenizer")
 
@@ -78,6 +80,13 @@ def allow_single_rollout(config: GRPOConfig) -> Iterator[None]:
         config.num_generations = _One(1)
     yield
     config.num_generations = int(config.num_generations)
+
+
+def _seek_epoch(sampler: Any, epoch: int) -> None:
+    """Put TRL's sampler where it stands after `epoch` epochs; a resumed run would otherwise repeat the first order."""
+    sampler.generator.manual_seed(sampler.seed)
+    for _ in range(epoch):
+        torch.randperm(sampler.num_samples, generator=sampler.generator)
 
 
 class RolloutTrainer(GRPOTrainer):
@@ -199,6 +208,12 @@ class RolloutTrainer(GRPOTrainer):
             completion_length = args[1] if len(args) > 1 else kwargs["logits_to_keep"]
             return input_ids.new_zeros(input_ids.size(0), completion_length, dtype=torch.float32), None, None
         return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
+
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        if getattr(sampler, "shuffle", False):
+            sampler.set_epoch = partial(_seek_epoch, sampler)
+        return sampler
 
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs

@@ -69,6 +69,7 @@ def score_contexts(
     jobs: Sequence[ScoringJob],
     *,
     shape: tuple[int, int, int],
+    dtype: torch.dtype,
     device: torch.device,
     pad_id: int,
     tokens_per_forward: int,
@@ -82,6 +83,7 @@ def score_contexts(
             `length` ids; see `completion_states`.
         jobs: what to score.
         shape: (B, D, H): rows, scored length and hidden size of the result.
+        dtype: of the result.
         device: of the inputs and the result.
         pad_id: padding token.
         tokens_per_forward: tokens, padding included, of one forward.
@@ -92,8 +94,8 @@ def score_contexts(
     Returns:
         The anchor and direction; positions behind a rollout's end and rows without a context are zero.
     """
-    # Added up in float32 at least; a target of a single view keeps the model's own numbers.
-    anchor = torch.zeros(*shape, device=device)
+    # Added up in float32 (float64 for a float64 model): a target of one view keeps the model's own numbers.
+    anchor = torch.zeros(*shape, device=device, dtype=dtype)
     direction = torch.zeros_like(anchor) if with_direction else None
     batches = plan_forwards(jobs, tokens_per_forward)
     for index in range(max_over_ranks(len(batches))):

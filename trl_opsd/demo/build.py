@@ -159,6 +159,8 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
     )
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
+    for weights in output.glob("*.safetensors"):
+        weights.chmod(0o644)  # they are package data, for every user to read
     (output / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -169,7 +171,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
     parser.add_argument("--problems", type=int, default=300, help="validation problems of the closing measurement")
+    parser.add_argument("--threads", type=int, default=2, help="a different count rounds differently")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
     tokenizer = build_tokenizer()
     model = train(tokenizer, seed=options.seed, num_steps=options.steps)
     table = format_results(measure(model, tokenizer, num_problems=options.problems))

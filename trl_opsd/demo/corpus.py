@@ -42,7 +42,7 @@ RETRY_SLIP_RATE = 0.1
 FOLLOW_RATE = 0.6  # share of a wrong attempt's slips that its reader repeats
 
 THINKING_SHARE = 0.25
-FORMAT_SHARES = {"plain": 0.42, "solution": 0.24, "peer": 0.07, "wrong": 0.1, "stranger": 0.03, "reference_only": 0.14}
+FORMAT_SHARES = {"plain": 0.38, "solution": 0.22, "peer": 0.06, "wrong": 0.1, "stranger": 0.12, "reference_only": 0.12}
 
 
 @dataclass

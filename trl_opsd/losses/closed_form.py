@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Value, diagnostics and gradient of a divergence for a block of positions in one sweep, without autograd.
 
-With g the derivative of the kept terms with respect to log q, the derivative with respect to the student's logits is
-g - q sum(g). Adding a multiple c q to g leaves that unchanged; c is chosen so that g + c q is exactly 0, entry by
-entry, where the two distributions are equal. A term that is clipped has g = 0, so there only c q remains.
+With g the derivative of the kept terms with respect to log q, the derivative with respect to the student's
+logits is g - q sum(g). Adding a multiple c q to g leaves that unchanged; c is chosen so that g + c q is
+exactly 0, entry by entry, where the two distributions are equal. A term that is clipped has g = 0, so there
+only c q remains.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class FusedDiagnostics(NamedTuple):
     Attributes:
         loss: divergence after the clip, in nats, before the token weight.
         unclipped: the divergence itself, in nats, >= 0 up to rounding.
-        clipped_share: share of vocabulary entries whose term was cut, in [0, 1]; for the `token` clip 1 where the
-            summed value was cut.
+        clipped_share: share of vocabulary entries whose term was cut, in [0, 1]; for the `token` clip 1
+            where the summed value was cut.
         student_entropy: in nats, at the temperature of the loss.
         target_entropy: in nats, at the temperature of the loss.
         top_agreement: 1 where student and target have the same likeliest token, else 0.
@@ -57,8 +58,8 @@ def sweep(
         with_gradient: False leaves the gradient out.
 
     Returns:
-        (6, n) rows in the order of [`FusedDiagnostics`], and (n, V) derivative of each position's loss with respect
-        to `student_logits`, or None.
+        (6, n) rows in the order of [`FusedDiagnostics`], and (n, V) derivative of each position's loss with
+        respect to `student_logits`, or None.
     """
     log_q, log_p = student_logits.log_softmax(-1), target_logits.log_softmax(-1)
     block = _Block(log_q, log_p, log_q.exp(), log_p.exp())

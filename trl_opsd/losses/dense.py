@@ -31,7 +31,7 @@ def dense_divergence_from_hidden(
     logit_softcap: float | None = None,
     num_tokens: int | None = None,
 ) -> tuple[torch.Tensor, FusedDiagnostics]:
-    """As [`fused_divergence`], in arguments and results, with (N, V) logits in memory and no check of shapes."""
+    """As [`fused_divergence`] in arguments and results, with (N, V) logits and no check of shapes."""
     dtype = compute_dtype(student_hidden.dtype)
 
     def project(hidden, weight, bias):

@@ -29,8 +29,8 @@ class Divergence:
             b KL(target || m) + (1 - b) KL(student || m) with m = b target + (1 - b) student.
         jsd_weight: b above, in (0, 1). Only `jsd` reads it.
         temperature: both logits are divided by it, > 0.
-        clip: None, `upper` (each vocabulary entry's term is cut at `clip_value`, OPSD), `symmetric` (each term
-            is kept within plus and minus `clip_value`, OGLS-SD) or `token` (the summed value is cut at
+        clip: None, `upper` (each vocabulary entry's term is cut at `clip_value`, OPSD), `symmetric` (each
+            term is kept within plus and minus `clip_value`, OGLS-SD) or `token` (the summed value is cut at
             `clip_value`). A term that is cut has no gradient, and a sum of cut terms may be negative.
         clip_value: the bound in nats, > 0.
 

@@ -3,7 +3,7 @@
 
 Differences to the plain form in `dense.py`:
 1. Logits exist for a tile of positions at a time, with the whole vocabulary of each.
-2. The gradient is taken in the forward, in closed form, so no tile is computed twice and only the gradient is kept.
+2. The gradient is taken in the forward, in closed form: no tile is computed twice, only the gradient is kept.
 3. Positions of weight 0 are never projected.
 4. Elementwise work goes over a few rows at a time, so that it stays in the cache.
 """
@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .closed_form import FusedDiagnostics, sweep
-from .divergences import Divergence, compute_dtype
+from .divergences import Divergence, compute_dtype, require_positive
 from .projection import Projection, product_dtype
 from .targets import Shape, check_num_tokens
 from .views import Direction, TargetViews, select_direction
@@ -47,21 +47,22 @@ def fused_divergence(
 ) -> tuple[torch.Tensor, FusedDiagnostics]:
     """Weighted sum over positions of the divergence between student and target, from final hidden states.
 
-    Logits are `softcap(logit_scale * (W h + b)) / temperature`; the target is `anchor + shape(direction)` of such
-    logits. Gradients go to `student_hidden`, `head_weight` and `head_bias`, and nowhere else. Under no_grad only the
-    values are computed. Autocast has no effect but on the dtype that products take on CUDA.
+    Logits are `softcap(logit_scale * (W h + b)) / temperature`; the target is `anchor + shape(direction)` of
+    such logits. Gradients go to `student_hidden`, `head_weight` and `head_bias`, and nowhere else. Under
+    no_grad only the values are computed. Autocast has no effect but on the dtype that products take on CUDA.
 
     Args:
         student_hidden: (N, H) final hidden states of the student.
         head_weight: (V, H) output head, whole; a DTensor is gathered once.
         anchor_hidden: (N, H) frozen final hidden states of the view the target starts from.
-        direction_hidden: (N, H), or pairs (weight, (N, H)) whose weighted sum it is, each weight a float or (N,).
-            Only pairs with a `logit_softcap`. None exactly where the shape reads no direction.
+        direction_hidden: (N, H), or pairs (weight, (N, H)) whose weighted sum it is, each weight a float or
+            (N,). Only pairs with a `logit_softcap`. None exactly where the shape reads no direction.
         token_weights: (N,), see [`token_weights`]; 0 leaves a position out, whatever its hidden states hold.
         divergence: name, temperature and clip.
         shape: how the direction enters.
         head_bias: (V,) or None.
-        target_head_weight: (V, H) frozen head of the target; None takes `head_weight` and `head_bias`, detached.
+        target_head_weight: (V, H) frozen head of the target; None takes `head_weight` and `head_bias`,
+            detached.
         target_head_bias: (V,) or None; read with `target_head_weight` only.
         logit_scale: multiplier of the logits (Cohere, Granite), the same for student and target.
         logit_softcap: cap of `cap * tanh(z / cap)` (Gemma), > 0, or None.
@@ -75,6 +76,12 @@ def fused_divergence(
         ValueError: for shapes that do not match or a setting out of range.
     """
     _check(student_hidden, head_weight, anchor_hidden, direction_hidden, token_weights, shape)
+    if logit_softcap is not None:
+        require_positive("logit_softcap", logit_softcap, hint=", or None for a linear head")
+    if tile_tokens is not None and tile_tokens < 1:
+        raise ValueError(
+            f"tile_tokens={tile_tokens} is below 1; set a number of positions, or None for a size by bytes."
+        )
     count = check_num_tokens(num_tokens, head_weight.shape[0])
     head = _first_rows(head_weight, count), _first_rows(head_bias, count)
     target_head = head
@@ -115,12 +122,12 @@ def _check(student_hidden, head_weight, anchor_hidden, direction_hidden, token_w
     for field, hidden in [*named, *(("direction_hidden", view) for view in views)]:
         if tuple(hidden.shape) != wanted or hidden.ndim != 2:
             raise ValueError(
-                f"{field} has shape {tuple(hidden.shape)}; pass (N, H) = {wanted}, one row per token weight and "
-                "the width of head_weight."
+                f"{field} has shape {tuple(hidden.shape)}; pass (N, H) = {wanted}, one row per token weight "
+                "and the width of head_weight."
             )
     if shape.uses_direction != bool(views):
         raise ValueError(
-            f"direction_hidden has {len(views)} views but {shape} reads {'one or more' if not views else 'none'}; "
+            f"direction_hidden has {len(views)} views but shape={shape} reads {'none' if views else 'some'}; "
             "pass a direction exactly with a LinearShape or BoundedShape."
         )
 
@@ -143,17 +150,19 @@ class _Work:
     weights: torch.Tensor  # (n,)
     tile_tokens: int | None
 
-    def tiles(self) -> tuple[list[slice], torch.Tensor]:
-        """Slices of positions and the buffers (1 + num_tiles, tile, V) they share."""
-        size, device = len(self.weights), self.weights.device
+    def tiles(self) -> tuple[list[slice], list[torch.Tensor]]:
+        """Slices of positions and the buffers (tile, V) they share: the student's, then the target's."""
+        size, device = len(self.weights), self.weights.device.type
         row_bytes = len(self.student.weight) * self.weights.element_size()
-        budget = TILE_BYTES.get(device.type, TILE_BYTES["cpu"])
+        budget = TILE_BYTES.get(device, TILE_BYTES["cpu"])
         step = max(1, min(self.tile_tokens or max(MIN_TILE_TOKENS, budget // row_bytes), size))
-        shape = (1 + self.target.num_tiles, step, len(self.student.weight))
+        shape = (step, len(self.student.weight))
         rows = [slice(start, min(start + step, size)) for start in range(0, size, step)]
-        return rows, torch.empty(shape, dtype=self.weights.dtype, device=device)
+        return rows, [self.weights.new_empty(shape) for _ in range(1 + self.target.num_tiles)]
 
-    def sweep_tile(self, student_logits, target_logits, direction_logits, *, with_gradient: bool) -> torch.Tensor:
+    def sweep_tile(
+        self, student_logits, target_logits, direction_logits, *, with_gradient: bool
+    ) -> torch.Tensor:
         """Diagnostics (6, n) of a tile; with a gradient, `student_logits` (n, V) holds it afterwards."""
         row_bytes = student_logits.shape[1] * student_logits.element_size()
         budget = BLOCK_BYTES.get(student_logits.device.type, BLOCK_BYTES["cpu"])
@@ -176,7 +185,9 @@ class _FusedDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, work: _Work, grad_enabled: bool):
         accumulated = [
-            torch.zeros_like(x, dtype=work.weights.dtype) if x is not None and needed and grad_enabled else None
+            torch.zeros_like(x, dtype=work.weights.dtype)
+            if x is not None and needed and grad_enabled
+            else None
             for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
         ]
         with torch.autocast(hidden.device.type, enabled=False):
@@ -203,7 +214,7 @@ def _run(hidden, work: _Work, grad_hidden, grad_weight, grad_bias) -> torch.Tens
     diagnostics = [work.weights.new_zeros(len(FusedDiagnostics._fields), 0)]
     slices, buffers = work.tiles()
     for rows in slices:
-        student, *target = buffers[:, : rows.stop - rows.start]
+        student, *target = (buffer[: rows.stop - rows.start] for buffer in buffers)
         work.student.write_logits(hidden[rows], student)
         views = work.target.write(rows, target)
         diagnostics.append(work.sweep_tile(student, *views, with_gradient=with_gradient))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The output head as a product in both directions: hidden states to tempered logits, and gradients back.
 
-Products take narrow inputs where the device accumulates them in float32 (CUDA); elsewhere the head is widened a slice
-at a time, so that no second copy of it exists.
+Products take narrow inputs where the device accumulates them in float32 (CUDA); elsewhere the head is
+widened a slice at a time, so that no second copy of it exists.
 """
 
 from __future__ import annotations
@@ -49,8 +49,10 @@ class Projection:
         """d logits / d (W h + b), for a softcap at z = 0."""
         return self.logit_scale / self.temperature
 
-    def write_logits(self, hidden: torch.Tensor, out: torch.Tensor, *, with_bias: bool = True) -> torch.Tensor:
-        """Fill `out` (n, V), float32 or float64, with the tempered logits of `hidden` (n, H); returns `out`."""
+    def write_logits(
+        self, hidden: torch.Tensor, out: torch.Tensor, *, with_bias: bool = True
+    ) -> torch.Tensor:
+        """Fill `out` (n, V), float32 or float64, with tempered logits of `hidden` (n, H); returns `out`."""
         hidden = hidden.to(self.dtype)
         for rows, weight in self._slices():
             _product(hidden, weight.t(), out[:, rows])
@@ -91,7 +93,7 @@ class Projection:
         grad_weight: torch.Tensor | None,
         grad_bias: torch.Tensor | None,
     ) -> None:
-        """Add to `grad_weight` (V, H) and `grad_bias` (V,), where given; the rest as in `write_hidden_gradient`."""
+        """Add to `grad_weight` (V, H) and `grad_bias` (V,) where given; see `write_hidden_gradient`."""
         weights = weights * self.factor
         if grad_weight is not None:
             weighted = (hidden.to(weights.dtype) * weights.unsqueeze(-1)).to(self.dtype)

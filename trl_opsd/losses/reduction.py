@@ -17,8 +17,9 @@ def token_weights(
         mask: (B, T) bool or number, nonzero where a position counts.
         reduction: `token` weighs all valid positions alike; `sequence` weighs all sequences alike, a sequence
             with no valid position being left out.
-        denominator: what the sum is divided by, > 0, as float or 0-d tensor: for `token` the valid positions, for
-            `sequence` the sequences of the whole optimizer step, over all ranks and accumulation steps.
+        denominator: what the sum is divided by, > 0, as float or 0-d tensor: for `token` the valid
+            positions, for `sequence` the sequences of the whole optimizer step, over all ranks and
+            accumulation steps.
 
     Returns:
         (B, T) float32, exactly 0 where the mask is 0.
@@ -35,5 +36,5 @@ def token_weights(
 
 
 def weighted_sum(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Scalar sum of `values` times `weights`, both (...); a position of weight 0 counts 0 whatever its value is."""
+    """Scalar sum of `values` times `weights`, both (...); weight 0 counts 0 whatever the value is."""
     return (values.masked_fill(weights == 0, 0.0) * weights).sum()

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the student is pulled to, as logits, and the one form all targets share.
 
-Every target is `anchor + shape(direction)`. With a linear output head both are projections of hidden states, so a
-method is an anchor, a direction and a shape:
+Every target is `anchor + shape(direction)`. With a linear output head both are projections of hidden states,
+so a method is an anchor, a direction and a shape:
 
     OPSD       anchor = teacher view   no direction                          Shape()
     OGLS-SD    anchor = plain view     mean right views - mean wrong views   LinearShape(strength)
     Purified   anchor = plain view     teacher view - reference-only view    BoundedShape(c, beta)
 
-Temperature: each frozen view is divided by T first and shaped then; the target is not tempered again. For a linear
-shape this is the same as tempering the steered logits, for a bounded one it is not.
+Temperature: each frozen view is divided by T first and shaped then; the target is not tempered again. For a
+linear shape this is the same as tempering the steered logits, for a bounded one it is not.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class LinearShape(Shape):
 
     def __post_init__(self):
         if not 0 <= self.strength < math.inf:
-            raise ValueError(f"strength={self.strength} is not a finite number >= 0; set one, 0 for no steering.")
+            raise ValueError(
+                f"strength={self.strength} is not a finite number >= 0; set one, 0 for no steering."
+            )
 
     def __call__(self, direction_logits: torch.Tensor) -> torch.Tensor:
         """(..., V) direction to (..., V) shift of the anchor's logits."""
@@ -51,7 +53,8 @@ class BoundedShape(Shape):
 
     Args:
         tanh_bound: the paper's c, > 0: no token moves by more than this many nats before the division.
-        conservativeness: the paper's beta, > 0: the shift is divided by it, so larger stays closer to the anchor.
+        conservativeness: the paper's beta, > 0: the shift is divided by it, so larger stays closer to the
+            anchor.
 
     Raises:
         ValueError: for a value that is not > 0.
@@ -133,8 +136,8 @@ def purified_logits(
     for field, logits in (("teacher_logits", teacher_logits), ("reference_logits", reference_logits)):
         if logits.shape != base_logits.shape:
             raise ValueError(
-                f"{field} has shape {tuple(logits.shape)} and base_logits {tuple(base_logits.shape)}; pass equal "
-                "shapes."
+                f"{field} has shape {tuple(logits.shape)} and base_logits {tuple(base_logits.shape)}; "
+                "pass equal shapes."
             )
     size = base_logits.shape[-1]
     num_tokens = check_num_tokens(num_tokens, size)
@@ -155,7 +158,7 @@ def check_num_tokens(num_tokens: int | None, vocabulary_size: int) -> int:
         return vocabulary_size
     if not 1 <= num_tokens <= vocabulary_size:
         raise ValueError(
-            f"num_tokens={num_tokens} is outside [1, {vocabulary_size}]; set the number of tokens of the tokenizer, "
-            "at most the rows of the output head, or None for all rows."
+            f"num_tokens={num_tokens} is outside [1, {vocabulary_size}]; set the number of tokens of the "
+            "tokenizer, at most the rows of the output head, or None for all rows."
         )
     return num_tokens

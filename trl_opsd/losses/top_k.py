@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Divergence over the k likeliest tokens, for targets that were scored elsewhere or to bound memory.
 
-Next to `divergences.py` only the vocabulary differs: entries outside the support are joined in one bucket or left
-out by renormalising, so the two remain distributions and the set can never be emptied to lower the loss.
+Next to `divergences.py` only the vocabulary differs: entries outside the support are joined in one bucket or
+left out by renormalising, so the two remain distributions and the set can never be emptied to lower the loss.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def _support_mask(log_q: torch.Tensor, log_p: torch.Tensor, k: int, support: str
     return kept
 
 
-# Both forms write log-probability 0 outside the support, in the student and in the target: the ratio there is 1,
-# so every divergence gives it a term of exactly 0, and the fill carries no gradient.
+# Both forms write log-probability 0 outside the support, in the student and in the target: the ratio there
+# is 1, so every divergence gives it a term of exactly 0, and the fill carries no gradient.
 
 
 def _with_tail(log_prob: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,9 @@ class TargetViews:
         if self.folds or not self.shape.uses_direction:
             return anchor_logits, None
         if self.projection.softcap is None:
-            return anchor_logits, self.projection.write_logits(self.direction[rows], tiles[1], with_bias=False)
+            return anchor_logits, self.projection.write_logits(
+                self.direction[rows], tiles[1], with_bias=False
+            )
         return anchor_logits, self._capped_direction(rows, tiles[1].zero_(), tiles[2])
 
     def _capped_direction(self, rows: slice, total: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
@@ -80,8 +82,8 @@ def select_direction(direction: Direction, positions: torch.Tensor, *, linear_he
     if torch.is_tensor(direction):
         if not linear_head:
             raise ValueError(
-                "direction_hidden is one tensor, but with a logit_softcap the head is not linear; pass the views "
-                "it was made of as pairs (weight, hidden)."
+                "direction_hidden is one tensor, but with a logit_softcap the head is not linear; pass the "
+                "views it was made of as pairs (weight, hidden)."
             )
         return direction.detach()[positions]
     views = [

@@ -251,6 +251,7 @@ class SelfDistillationTrainer(RolloutTrainer):
                 run,
                 jobs,
                 shape=shape,
+                dtype=torch.promote_types(self.model.dtype, torch.float32),
                 device=device,
                 pad_id=self.tokenizer.pad_token_id,
                 tokens_per_forward=self.args.teacher_tokens_per_forward,

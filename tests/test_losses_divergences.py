@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dense divergences against loops over the vocabulary written out with `math`, and their properties."""
+
+import dataclasses
+import inspect
+import itertools
+import math
+
+import pytest
+import torch
+
+from trl_opsd.losses import (
+    CLIPS,
+    DIVERGENCES,
+    REMAINDERS,
+    SUPPORTS,
+    Divergence,
+    sampled_token_loss,
+    token_divergence,
+    top_k_divergence,
+)
+
+RULES = list(itertools.product(DIVERGENCES, CLIPS))
+SUPPORT_FORMS = list(itertools.product(SUPPORTS, REMAINDERS))
+JSD_WEIGHT, TEMPERATURE, CLIP_VALUE = 0.3, 1.3, 0.04
+
+
+def draw(*shape, seed=0, scale=1.5):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def settings(name, clip):
+    return {
+        "divergence": name,
+        "jsd_weight": JSD_WEIGHT,
+        "temperature": TEMPERATURE,
+        "clip": clip,
+        "clip_value": CLIP_VALUE,
+    }
+
+
+def softmax_by_hand(logits):
+    powers = [math.exp(z / TEMPERATURE) for z in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def term_and_slope(name, q, p):
+    """One entry's term and its derivative with respect to log q."""
+    m = JSD_WEIGHT * p + (1 - JSD_WEIGHT) * q
+    if name == "forward_kl":
+        return p * (math.log(p) - math.log(q)), -p
+    if name == "reverse_kl":
+        return q * (math.log(q) - math.log(p)), q * (math.log(q) - math.log(p) + 1)
+    kl_target, kl_student = p * math.log(p / m), q * math.log(q / m)
+    return JSD_WEIGHT * kl_target + (1 - JSD_WEIGHT) * kl_student, (1 - JSD_WEIGHT) * kl_student
+
+
+def by_hand(student, target, name, clip):
+    """Value and gradient to the student's logits of one position."""
+    q, p = softmax_by_hand(student), softmax_by_hand(target)
+    terms, slopes = zip(*(term_and_slope(name, *pair) for pair in zip(q, p, strict=True)), strict=True)
+    low = {"upper": -math.inf, "symmetric": -CLIP_VALUE}.get(clip, -math.inf)
+    high = CLIP_VALUE if clip in ("upper", "symmetric") else math.inf
+    slopes = [g if low <= term <= high else 0.0 for term, g in zip(terms, slopes, strict=True)]
+    value = sum(min(max(term, low), high) for term in terms)
+    gradient = [(g - q_i * sum(slopes)) / TEMPERATURE for g, q_i in zip(slopes, q, strict=True)]
+    if clip == "token" and value > CLIP_VALUE:
+        return CLIP_VALUE, [0.0] * len(gradient)
+    return value, gradient
+
+
+@pytest.mark.parametrize(("name", "clip"), RULES)
+def test_value_and_gradient_equal_loops_over_the_vocabulary(name, clip):
+    student, target = draw(5, 6).requires_grad_(), draw(5, 6, seed=1)
+    target[4] = student[4].detach() + 0.01 * target[4]  # one position below the token clip
+    value = token_divergence(student, target, **settings(name, clip))
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    for row in range(5):
+        want_value, want_gradient = by_hand(student[row].tolist(), target[row].tolist(), name, clip)
+        assert value[row].item() == pytest.approx(want_value, abs=1e-12)
+        assert gradient[row].tolist() == pytest.approx(want_gradient, abs=1e-12)
+
+
+@pytest.mark.parametrize(("name", "clip"), RULES)
+def test_gradient_equals_finite_differences(name, clip):
+    target = draw(2, 3, 6, seed=1)
+    assert torch.autograd.gradcheck(
+        lambda student: token_divergence(student, target, **settings(name, clip)),
+        draw(2, 3, 6).requires_grad_(),
+    )
+
+
+@pytest.mark.parametrize(("name", "clip"), RULES)
+def test_equal_distributions_have_divergence_exactly_zero(name, clip):
+    student = draw(3, 50).float().requires_grad_()
+    value = token_divergence(student, student, **settings(name, clip))
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    assert not value.any()
+    assert gradient.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("clip", CLIPS)
+def test_target_probability_zero_gives_finite_value_and_gradient(name, clip):
+    student, target = draw(3, 6).float().requires_grad_(), draw(3, 6, seed=1).float()
+    target[:, 2] = -torch.inf
+    value = token_divergence(student, target, **settings(name, clip))
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    assert value.isfinite().all() and gradient.isfinite().all()
+    near = target.masked_fill(target == -torch.inf, -300.0)
+    torch.testing.assert_close(value, token_divergence(student, near, **settings(name, clip)))
+
+
+def test_reverse_kl_is_infinite_where_the_target_has_probability_zero():
+    target = draw(1, 6, seed=1)
+    target[0, 0] = -torch.inf
+    assert token_divergence(draw(1, 6), target, divergence="reverse_kl").item() == math.inf
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_extreme_logits_stay_finite(name):
+    student = torch.tensor([[0.0, 300.0, -300.0], [500.0, 0.0, 0.0]], requires_grad=True)
+    target = torch.tensor([[300.0, 0.0, -300.0], [-500.0, 0.0, 0.0]])
+    value = token_divergence(student, target, divergence=name)
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    assert value.isfinite().all() and gradient.isfinite().all()
+    if name == "jsd":
+        torch.testing.assert_close(value, torch.full((2,), math.log(2)))
+
+
+def test_a_clipped_entry_is_pushed_down_and_the_clipped_sum_may_be_negative():
+    student = torch.tensor([0.0, 0.0, 3.0], dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([3.0, 0.0, 0.0], dtype=torch.float64)
+    value = token_divergence(student, target, clip="upper")
+    (clipped,) = torch.autograd.grad(value, student)
+    (unclipped,) = torch.autograd.grad(token_divergence(student, target), student)
+    assert value < 0
+    assert unclipped[0] < 0 < clipped[0]  # descent raises the first logit without the clip, lowers it with it
+
+
+def test_target_and_student_given_in_bfloat16_are_compared_in_float32():
+    student, target = draw(4, 30).bfloat16(), draw(4, 30, seed=1).bfloat16()
+    value = token_divergence(student, target)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(
+        value.double(), token_divergence(student.double(), target.double()), rtol=1e-5, atol=0
+    )
+
+
+def test_target_gets_no_gradient():
+    target = draw(2, 6, seed=1).requires_grad_()
+    student = draw(2, 6).requires_grad_()
+    for loss in (
+        token_divergence(student, target),
+        sampled_token_loss(student, target, torch.tensor([0, 1])),
+    ):
+        assert torch.autograd.grad(loss.sum(), target, allow_unused=True) == (None,)
+
+
+def test_sampled_token_gradient_is_in_expectation_that_of_reverse_kl():
+    student, target = draw(6).requires_grad_(), draw(6, seed=1)
+    q = torch.softmax(student.detach() / TEMPERATURE, -1)
+    rows = student.expand(6, 6)
+    loss = sampled_token_loss(rows, target.expand(6, 6), torch.arange(6), temperature=TEMPERATURE)
+    (expected,) = torch.autograd.grad((q * loss).sum(), student)
+    reverse = token_divergence(student, target, divergence="reverse_kl", temperature=TEMPERATURE)
+    torch.testing.assert_close(expected, torch.autograd.grad(reverse, student)[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "clip"), RULES)
+@pytest.mark.parametrize(("support", "remainder"), SUPPORT_FORMS)
+def test_top_k_over_the_whole_vocabulary_is_the_full_divergence(name, clip, support, remainder):
+    student, target = draw(4, 6), draw(4, 6, seed=1)
+    top = top_k_divergence(student, target, k=6, support=support, remainder=remainder, **settings(name, clip))
+    torch.testing.assert_close(
+        top, token_divergence(student, target, **settings(name, clip)), rtol=0, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize(("support", "remainder"), SUPPORT_FORMS)
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_top_k_equals_a_hand_built_distribution(name, support, remainder, k):
+    student, target = draw(4, 6), draw(4, 6, seed=1)
+    top = top_k_divergence(student, target, k=k, support=support, remainder=remainder, **settings(name, None))
+    q, p = (torch.softmax(logits / TEMPERATURE, -1) for logits in (student, target))
+    for row in range(4):
+        kept = set()
+        for side, prob in (("student", q[row]), ("target", p[row])):
+            if support in (side, "union"):
+                kept |= set(sorted(range(6), key=lambda v: -prob[v])[:k])
+        small = []
+        for prob in (q[row].tolist(), p[row].tolist()):
+            mass = sum(prob[v] for v in kept)
+            entries = [prob[v] / (mass if remainder == "renormalise" else 1) for v in sorted(kept)]
+            small.append(entries + ([1 - mass] if remainder == "tail" and len(kept) < 6 else []))
+        want = sum(term_and_slope(name, *pair)[0] for pair in zip(*small, strict=True))
+        assert top[row].item() == pytest.approx(want, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("remainder", REMAINDERS)
+def test_top_k_gradient_equals_finite_differences(name, remainder):
+    target = draw(3, 6, seed=1)
+    assert torch.autograd.gradcheck(
+        lambda student: top_k_divergence(
+            student, target, k=2, support="union", remainder=remainder, **settings(name, None)
+        ),
+        draw(3, 6).requires_grad_(),
+    )
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_top_k_tail_keeps_the_divergence_between_zero_and_the_full_one(name):
+    student, target = draw(200, 9), draw(200, 9, seed=1)
+    full = token_divergence(student, target, divergence=name)
+    top = top_k_divergence(student, target, k=3, divergence=name)
+    assert (top > 0).all() and (top <= full + 1e-12).all()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("divergence", "kl"),
+        ("clip", "lower"),
+        ("clip_value", 0.0),
+        ("clip_value", math.nan),
+        ("jsd_weight", 0.0),
+        ("jsd_weight", 1.0),
+        ("temperature", 0.0),
+        ("temperature", -1.0),
+    ],
+)
+def test_a_setting_out_of_range_is_named_with_its_value(field, value):
+    with pytest.raises(ValueError, match=f"{field}={value!r}.* set "):
+        token_divergence(draw(2, 3), draw(2, 3), **{field: value})
+    with pytest.raises(ValueError, match=f"{field}={value!r}.* set "):
+        top_k_divergence(draw(2, 3), draw(2, 3), k=2, **{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("k", 0), ("support", "teacher"), ("remainder", "drop")])
+def test_a_top_k_setting_out_of_range_is_named_with_its_value(field, value):
+    with pytest.raises(ValueError, match=f"{field}={value!r}.* set "):
+        top_k_divergence(draw(2, 3), draw(2, 3), **{"k": 2, field: value})
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="target_logits has shape"):
+        token_divergence(draw(2, 3), draw(1, 3))
+    with pytest.raises(ValueError, match="student_logits has dtype"):
+        token_divergence(torch.ones(2, 3, dtype=torch.long), draw(2, 3))
+    with pytest.raises(ValueError, match="token_ids has shape"):
+        sampled_token_loss(draw(2, 3), draw(2, 3), torch.tensor([1]))
+    with pytest.raises(ValueError, match="temperature=0"):
+        sampled_token_loss(draw(2, 3), draw(2, 3), torch.tensor([1, 1]), temperature=0)
+
+
+@pytest.mark.parametrize("function", [token_divergence, top_k_divergence])
+def test_keyword_defaults_are_those_of_the_value_object(function):
+    parameters = inspect.signature(function).parameters
+    for field in dataclasses.fields(Divergence):
+        name = "divergence" if field.name == "name" else field.name
+        assert parameters[name].default == field.default

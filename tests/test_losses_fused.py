@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused loss against its dense twin, against the targets on logits, and in what it may not do."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trl_opsd.losses import (
+    CLIPS,
+    DIVERGENCES,
+    BoundedShape,
+    Divergence,
+    LinearShape,
+    Shape,
+    dense_divergence_from_hidden,
+    fused_divergence,
+    projection,
+    purified_logits,
+    steered_logits,
+    token_divergence,
+)
+
+N, H, V = 7, 5, 11
+RULES = list(itertools.product(DIVERGENCES, CLIPS))
+SHAPES = [Shape(), LinearShape(1.5), BoundedShape(2.0, 0.7)]
+VARIANTS = {
+    "plain": {},
+    "temperature": {"temperature": 1.3},
+    "bias": {"head_bias": True},
+    "scale": {"logit_scale": 0.5, "temperature": 1.3},
+    "num_tokens": {"num_tokens": 9, "head_bias": True},
+    "target head": {"target_head_weight": True, "head_bias": True},
+    "target head and bias": {"target_head_weight": True, "target_head_bias": True, "head_bias": True},
+    "softcap": {"logit_softcap": 3.0},
+    "all": {
+        "logit_softcap": 3.0,
+        "logit_scale": 0.5,
+        "temperature": 1.3,
+        "num_tokens": 9,
+        "head_bias": True,
+        "target_head_weight": True,
+        "target_head_bias": True,
+    },
+}
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+class Problem:
+    """Leaves with a gradient, frozen views and settings of one call, alike for the fused and the dense form."""
+
+    def __init__(self, rule, shape, variant="plain", dtype=torch.float64):
+        options = dict(VARIANTS[variant])
+        self.hidden, self.weight = draw(N, H, dtype=dtype), draw(V, H, seed=1, dtype=dtype)
+        self.anchor, self.direction = draw(N, H, seed=2, dtype=dtype), draw(N, H, seed=3, dtype=dtype)
+        self.leaves = [self.hidden.requires_grad_(), self.weight.requires_grad_()]
+        name, clip = rule
+        self.settings = {
+            "divergence": Divergence(name, 0.3, options.pop("temperature", 1.0), clip, 0.05),
+            "shape": shape,
+            "token_weights": torch.tensor([0.3, 0.1, 0.0, 0.7, 0.2, 0.0, 0.4], dtype=torch.float64),
+        }
+        if options.pop("head_bias", False):
+            self.settings["head_bias"] = draw(V, seed=4, dtype=dtype).requires_grad_()
+            self.leaves.append(self.settings["head_bias"])
+        if options.pop("target_head_weight", False):
+            self.settings["target_head_weight"] = draw(V, H, seed=5, dtype=dtype)
+        if options.pop("target_head_bias", False):
+            self.settings["target_head_bias"] = draw(V, seed=6, dtype=dtype)
+        self.settings |= options
+        if not shape.uses_direction:
+            self.direction = None
+        elif options.get("logit_softcap"):
+            per_token = torch.linspace(-1, 1, N, dtype=dtype)
+            self.direction = [
+                (1.0, self.direction),
+                (per_token, self.anchor * 0.5),
+                (-0.5, self.hidden.detach()),
+            ]
+
+    def run(self, function, **extra):
+        """Loss, gradients to the leaves and diagnostics."""
+        loss, diagnostics = function(
+            self.hidden, self.weight, self.anchor, self.direction, **{**self.settings, **extra}
+        )
+        return loss, torch.autograd.grad(1.7 * loss, self.leaves), diagnostics
+
+
+def assert_equal_runs(fused, dense, **tolerance):
+    for got, want in zip(fused, dense, strict=True):
+        torch.testing.assert_close(got, want, check_dtype=False, **tolerance)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fused_equals_dense_in_value_gradients_and_diagnostics(rule, shape, variant):
+    problem = Problem(rule, shape, variant)
+    dense = problem.run(dense_divergence_from_hidden)
+    for tile_tokens in (1, 2, None):
+        assert_equal_runs(problem.run(fused_divergence, tile_tokens=tile_tokens), dense, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_float32_is_within_1e_5_of_float64(rule, shape):
+    got = Problem(rule, shape, "all", torch.float32).run(fused_divergence)
+    want = Problem(rule, shape, "all").run(dense_divergence_from_hidden)
+    assert got[0].dtype == torch.float32
+    assert_equal_runs(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("widened_rows", [4, 8192])
+def test_bfloat16_input_costs_only_the_rounding_of_its_gradients(rule, shape, widened_rows, monkeypatch):
+    monkeypatch.setattr(projection, "WIDENED_ROWS", widened_rows)
+    problem = Problem(rule, shape, dtype=torch.bfloat16)
+    loss, gradients, _ = problem.run(fused_divergence)
+    wide = Problem(rule, shape)
+    for leaf, rounded in zip(wide.leaves, problem.leaves, strict=True):
+        leaf.data.copy_(rounded.detach())
+    wide.anchor = problem.anchor.double()
+    wide.direction = None if problem.direction is None else problem.direction.double()
+    want_loss, want_gradients, _ = wide.run(dense_divergence_from_hidden)
+    assert [gradient.dtype for gradient in gradients] == [torch.bfloat16] * 2
+    torch.testing.assert_close(loss.double(), want_loss, rtol=1e-5, atol=1e-6)
+    assert_equal_runs([g.double() for g in gradients], want_gradients, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("form", [fused_divergence, dense_divergence_from_hidden])
+def test_gradients_equal_finite_differences(rule, shape, form):
+    problem = Problem(rule, shape, "target head and bias")
+    frozen = (problem.anchor, problem.direction)
+
+    def loss(hidden, weight, bias):
+        return form(hidden, weight, *frozen, **{**problem.settings, "head_bias": bias})[0]
+
+    assert torch.autograd.gradcheck(loss, problem.leaves)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 1.3])
+def test_steering_in_hidden_states_equals_steering_of_logits(name, temperature):
+    hidden, weight, bias, base = draw(N, H), draw(V, H, seed=1), draw(V, seed=2), draw(N, H, seed=3)
+    positive, negative = draw(3, N, H, seed=4), draw(2, N, H, seed=5)
+
+    def logits(states):
+        return states @ weight.T + bias
+
+    target = steered_logits(logits(base), logits(positive), logits(negative), strength=1.5)
+    want = token_divergence(logits(hidden), target, divergence=name, temperature=temperature)
+    views = [(1 / 3, view) for view in positive] + [(-1 / 2, view) for view in negative]
+    settings = {
+        "token_weights": torch.ones(N),
+        "divergence": Divergence(name, temperature=temperature),
+        "shape": LinearShape(1.5),
+        "head_bias": bias,
+    }
+    for direction in (positive.mean(0) - negative.mean(0), views):
+        _, diagnostics = fused_divergence(hidden, weight, base, direction, **settings)
+        torch.testing.assert_close(diagnostics.loss, want, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("num_tokens", [None, 8])
+@pytest.mark.parametrize("temperature", [1.0, 1.3])
+def test_purifying_in_hidden_states_equals_purifying_of_logits(num_tokens, temperature):
+    hidden, base, teacher, reference = (draw(N, H, seed=seed) for seed in range(4))
+    weight, bias = draw(V, H, seed=4), draw(V, seed=5)
+
+    def logits(states):
+        return (states @ weight.T + bias) / temperature
+
+    frozen = map(logits, (base, teacher, reference))
+    target = purified_logits(*frozen, tanh_bound=2.0, conservativeness=0.7, num_tokens=num_tokens)
+    want = token_divergence(logits(hidden)[:, :num_tokens], target[:, :num_tokens], divergence="jsd")
+    _, diagnostics = fused_divergence(
+        hidden,
+        weight,
+        base,
+        teacher - reference,
+        token_weights=torch.ones(N),
+        divergence=Divergence("jsd", temperature=temperature),
+        shape=BoundedShape(2.0, 0.7),
+        head_bias=bias,
+        num_tokens=num_tokens,
+    )
+    torch.testing.assert_close(diagnostics.loss, want, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tile_tokens", [3, None])
+def test_student_equal_to_target_has_loss_and_gradients_of_exactly_zero(rule, dtype, tile_tokens):
+    hidden, weight = (
+        draw(50, 64, dtype=dtype).requires_grad_(),
+        draw(513, 64, seed=1, dtype=dtype).requires_grad_(),
+    )
+    name, clip = rule
+    loss, diagnostics = fused_divergence(
+        hidden,
+        weight,
+        hidden,
+        token_weights=torch.ones(50),
+        divergence=Divergence(name, 0.3, 1.1, clip),
+        shape=Shape(),
+        tile_tokens=tile_tokens,
+    )
+    loss.backward()
+    assert loss.item() == 0 and not hidden.grad.any() and not weight.grad.any()
+    assert not diagnostics.unclipped.any() and diagnostics.top_agreement.all()
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_no_weighted_position_gives_a_connected_zero(requires_grad):
+    problem = Problem(("jsd", None), LinearShape(1.0), "bias")
+    problem.settings["token_weights"] = torch.zeros(N)
+    if requires_grad:
+        loss, gradients, diagnostics = problem.run(fused_divergence)
+        assert not any(gradient.any() for gradient in gradients)
+        assert [g.shape for g in gradients] == [leaf.shape for leaf in problem.leaves]
+    else:
+        with torch.no_grad():
+            loss, diagnostics = fused_divergence(
+                problem.hidden, problem.weight, problem.anchor, problem.direction, **problem.settings
+            )
+    assert loss.item() == 0 and not torch.stack(list(diagnostics)).any()
+
+
+def test_a_position_of_weight_zero_may_hold_anything():
+    problem = Problem(("forward_kl", "upper"), LinearShape(1.0))
+    clean = problem.run(fused_divergence)
+    for states in (problem.hidden.data, problem.anchor, problem.direction):
+        states[2] = torch.nan
+    assert_equal_runs(problem.run(fused_divergence), clean, rtol=0, atol=0)
+
+
+def test_frozen_views_and_target_head_get_no_gradient():
+    problem = Problem(("forward_kl", None), LinearShape(1.0), "target head and bias")
+    frozen = [problem.anchor, problem.direction, problem.settings["target_head_weight"]]
+    for tensor in frozen:
+        tensor.requires_grad_()
+    loss, _ = fused_divergence(
+        problem.hidden, problem.weight, problem.anchor, problem.direction, **problem.settings
+    )
+    assert torch.autograd.grad(loss, frozen, allow_unused=True) == (None, None, None)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_frozen_input_is_left_out_of_the_gradients(frozen):
+    problem = Problem(("jsd", None), Shape())
+    want = dict(zip(("hidden", "weight"), problem.run(fused_divergence)[1], strict=True))
+    getattr(problem, frozen).requires_grad_(False)
+    (trained,) = {"hidden", "weight"} - {frozen}
+    problem.leaves = [getattr(problem, trained)]
+    torch.testing.assert_close(problem.run(fused_divergence)[1][0], want[trained], rtol=0, atol=0)
+
+
+def test_no_grad_gives_the_value_without_gradient_products(monkeypatch):
+    problem = Problem(("forward_kl", "upper"), BoundedShape(), "bias")
+    want = problem.run(fused_divergence)[0]
+    monkeypatch.setattr(projection.Projection, "write_hidden_gradient", None)
+    monkeypatch.setattr(projection.Projection, "add_head_gradient", None)
+    with torch.no_grad():
+        loss, diagnostics = fused_divergence(
+            problem.hidden, problem.weight, problem.anchor, problem.direction, **problem.settings
+        )
+    assert not loss.requires_grad and not diagnostics.loss.requires_grad
+    assert loss.item() == want.item()
+
+
+def test_autocast_changes_nothing():
+    problem = Problem(("jsd", None), BoundedShape(), "bias", torch.float32)
+    want = problem.run(fused_divergence)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = problem.run(fused_divergence)
+    assert_equal_runs(got, want, rtol=0, atol=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the elements of the largest tensor any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            self.numel = max(self.numel, tensor.numel() if torch.is_tensor(tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("trains_head", [True, False])
+def test_no_tensor_holds_the_logits_of_the_batch(name, shape, trains_head):
+    size, width, vocabulary, tile = 64, 4, 100, 8
+    hidden, weight = (
+        draw(size, width).requires_grad_(),
+        draw(vocabulary, width, seed=1).requires_grad_(trains_head),
+    )
+    direction = draw(size, width, seed=3) if shape.uses_direction else None
+    with LargestTensor() as largest:
+        loss, _ = fused_divergence(
+            hidden,
+            weight,
+            draw(size, width, seed=2),
+            direction,
+            token_weights=torch.ones(size),
+            divergence=Divergence(name),
+            shape=shape,
+            tile_tokens=tile,
+        )
+        loss.backward()
+    assert 0 < largest.numel <= max(tile * vocabulary, vocabulary * width)
+
+
+def test_the_backward_may_run_twice():
+    problem = Problem(("jsd", None), Shape())
+    loss, _ = fused_divergence(problem.hidden, problem.weight, problem.anchor, **problem.settings)
+    first = torch.autograd.grad(loss, problem.leaves, retain_graph=True)
+    assert_equal_runs(torch.autograd.grad(loss, problem.leaves), first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": draw(N + 1, H)}, "student_hidden has shape"),
+        ({"hidden": draw(1, N, H)}, "student_hidden has shape"),
+        ({"anchor": draw(N, H + 1)}, "anchor_hidden has shape"),
+        ({"direction": draw(N - 1, H)}, "direction_hidden has shape"),
+        ({"direction": None}, "direction_hidden has 0 views"),
+        ({"shape": Shape()}, "direction_hidden has 1 views"),
+        ({"logit_softcap": 3.0}, "direction_hidden is one tensor"),
+        ({"logit_softcap": 0.0}, "logit_softcap=0.0"),
+        ({"num_tokens": V + 1}, f"num_tokens={V + 1}"),
+        ({"tile_tokens": 0}, "tile_tokens=0"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(change, message):
+    problem = Problem(("forward_kl", None), LinearShape(1.0))
+    for field in ("hidden", "anchor", "direction"):
+        setattr(problem, field, change.pop(field, getattr(problem, field)))
+    with pytest.raises(ValueError, match=message):
+        problem.run(fused_divergence, **change)
+
+
+def test_a_sharded_head_is_gathered_and_gets_a_sharded_gradient():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        problem = Problem(("jsd", None), Shape(), "num_tokens")
+        want = problem.run(fused_divergence)
+        problem.weight = distribute_tensor(problem.weight.detach(), mesh, [Shard(0)]).requires_grad_()
+        problem.leaves[1] = problem.weight
+        loss, gradients, _ = problem.run(fused_divergence)
+        torch.testing.assert_close(loss, want[0])
+        torch.testing.assert_close(gradients[1].full_tensor(), want[1][1])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_the_divergence_is_a_frozen_value():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Divergence().clip = "upper"

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`trl-opsd METHOD --config recipe.yaml [overrides]` trains; `trl-opsd demo` runs the embedded default."""
+
+import argparse
+import sys
+
+# Written out, so that --help does not load torch; a test holds it to `train.TRAINERS`.
+METHODS = ("opsd",)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the `trl-opsd` command."""
+    parser = argparse.ArgumentParser(prog="trl-opsd", description="On-policy self-distillation on TRL.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="train the embedded model and print what it gained")
+    demo.add_argument("--output_dir", default="outputs/demo", help="where the model, its card and the plot go")
+    demo.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run per seed")
+    demo.add_argument("--problems", type=int, default=300, help="held-out problems")
+    demo.add_argument("--samples", type=int, default=4, help="samples a problem, the k of avg@k")
+    for method in METHODS:
+        commands.add_parser(method, help=f"train with {method}; see `trl-opsd {method} --help`", add_help=False)
+    options, rest = parser.parse_known_args(arguments)
+    if options.command == "demo":
+        if rest:
+            demo.error(f"unrecognized arguments: {' '.join(rest)}")
+        from .demo.run import run_demo
+
+        run_demo(options.output_dir, options.seeds, options.problems, options.samples)
+    else:
+        from .train import main as train
+
+        train(options.command, rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
