@@ -27,15 +27,31 @@ REWARD_ONLY_FIELDS = (
     "beta",
     "delta",
     "entropy_coef",
+    "entropy_coef_delta",
+    "entropy_coef_max",
+    "entropy_coef_min",
+    "entropy_target",
     "epsilon",
     "epsilon_high",
     "importance_sampling_level",
     "loss_type",
     "off_policy_mask_threshold",
+    "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
+    "sapo_temperature_neg",
+    "sapo_temperature_pos",
     "scale_rewards",
     "sync_ref_model",
     "top_entropy_quantile",
     "use_adaptive_entropy",
+    "use_bias_correction_kl",
+    "vespo_k_neg",
+    "vespo_k_pos",
+    "vespo_lambda_neg",
+    "vespo_lambda_pos",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
+    "vllm_importance_sampling_mode",
 )
 
 
@@ -142,8 +158,9 @@ class OPSDConfig(GRPOConfig):
     )
 
     def __post_init__(self):
-        if isinstance(self.teacher_chat_template_kwargs, str):
-            self.teacher_chat_template_kwargs = json.loads(self.teacher_chat_template_kwargs)
+        _require(self.num_generations and self.num_generations >= 1, self, "num_generations", "1 or more")
+        for name in ("chat_template_kwargs", "teacher_chat_template_kwargs"):
+            _require(_is_json_object(getattr(self, name)), self, name, "a JSON object or None")
         if isinstance(self.clip, str) and self.clip.lower() == "none":
             self.clip = None
         if self.reward_weight == 0.0:
@@ -173,20 +190,24 @@ class OPSDConfig(GRPOConfig):
         )
 
     def _check_loss(self) -> None:
+        _require(self.temperature > 0, self, "temperature", "a number above 0")
+        _require(self.loss_temperature > 0, self, "loss_temperature", "a number above 0, or None")
         self.loss_divergence()
         _require(self.loss_reduction in ("token", "sequence"), self, "loss_reduction", "'token' or 'sequence'")
         _require(self.reward_weight >= 0, self, "reward_weight", "0 or more")
         _require(self.num_loss_tokens_to_skip >= 0, self, "num_loss_tokens_to_skip", "0 or more")
-        length = self.distillation_length
+        length, longest = self.distillation_length, self.max_completion_length
         _require(length is None or length > 0, self, "distillation_length", "a positive number of tokens, or None")
-        if length is not None and self.num_loss_tokens_to_skip >= length:
-            raise ValueError(
-                f"num_loss_tokens_to_skip={self.num_loss_tokens_to_skip} leaves nothing of distillation_length="
-                f"{length}. Skip fewer tokens or distil more."
-            )
-        if length is not None and length > self.max_completion_length:
+        for name in ("distillation_length", "max_completion_length"):
+            limit = getattr(self, name)
+            if limit is not None and self.num_loss_tokens_to_skip >= limit:
+                raise ValueError(
+                    f"num_loss_tokens_to_skip={self.num_loss_tokens_to_skip} leaves nothing of {name}={limit}. Skip "
+                    "fewer tokens or distil more."
+                )
+        if None not in (length, longest) and length > longest:
             warnings.warn(
-                f"distillation_length={length} is above max_completion_length={self.max_completion_length}; "
+                f"distillation_length={length} is above max_completion_length={longest}; "
                 "every token of a rollout is distilled.",
                 stacklevel=4,
             )
@@ -232,6 +253,16 @@ class OPSDConfig(GRPOConfig):
             )
 
 
-def _require(holds: bool, config: GRPOConfig, name: str, wanted: str) -> None:
+def _is_json_object(value: Any) -> bool:
+    """None, a dict, or the text of one as the command line gives it (TRL parses it)."""
+    if not isinstance(value, str):
+        return value is None or isinstance(value, dict)
+    try:
+        return value.startswith("{") and isinstance(json.loads(value), dict)
+    except ValueError:
+        return False
+
+
+def _require(holds: Any, config: GRPOConfig, name: str, wanted: str) -> None:
     if not holds:
         raise ValueError(f"{name}={getattr(config, name)!r} is not valid; set it to {wanted}.")

@@ -81,8 +81,10 @@ def check_template(name: str, template: str, *slots: str) -> None:
     """Check that a prompt template holds each of `slots`.
 
     Raises:
-        ValueError: a slot is missing; names the config field `name`.
+        ValueError: it is not text or a slot is missing; names the config field `name`.
     """
+    if not isinstance(template, str):
+        raise ValueError(f"{name}={template!r} is not text. Give a template that contains {' and '.join(slots)}.")
     for slot in slots:
         if slot not in template:
             raise ValueError(f"{name} does not contain {slot}: {template!r}. Put {slot} where that text should stand.")
@@ -114,7 +116,19 @@ def check_prompt(prompt: Any, row: str) -> None:
             f"{row}: `prompt` ends with a {prompt[-1].get('role')!r} turn, but the model answers a user. End it with a "
             "message of role 'user' and move an answer to `solution`."
         )
+    for message in prompt:
+        _check_text_parts(message, row)
     message_text(prompt[-1], row)
+
+
+def _check_text_parts(message: dict[str, Any], row: str) -> None:
+    content = message.get("content")
+    for part in content if isinstance(content, list) else ():
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise ValueError(
+                f"{row}: `prompt` holds a part that is not text: {str(part)[:80]!r}. Images are not carried into the "
+                "teacher's prompt; remove the row or the part."
+            )
 
 
 def message_text(message: dict[str, Any], row: str = "prompt") -> str:

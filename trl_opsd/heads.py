@@ -62,7 +62,7 @@ def attach_head_function(model: nn.Module) -> None:
         model: a transformers causal LM, or a PEFT model around one.
 
     Raises:
-        ValueError: the model has no separate backbone or no linear output head.
+        ValueError: the model has no separate backbone or no linear output head, or an adapter sits on the head.
     """
     model = causal_lm(model)
     if hasattr(model, "_head_request"):
@@ -72,6 +72,11 @@ def attach_head_function(model: nn.Module) -> None:
         raise ValueError(
             f"model: {type(model).__name__} has no backbone with a linear output head, which the token-level loss "
             "needs. Use a decoder-only model of AutoModelForCausalLM."
+        )
+    if hasattr(head, "base_layer") or hasattr(head, "token_adapter"):  # its `weight` leaves the adapter's part out
+        raise ValueError(
+            f"model: the output head carries an adapter ({type(head).__name__}), which the token-level loss would not "
+            "see. Take the head out of target_modules, and put it in modules_to_save to train it."
         )
     original = model.forward
 

@@ -2,6 +2,7 @@
 """What is checked before any training: the dataset's rows and the model, each with an error that names the fix."""
 
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 from .contexts import check_prompt
@@ -12,7 +13,7 @@ IMAGE_COLUMNS = ("image", "images")
 def check_dataset(dataset: Any, name: str, *, needs_solution: bool) -> None:
     """Check columns and rows of a training or evaluation dataset.
 
-    Every row of a map-style dataset is read; a streamed one is checked row by row as it is used.
+    Every row of a map-style dataset is read; of a streamed one the first, the others are checked as they are used.
 
     Args:
         dataset: a `datasets.Dataset`, `IterableDataset`, or a dict of them for evaluation.
@@ -20,21 +21,23 @@ def check_dataset(dataset: Any, name: str, *, needs_solution: bool) -> None:
         needs_solution: the method's teacher reads the reference solution of every row.
 
     Raises:
-        ValueError: it is empty, lacks a column, has images, or a row is malformed.
+        ValueError: it is no dataset or empty, lacks a column, has images, or a row is malformed.
     """
     if isinstance(dataset, Mapping):
         for key, part in dataset.items():
             check_dataset(part, f"{name}[{key!r}]", needs_solution=needs_solution)
         return
-    columns = dataset.column_names
+    if not hasattr(dataset, "column_names"):
+        raise ValueError(f"{name} is a {type(dataset).__name__}; make a dataset of it with `Dataset.from_list`.")
+    columns, rows = dataset.column_names, dataset
+    if columns is not None:
+        rows = dataset.select_columns([column for column in ("prompt", "solution") if column in columns])
+    if next(iter(dataset), None) is None:
+        raise ValueError(f"{name} is empty. Give it at least one row with `prompt` and `solution`.")
     if columns is not None:
         _check_columns(columns, name, needs_solution)
-    if not hasattr(dataset, "__len__"):
-        return
-    if len(dataset) == 0:
-        raise ValueError(f"{name} is empty. Give it at least one row with `prompt` and `solution`.")
-    wanted = [column for column in ("prompt", "solution") if column in columns]
-    check_rows(dataset.select_columns(wanted), name, needs_solution=needs_solution)
+    streamed = not hasattr(dataset, "__len__")
+    check_rows(islice(rows, 1) if streamed else rows, name, needs_solution=needs_solution)
 
 
 def check_rows(rows: Iterable[Mapping[str, Any]], name: str, *, needs_solution: bool) -> None:
@@ -45,7 +48,7 @@ def check_rows(rows: Iterable[Mapping[str, Any]], name: str, *, needs_solution: 
     """
     for index, row in enumerate(rows):
         place = f"{name} row {index}"
-        check_prompt(row["prompt"], place)
+        check_prompt(row.get("prompt"), place)
         solution = row.get("solution")
         if solution is None and not needs_solution:
             continue
