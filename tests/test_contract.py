@@ -318,7 +318,7 @@ def test_a_reward_adds_the_policy_gradient_loss_from_the_same_forward(build, dat
     alone.model.train()
     alone.compute_loss(alone.model, batch).backward()
     assert policy.abs().max() > 1e-3
-    torch.testing.assert_close(mixed, 0.5 * policy + alone.model.lm_head.weight.grad, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(mixed, 0.5 * policy + alone.model.lm_head.weight.grad, rtol=1e-4, atol=1e-7)
     calls = count_student_forwards(trainer)
     trainer.compute_loss(trainer.model, batch)
     assert calls == [True]

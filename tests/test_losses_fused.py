@@ -54,7 +54,7 @@ def draw(*shape, seed=0, dtype=torch.float64):
 
 
 class Problem:
-    """Leaves with a gradient, frozen views and settings of one call, alike for the fused and the dense form."""
+    """Leaves with a gradient, frozen views and settings of one call, alike for both forms."""
 
     def __init__(self, rule, shape, variant="plain", dtype=torch.float64):
         options = dict(VARIANTS[variant])

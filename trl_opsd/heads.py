@@ -8,13 +8,15 @@ DeepSpeed ZeRO-3's gathered parameters, FSDP2's unsharded parameters.
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+
+from .sharding import gathered
 
 HeadFunction = Callable[[torch.Tensor, "OutputHead"], Any]
 
@@ -137,23 +139,13 @@ def _forward_and_capture(model, original, request, args, kwargs):
 def _call(function: HeadFunction, model: nn.Module, hidden: torch.Tensor) -> Any:
     head = model.get_output_embeddings()
     weight, bias = head.weight, getattr(head, "bias", None)
-    with _gathered(weight, bias):
+    with gathered([weight, bias]):  # one gather a forward, not one a tile
         return function(hidden, OutputHead(_whole(weight), _whole(bias), *_logit_transform(model.config)))
 
 
 def _whole(tensor):
     """An FSDP2 shard as a full tensor; others as they are."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _gathered(*parameters):
-    """ZeRO-3: the partitioned parameters whole for the duration (one gather per forward, not per tile)."""
-    partitioned = [p for p in parameters if hasattr(p, "ds_status") and p.ds_status.name != "AVAILABLE"]
-    if not partitioned:
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(partitioned)
 
 
 def _logit_transform(config) -> tuple[float, float | None]:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .heads import OutputHead, causal_lm
+from .sharding import gathered, is_partitioned, local_part, part_of, release
 
 TEACHER_KINDS = ("base", "live", "ema")
 
@@ -49,6 +50,7 @@ class Teacher:
         self.head: OutputHead | None = None
         head_module = causal_lm(student).get_output_embeddings()
         self._head_trains = any(parameter.requires_grad for parameter in head_module.parameters())
+        self._pairs = self._find_pairs() if kind == "ema" else {}
         self.values = {} if kind == "live" or self.adapter_off else self._copy_of_student()
 
     @contextmanager
@@ -68,7 +70,7 @@ class Teacher:
         """Remember, during scoring, the teacher's output head where it may differ from the student's."""
         if self.head is not None or not self._head_trains:
             return
-        copy = self.keep_head or hasattr(head.weight, "ds_id")
+        copy = self.keep_head or is_partitioned(head.weight)  # a gathered weight is gone after the forward
         weight, bias = (None if t is None else t.detach() for t in (head.weight, head.bias))
         if copy:
             weight, bias = weight.clone(), None if bias is None else bias.clone()
@@ -83,35 +85,49 @@ class Teacher:
         """
         if self.kind != "ema":
             return 0.0
+        self._adopt_shards()
         lost = 0.0
         for name, parameter in self._trainable():
-            current = parameter.detach()
-            if "lora_B." in name and current.ndim == 2 and name.replace("lora_B.", "lora_A.") in self.values:
-                lost = max(lost, self._update_pair(name.replace("lora_B.", "lora_A."), name))
-            elif "lora_A." not in name or current.ndim != 2:
-                self.values[name].lerp_(current.to(self.values[name]), self.update_rate)
+            if name not in self._pairs:
+                own = self.values[name]
+                own.lerp_(local_part(parameter).detach().to(own), self.update_rate)
+        for name_a, name_b in self._pairs.items():
+            if name_b is not None:
+                lost = max(lost, self._update_pair(name_a, name_b))
         return lost
 
     def save(self, folder: str | Path) -> None:
-        """Write the "ema" values into a checkpoint folder as safetensors."""
-        if self.kind == "ema":
-            save_file({name: value.contiguous() for name, value in self.values.items()}, _file(folder))
+        """Write the "ema" values into a checkpoint folder as safetensors; called on every rank.
+
+        Whole values are written once; under ZeRO-3 each rank writes its shards.
+        """
+        if self.kind == "ema" and (self._is_sharded() or _rank() == 0):
+            save_file({name: value.contiguous() for name, value in self.values.items()}, self._file(folder))
 
     def load(self, folder: str | Path) -> None:
         """Read what `save` wrote.
 
         Raises:
-            FileNotFoundError: the checkpoint was written without an "ema" teacher.
+            FileNotFoundError: the checkpoint was written without an "ema" teacher, or on another number of shards.
         """
         if self.kind != "ema":
             return
-        if not _file(folder).exists():
+        self._adopt_shards()
+        file = self._file(folder)
+        if not file.exists():
             raise FileNotFoundError(
-                f"{_file(folder)} is missing: the checkpoint was not written with teacher_model_kind='ema'. Resume "
-                "with the setting it was trained with."
+                f"{file} is missing: the checkpoint was not written with teacher_model_kind='ema' on this engine and "
+                "number of processes. Resume with the settings it was trained with."
             )
-        for name, value in load_file(_file(folder)).items():
+        for name, value in load_file(file).items():
             self.values[name].copy_(value)
+
+    def _is_sharded(self) -> bool:
+        return any(is_partitioned(parameter) for _, parameter in self._trainable())
+
+    def _file(self, folder: str | Path) -> Path:
+        shard = f"-{_rank():05d}-of-{torch.distributed.get_world_size():05d}" if self._is_sharded() else ""
+        return Path(folder) / f"teacher{shard}.safetensors"
 
     def _trainable(self):
         return ((name, p) for name, p in self.student.named_parameters() if p.requires_grad)
@@ -119,29 +135,54 @@ class Teacher:
     def _copy_of_student(self) -> dict[str, torch.Tensor]:
         # A moving average in bfloat16 would round its small steps away.
         dtype = {"ema": torch.float32}.get(self.kind)
-        return {n: p.detach().clone().to(_at_least(p.dtype, dtype)) for n, p in self._trainable()}
+        values = {}
+        for name, parameter in self._trainable():
+            with gathered([parameter] if name in self._pairs else []):
+                own = parameter if name in self._pairs else local_part(parameter)
+                values[name] = own.detach().clone().to(_at_least(own.dtype, dtype))
+        return values
+
+    def _find_pairs(self) -> dict[str, str | None]:
+        """LoRA factors by name: of each A its B, of each B None. They are kept whole, being small."""
+        pairs = {}
+        for name, parameter in self._trainable():
+            partner = name.replace("lora_A.", "lora_B.")
+            if partner != name and len(getattr(parameter, "ds_shape", parameter.shape)) == 2:
+                pairs |= {name: partner, partner: None}
+        return pairs
+
+    def _adopt_shards(self) -> None:
+        """Keep only this rank's part of values that were copied before the engine split the parameters."""
+        for name, parameter in self._trainable():
+            if name not in self._pairs:
+                self.values[name] = part_of(self.values[name], parameter)
 
     @contextmanager
     def _exchanged(self) -> Iterator[None]:
+        if self.values:
+            self._adopt_shards()
         own = []
         for name, parameter in self.student.named_parameters():
             if name in self.values:
-                own.append((parameter, parameter.data))
-                parameter.data = self.values[name].to(dtype=parameter.dtype, device=parameter.device)
+                release(parameter)
+                part = local_part(parameter)
+                own.append((parameter, part, part.data))
+                part.data = part_of(self.values[name], parameter).to(dtype=part.dtype, device=part.device)
         try:
             yield
         finally:
-            for parameter, data in own:
-                parameter.data = data
+            for parameter, part, data in own:
+                release(parameter)
+                part.data = data
 
     def _update_pair(self, name_a: str, name_b: str) -> float:
         """Average the update B A of one LoRA pair and refit it to the pair's rank."""
-        student = dict(self.student.named_parameters())
-        new_a, new_b, lost = average_low_rank(
-            (self.values[name_a], self.values[name_b]),
-            (student[name_a].detach().float(), student[name_b].detach().float()),
-            self.update_rate,
-        )
+        pair = [self.student.get_parameter(name) for name in (name_a, name_b)]
+        with gathered(pair):
+            student = tuple(parameter.detach().float() for parameter in pair)
+            new_a, new_b, lost = average_low_rank(
+                (self.values[name_a], self.values[name_b]), student, self.update_rate
+            )
         self.values[name_a].copy_(new_a)
         self.values[name_b].copy_(new_b)
         return lost
@@ -163,7 +204,7 @@ def average_low_rank(
     rank = teacher[0].shape[0]
     left, left_core = torch.linalg.qr(torch.cat([(1 - rate) * teacher[1], rate * student[1]], dim=1))
     right, right_core = torch.linalg.qr(torch.cat([teacher[0], student[0]], dim=0).T)
-    u, s, v = torch.linalg.svd(left_core @ right_core.T)
+    u, s, v = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
     root = s[:rank].sqrt()
     total = s.square().sum().sqrt().item()
     lost = s[rank:].square().sum().sqrt().item() / total if total else 0.0
@@ -175,5 +216,5 @@ def _at_least(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return dtype if wanted is None else torch.promote_types(dtype, wanted)
 
 
-def _file(folder: str | Path) -> Path:
-    return Path(folder) / "teacher.safetensors"
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0

@@ -29,15 +29,14 @@ def check_dataset(dataset: Any, name: str, *, needs_solution: bool) -> None:
         return
     if not hasattr(dataset, "column_names"):
         raise ValueError(f"{name} is a {type(dataset).__name__}; make a dataset of it with `Dataset.from_list`.")
-    columns, rows = dataset.column_names, dataset
-    if columns is not None:
-        rows = dataset.select_columns([column for column in ("prompt", "solution") if column in columns])
     if next(iter(dataset), None) is None:
         raise ValueError(f"{name} is empty. Give it at least one row with `prompt` and `solution`.")
+    columns = dataset.column_names
     if columns is not None:
         _check_columns(columns, name, needs_solution)
-    streamed = not hasattr(dataset, "__len__")
-    check_rows(islice(rows, 1) if streamed else rows, name, needs_solution=needs_solution)
+        dataset = dataset.select_columns([column for column in ("prompt", "solution") if column in columns])
+    rows = dataset if hasattr(dataset, "__len__") else islice(dataset, 1)
+    check_rows(rows, name, needs_solution=needs_solution)
 
 
 def check_rows(rows: Iterable[Mapping[str, Any]], name: str, *, needs_solution: bool) -> None:

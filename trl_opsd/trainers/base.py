@@ -192,8 +192,7 @@ class SelfDistillationTrainer(RolloutTrainer):
         return loss
 
     def save_extra_state(self, checkpoint: str) -> None:
-        if self.args.should_save:
-            self.teacher.save(checkpoint)
+        self.teacher.save(checkpoint)
 
     def load_extra_state(self, checkpoint: str) -> None:
         self.teacher.load(checkpoint)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training run on given rollouts, started by a launcher on one or more processes; rank 0 writes its numbers."""
+
+import argparse
+import copy
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"], os.environ["CI"] = "1", "true"
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from trl_opsd import OPSDConfig, OPSDTrainer
+from trl_opsd.demo.tokenizer import build_tokenizer
+
+TEXTS = ("1+2=3", "so 4", "wait, 10 it is", "a")
+GLOBAL_BATCH = 4
+
+
+def make_rows():
+    rows = []
+    for index in range(16):
+        chain = "+".join(str(n) for n in range(1, index + 2))
+        prompt = [{"role": "user", "content": f"{chain}=?"}]
+        rows.append({"prompt": prompt, "solution": f"{chain} is so \\boxed{{{index}}}"})
+    return Dataset.from_list(rows)
+
+
+def make_model(tokenizer, tied):
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+    )
+    model = Qwen3ForCausalLM(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+def give_rollouts(trainer):
+    """The completion is a function of the prompt alone, so every split of a batch over ranks has the same ones."""
+
+    def sample(prompt_ids, *args, **kwargs):
+        tokenizer = trainer.tokenizer
+        texts = [TEXTS[len(ids) % len(TEXTS)] for ids in prompt_ids]
+        return [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts], None
+
+    trainer._generate_single_turn = sample
+
+
+def engine_of(trainer):
+    if trainer.is_deepspeed_enabled:
+        return f"zero{trainer.accelerator.state.deepspeed_plugin.zero_stage}"
+    return {"NO": "single", "MULTI_CPU": "ddp", "MULTI_GPU": "ddp"}[trainer.accelerator.distributed_type.name]
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--kind", default="base")
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--tied", action="store_true")
+    parser.add_argument("--generate", action="store_true", help="sample rollouts instead of the given ones")
+    options = parser.parse_args()
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    tokenizer = build_tokenizer()
+    args = OPSDConfig(
+        output_dir=str(options.output / "out"),
+        per_device_train_batch_size=GLOBAL_BATCH // world // 2,
+        gradient_accumulation_steps=2,
+        max_steps=3,
+        learning_rate=1e-2,
+        max_grad_norm=1.0,
+        max_completion_length=8,
+        logging_steps=1,
+        save_strategy="no",
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        report_to=[],
+        disable_tqdm=True,
+        teacher_model_kind=options.kind,
+        teacher_update_rate=0.5,
+    )
+    trainer = OPSDTrainer(
+        model=make_model(tokenizer, options.tied),
+        args=args,
+        train_dataset=make_rows(),
+        processing_class=copy.deepcopy(tokenizer),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if options.lora else None,
+    )
+    if not options.generate:
+        give_rollouts(trainer)
+    trainer.train()
+    trainer.save_model(str(options.output / "model"))
+    keys = ("loss", "grad_norm", "divergence", "student_entropy", "target_entropy")
+    history = [{key: entry[key] for key in keys} for entry in trainer.state.log_history if "divergence" in entry]
+    if trainer.accelerator.is_main_process:
+        numbers = {"engine": engine_of(trainer), "world": trainer.accelerator.num_processes, "history": history}
+        (options.output / "numbers.json").write_text(json.dumps(numbers))
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two real processes give the numbers of one: same global batch, same given rollouts, every step of the run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+WORKER = str(ROOT / "tests" / "distributed_worker.py")
+
+LAUNCHERS = {
+    "single": [sys.executable],
+    "ddp": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"],
+    "zero2": [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / "recipes/accelerate/zero2_cpu.yaml")],
+    "zero3": [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / "recipes/accelerate/zero3_cpu.yaml")],
+}
+
+
+def run(engine, folder, *options):
+    folder.mkdir(parents=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
+    # DeepSpeed builds its CPU operators with the environment's ninja.
+    environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
+    command = [*LAUNCHERS[engine], WORKER, "--output", str(folder), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=folder)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return json.loads((folder / "numbers.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    results = {}
+
+    def get(*options):
+        if options not in results:
+            results[options] = run("single", tmp_path_factory.mktemp("single") / "run", *options)
+        return results[options]
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "options"),
+    [
+        ("ddp", ("--kind", "base")),
+        ("ddp", ("--kind", "ema", "--lora")),
+        ("ddp", ("--kind", "live", "--tied")),
+        ("zero2", ("--kind", "base")),
+        ("zero3", ("--kind", "base")),
+        ("zero3", ("--kind", "ema", "--lora")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "".join(value).replace("--kind", "").replace("--", "-"),
+)
+def test_two_processes_give_the_numbers_of_one(tmp_path, single, engine, options):
+    ours = run(engine, tmp_path / "run", *options)
+    assert (ours["engine"], ours["world"]) == (engine, 2)
+    one = single(*options)
+    assert (one["engine"], one["world"]) == ("single", 1)
+    assert len(ours["history"]) == len(one["history"]) == 3
+    for step, (a, b) in enumerate(zip(ours["history"], one["history"], strict=True)):
+        for name in a:
+            # The first step is the same arithmetic; later ones have gone through an optimizer.
+            assert a[name] == pytest.approx(b[name], rel=1e-5 if step == 0 else 1e-4), (step, name)
+    assert (tmp_path / "run" / "model").is_dir()

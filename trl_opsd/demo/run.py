@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`trl-opsd demo`: the embedded model distils itself with the shipped recipe, measured on held-out problems.
+
+The recipe goes through the same entry as `trl-opsd opsd --config ...`. Base and trained model are sampled by the same
+engine with the same settings, on problems that neither training nor the choice of the recipe has seen.
+"""
+
+import json
+import time
+from importlib.resources import files
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..evaluation import EvaluationResult, Interval, evaluate, paired_difference
+from ..plots import plot_run
+from ..train import main as train
+from . import build_rows, model_path
+
+RECIPE = "opsd.yaml"
+_TRAINING_PROBLEMS = 8192
+_EVALUATION = {"temperature": 1.0, "max_new_tokens": 128, "batch_size": 256}
+
+
+def run_demo(output_dir: str, seeds: list[int], num_problems: int, num_samples: int) -> list[dict]:
+    """Train once per seed and print what held-out accuracy became.
+
+    Args:
+        output_dir: a folder per seed is made in it, each a loadable model with its card, log and plot.
+        seeds: seeds of training.
+        num_problems: held-out problems, disjoint from all training problems.
+        num_samples: samples a problem, at temperature 1.
+
+    Returns:
+        One summary a seed, as written to `summary.json`.
+    """
+    console, start = Console(), time.perf_counter()
+    output = Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    data = output / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in build_rows("train", _TRAINING_PROBLEMS)))
+    problems = build_rows("test", num_problems)
+    console.print(f"Base model: {num_problems} held-out problems, {num_samples} samples each at temperature 1")
+    base = measure(model_path(), problems, num_samples)
+    summaries = []
+    for seed in seeds:
+        folder = output / f"seed-{seed}"
+        arguments = ["--config", str(files(__package__) / RECIPE), "--dataset_name", str(data)]
+        arguments += ["--model_name_or_path", model_path(), "--output_dir", str(folder), "--seed", str(seed)]
+        trainer = train("opsd", arguments)
+        trained = measure(str(folder), problems, num_samples)
+        gain = paired_difference(trained.per_question_scores, base.per_question_scores)
+        picture = plot_run(trainer.state.log_history, folder / "run.png", before=base.avg_at_k, after=trained.avg_at_k)
+        summary = summarize_seed(seed, base, trained, gain)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2))
+        summaries.append(summary)
+        console.print(table_of(seed, base, trained, gain))
+        console.print(f"Model, card and curves are in {folder} ({picture.name}).")
+    console.print(f"{time.perf_counter() - start:.0f} s in all.")
+    return summaries
+
+
+def measure(path: str, problems: list[dict], num_samples: int) -> EvaluationResult:
+    """Accuracy of a saved model on the problems, with the student's prompt."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    return evaluate(
+        model,
+        tokenizer,
+        problems,
+        num_samples=num_samples,
+        chat_template_kwargs={"enable_thinking": False},
+        seed=1234,
+        progress=True,
+        **_EVALUATION,
+    )
+
+
+def summarize_seed(seed: int, base: EvaluationResult, trained: EvaluationResult, gain: Interval) -> dict:
+    """The numbers of one seed, ready for JSON."""
+    return {
+        "seed": seed,
+        "num_problems": len(base.per_question_scores),
+        "num_samples": base.num_samples,
+        "base": _numbers(base),
+        "trained": _numbers(trained),
+        "gain": gain._asdict(),
+    }
+
+
+def table_of(seed: int, base: EvaluationResult, trained: EvaluationResult, gain: Interval) -> Table:
+    """The table that the demo prints."""
+    k = base.num_samples
+    table = Table(title=f"OPSD on held-out problems, seed {seed}")
+    for name in ("", "base", "after OPSD"):
+        table.add_column(name, justify="left" if not name else "right")
+    for label, name in (
+        (f"avg@{k}", "avg"),
+        (f"pass@{k}", "pass"),
+        (f"majority@{k}", "majority"),
+        ("mean completion length", "length"),
+        ("share cut at the limit", "cut"),
+        ("reflection markers per 1,000 tokens", "markers"),
+    ):
+        digits = 1 if name in ("length", "markers") else 3
+        table.add_row(label, *(f"{_numbers(result)[name]:.{digits}f}" for result in (base, trained)))
+    table.caption = (
+        f"gain in avg@{k}: {100 * gain.estimate:+.1f} points, 95 % interval over questions "
+        f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+    )
+    return table
+
+
+def _numbers(result: EvaluationResult) -> dict[str, float]:
+    return {
+        "avg": result.avg_at_k,
+        "pass": result.pass_at_k,
+        "majority": result.majority_at_k,
+        "length": result.mean_completion_length,
+        "cut": result.cut_share,
+        "markers": result.markers_per_1000_tokens,
+    }
