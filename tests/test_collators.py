@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The teacher's prompt in token ids: the tokenizer's own rendering, within its budget, the template always whole."""
+"""The teacher's prompt in token ids: the tokenizer's own rendering, within budget, the template whole."""
 
 import pytest
 import torch

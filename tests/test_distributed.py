@@ -23,7 +23,9 @@ LAUNCHERS = {
 
 def run(engine, folder, *options):
     folder.mkdir(parents=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
+    # With ACCELERATE_USE_CPU set, accelerate would take DDP whatever the DeepSpeed file says.
+    cpu = {"DS_ACCELERATOR": "cpu"} if engine.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | cpu
     # DeepSpeed builds its CPU operators with the environment's ninja.
     environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
     command = [*LAUNCHERS[engine], WORKER, "--output", str(folder), *options]

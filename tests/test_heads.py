@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss reads hidden states and the head: both must be the model's own, for the families of transformers."""
+"""The loss reads hidden states and the head: both must be the model's own, family by family."""
 
 import types
 

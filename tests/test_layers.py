@@ -109,7 +109,7 @@ def test_the_losses_need_torch_and_nothing_else(path):
 
 @cache
 def private_names_of_trl():
-    """Private methods and instance attributes of GRPOTrainer and what it inherits from TRL and transformers."""
+    """Private methods and instance attributes of GRPOTrainer and of what it inherits."""
     names = {name for name in dir(GRPOTrainer) if re.fullmatch("_[a-z].*", name)}
     for owner in GRPOTrainer.__mro__:
         if owner.__module__.split(".")[0] in ("trl", "transformers"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The private parts of TRL that we wrap exist in the installed one, and a TRL without them is refused by name."""
+"""The private parts of TRL that we wrap are there, and a TRL without them is refused by name."""
 
 import pytest
 import trl

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad input is refused before any training, by name, and nothing that stands in the output folder is touched."""
+"""Bad input is refused before any training, by name, and the output folder stays as it was."""
 
 import copy
 
@@ -197,16 +197,16 @@ def tiny_t5():
 
 def test_an_encoder_decoder_is_refused_as_model_and_as_folder(build, tmp_path):
     model = T5ForConditionalGeneration(tiny_t5())
-    with pytest.raises(ValueError, match="model: t5 is an encoder-decoder.*decoder-only"):
+    with pytest.raises(ValueError, match=r"model: t5 is an encoder-decoder.*decoder-only"):
         build(model=model)
     model.config.save_pretrained(tmp_path / "t5")
-    with pytest.raises(ValueError, match="model: t5 is an encoder-decoder"):
+    with pytest.raises(ValueError, match=r"model: t5 is an encoder-decoder"):
         build(model=str(tmp_path / "t5"))
 
 
 def test_a_model_that_reads_images_is_refused(build, tmp_path):
     config = Gemma3Config()
-    with pytest.raises(ValueError, match="model: gemma3 reads images.*text-only"):
+    with pytest.raises(ValueError, match=r"model: gemma3 reads images.*text-only"):
         check_model_config(config)
     config.save_pretrained(tmp_path / "gemma3")
     with pytest.raises(ValueError, match="model: gemma3 reads images"):
