@@ -344,6 +344,7 @@ def test_distillation_alone_runs_one_student_forward_and_no_old_log_probabilitie
         {"bf16": True},
         {"loss_reduction": "sequence", "num_generations": 2},
         {"mask_truncated_completions": True},
+        {"cast_lm_head_to_fp32": True},
     ],
     ids=lambda settings: next(iter(settings)),
 )

@@ -10,6 +10,7 @@ from transformers import Gemma3Config, Qwen3Config, T5Config, T5ForConditionalGe
 from trl import GRPOConfig
 
 from trl_opsd import OPSDTrainer
+from trl_opsd.contexts import TEACHER_PROMPT_TEMPLATE
 from trl_opsd.demo.tokenizer import build_tokenizer
 from trl_opsd.validation import check_dataset, check_model_config, check_rows, check_vocabulary
 
@@ -288,3 +289,15 @@ def test_one_problem_too_long_for_the_budget_is_refused_before_training(build, d
     long[place]["prompt"] = [{"role": "user", "content": "9" * 900}]
     with pytest.raises(ValueError, match=r"max_teacher_prompt_length=800 leaves nothing"):
         build(rows=Dataset.from_list(long), max_teacher_prompt_length=800)
+
+
+def test_a_budget_is_checked_on_every_row_before_training(make_model, make_args, tokenizer):
+    rows = [{"prompt": [{"role": "user", "content": "1+1=?"}], "solution": "\\boxed{2}"} for _ in range(8)]
+    rows[5]["prompt"][0]["content"] = "1" * 300
+    with pytest.raises(ValueError, match="max_teacher_prompt_length=1100 leaves nothing"):
+        OPSDTrainer(
+            model=make_model(),
+            args=make_args(max_teacher_prompt_length=1100, teacher_prompt_template="x" * 700 + TEACHER_PROMPT_TEMPLATE),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )

@@ -17,7 +17,7 @@ import trl
 from accelerate.utils import gather_object
 from trl import GRPOConfig, GRPOTrainer
 
-SUPPORTED_TRL = "1.16"
+SUPPORTED_TRL = ">=1.0.0,<1.17"
 
 # Method -> the arguments that our wrappers rely on.
 _METHODS = {
@@ -32,6 +32,22 @@ _METHODS = {
     "_get_train_sampler": ("dataset",),
 }
 _ATTRIBUTES = ("_buffered_inputs", "_logs", "_metrics", "_step", "_tokenizer")
+
+
+# What older versions in the range lack.
+# TRL 1.7 added the router's loss: the argument `compute_aux_loss` and a third value of the log-probabilities.
+_HAS_ROUTER_LOSS = (
+    "compute_aux_loss"
+    in inspect.signature(inspect.unwrap(GRPOTrainer._get_per_token_logps_and_entropies)).parameters
+)
+_NUM_LOGPS_VALUES = 3 if _HAS_ROUTER_LOSS else 2
+# TRL 1.11 added `chat_template_kwargs` to the fields that the command line may write as JSON.
+DICT_FIELDS = list(dict.fromkeys([*GRPOConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]))
+
+
+def installed_fields(*names: str) -> tuple[str, ...]:
+    """Those of `names` that are fields of GRPOConfig: TRL 1.6 and 1.8 added some."""
+    return tuple(name for name in names if name in GRPOConfig.__dataclass_fields__)
 
 
 class UnsupportedTRLError(ImportError):
@@ -62,7 +78,7 @@ def check_trl(trainer_class: type = GRPOTrainer, instance: Any = None) -> None:
         raise UnsupportedTRLError(
             f"trl {trl.__version__} has no {', '.join(missing)} in {trainer_class.__name__}, which trl_opsd wraps. "
             f"Supported versions of TRL: {SUPPORTED_TRL}. Install one of them, for instance "
-            f"`pip install 'trl=={SUPPORTED_TRL.split(' ')[-1]}.*'`."
+            f"`pip install 'trl{SUPPORTED_TRL}'`."
         )
 
 
@@ -102,6 +118,8 @@ class RolloutTrainer(GRPOTrainer):
     def __init__(self, *args, **kwargs):
         check_trl()
         super().__init__(*args, **kwargs)
+        if not hasattr(self, "_tokenizer"):  # TRL 1.3 gave it a name of its own
+            self._tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         check_trl(instance=self)
         self._rewards: torch.Tensor | None = None
         self._cached_logps = None
@@ -177,14 +195,11 @@ class RolloutTrainer(GRPOTrainer):
         """Log-probabilities (B, T), entropies (B, T) and router loss of the student, with gradient."""
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        return super()._get_per_token_logps_and_entropies(
-            model,
-            ids,
-            mask,
-            batch["completion_ids"].size(1),
-            compute_entropy=True,
-            compute_aux_loss=getattr(self, "aux_loss_enabled", False),
+        router_loss = {"compute_aux_loss": self.aux_loss_enabled} if _HAS_ROUTER_LOSS else {}
+        values = super()._get_per_token_logps_and_entropies(
+            model, ids, mask, batch["completion_ids"].size(1), compute_entropy=True, **router_loss
         )
+        return values if _HAS_ROUTER_LOSS else (*values, None)
 
     # TRL's seams
 
@@ -202,11 +217,12 @@ class RolloutTrainer(GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, *args, **kwargs):
         if self._cached_logps is not None:
-            return self._cached_logps
+            return self._cached_logps[:_NUM_LOGPS_VALUES]
         if self.args.reward_weight == 0.0:
             # Asked for by the generation step (old or reference log-probabilities), read by the policy loss alone.
             completion_length = args[1] if len(args) > 1 else kwargs["logits_to_keep"]
-            return input_ids.new_zeros(input_ids.size(0), completion_length, dtype=torch.float32), None, None
+            zeros = input_ids.new_zeros(input_ids.size(0), completion_length, dtype=torch.float32)
+            return (zeros, None, None)[:_NUM_LOGPS_VALUES]
         return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
 
     def _get_train_sampler(self, dataset=None):

@@ -71,6 +71,11 @@ class TeacherCollator:
         for template in self.templates:
             self._privileged_ids(prompt, template, _CUT)
 
+    def template_length(self) -> int:
+        """Tokens of the longest template around an empty problem."""
+        turn = [{"role": "user", "content": "?"}] if getattr(self.tokenizer, "chat_template", None) else "?"
+        return max(len(self._privileged_ids(turn, template, _CUT)) for template in self.templates)
+
     def check_budget(self, prompt: Prompt, template: str) -> None:
         """Check that the budget leaves room for some of the slot's text.
 

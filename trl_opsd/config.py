@@ -11,7 +11,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from ._trl import allow_single_rollout
+from ._trl import DICT_FIELDS, allow_single_rollout, installed_fields
 from .contexts import (
     REFERENCE_PROMPT_TEMPLATE,
     SHORTEN_CHOICES,
@@ -23,7 +23,7 @@ from .markers import REFLECTION_MARKERS
 from .teacher import TEACHER_KINDS
 
 # What only TRL's policy-gradient loss reads: without a reward in the loss these do nothing.
-REWARD_ONLY_FIELDS = (
+REWARD_ONLY_FIELDS = installed_fields(
     "beta",
     "delta",
     "entropy_coef",
@@ -74,7 +74,7 @@ class OPSDConfig(GRPOConfig):
         ValueError: a field outside its range; the message names the field, its value and what to set instead.
     """
 
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_chat_template_kwargs"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*DICT_FIELDS, "teacher_chat_template_kwargs"]  # noqa: RUF012
 
     # Defaults of GRPOConfig that the method changes.
     learning_rate: float = _field(5e-6, "Initial learning rate of AdamW.")
@@ -244,7 +244,7 @@ class OPSDConfig(GRPOConfig):
         if self.reward_weight > 0:
             return
         default = {f.name: f.default for f in fields(GRPOConfig)}
-        moved = [name for name in REWARD_ONLY_FIELDS if name in default and getattr(self, name) != default[name]]
+        moved = [name for name in REWARD_ONLY_FIELDS if getattr(self, name) != default[name]]
         if moved:
             warnings.warn(
                 f"Set but unused, because they belong to TRL's policy-gradient loss and reward_weight is 0: "

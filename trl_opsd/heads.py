@@ -39,7 +39,7 @@ class OutputHead:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Dense logits (..., V) of hidden states (..., H): for checks and small models."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
+        logits = nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias) * self.logit_scale
         if self.logit_softcap is not None:
             logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
         return logits

@@ -77,7 +77,9 @@ class SelfDistillationTrainer(RolloutTrainer):
         check_vocabulary(self.model.config, head_rows, len(self.tokenizer))
         self.num_tokens = min(len(self.tokenizer), head_rows) if self.method.real_tokens_only else None
         self.collator = self._make_collator()
-        self._check_budgets(train_dataset)
+        for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
+            if dataset is not None:
+                self._check_budgets(dataset)
         self.teacher = Teacher(
             args.teacher_model_kind,
             self.model,
@@ -126,12 +128,14 @@ class SelfDistillationTrainer(RolloutTrainer):
         """Render one row with every template, and every row whose problem could exhaust the budget."""
         limit = self.args.max_teacher_prompt_length
         rows = [next(iter(dataset))]
+        self.collator.check_renders(rows[0]["prompt"])
         if limit is not None and hasattr(dataset, "__len__"):
-            # A token is at least one byte, so a prompt with fewer bytes than the budget's half always fits.
-            rows += [row for row in dataset.select_columns("prompt") if len(str(row["prompt"]).encode()) > limit // 2]
+            # A token is at least one byte, so only a prompt with more bytes than this may fail to fit.
+            bytes_that_fit = limit - self.collator.template_length()
+            rows += [row for row in dataset.select_columns("prompt") if len(str(row["prompt"]).encode()) > bytes_that_fit]
         for row in rows:
-            self.collator.check_renders(row["prompt"])
-            self.collator.check_budget(row["prompt"], "teacher")
+            for template in self.collator.templates:
+                self.collator.check_budget(row["prompt"], template)
 
     def _updates_per_generation(self) -> int:
         args = self.args
@@ -140,7 +144,7 @@ class SelfDistillationTrainer(RolloutTrainer):
     # Hooks of RolloutTrainer
 
     def prepare_rows(self, rows: list[dict]) -> list[dict]:
-        check_rows(rows, "dataset", needs_solution=self.method.needs_solution)
+        check_rows(rows, "generation batch", needs_solution=self.method.needs_solution)
         template = self.args.prompt_template
         if template is None:
             return rows
