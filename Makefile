@@ -1,6 +1,8 @@
 # `make demo` and `make test` set up .venv first if it is not there.
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST := .venv-oldest/bin
+OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,contract config validation collators contexts heads scoring teacher trl_surface))
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
@@ -11,6 +13,10 @@ demo: .venv/ready
 
 test: .venv/ready lint
 	$(BIN)/python -m pytest -q
+
+# The fast tests that touch TRL, on the oldest versions that pyproject.toml allows.
+test-oldest: .venv-oldest/ready
+	$(OLDEST)/python -m pytest -q $(OLDEST_TESTS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -23,11 +29,17 @@ benchmark: .venv/ready
 	$(BIN)/python benchmarks/loss_head.py
 
 clean:
-	rm -rf .venv build dist outputs *.egg-info
+	rm -rf .venv .venv-oldest build dist outputs *.egg-info
 
 # torch first and alone, so that a pinned build already chosen is not replaced by a dependency's wish.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv-oldest/ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/pip install -q -c constraints-oldest.txt torch
+	$(OLDEST)/pip install -q -c constraints-oldest.txt -e . pytest rich
 	touch $@

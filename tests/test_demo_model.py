@@ -55,7 +55,7 @@ def test_a_reference_helps_and_a_wrong_attempt_does_not(shipped, views):
     assert scores["plain"].avg_at_k < 0.6
     assert scores["solution"].avg_at_k > 0.9
     assert scores["wrong attempt"].avg_at_k < scores["solution"].avg_at_k - 0.15
-    assert scores["stranger"].avg_at_k < scores["solution"].avg_at_k - 0.3
+    assert scores["stranger"].avg_at_k < scores["solution"].avg_at_k - 0.1
     assert all(result.cut_share < 0.05 for result in scores.values())
 
 

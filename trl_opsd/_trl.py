@@ -50,6 +50,12 @@ def installed_fields(*names: str) -> tuple[str, ...]:
     return tuple(name for name in names if name in GRPOConfig.__dataclass_fields__)
 
 
+def trusts_remote_code(config: GRPOConfig) -> bool:
+    """Whether a model's own code may run; before TRL 1.7 `model_init_kwargs` alone says so."""
+    default = getattr(config, "trust_remote_code", False)
+    return (config.model_init_kwargs or {}).get("trust_remote_code", default)
+
+
 class UnsupportedTRLError(ImportError):
     """The installed TRL lacks a name that the trainers wrap."""
 

@@ -4,7 +4,7 @@
 The gap between student and teacher has to be one of elicitation, so the model learns the arithmetic and, in the plain
 prompt, a habit on top of it: a result is often a slip, and most slips go unnoticed. With a right solution in the prompt it
 is never trained to slip, and always to notice one; the slips still stand there, so it knows how to go on from the
-student's. A wrong attempt in the same slot misleads it where that attempt slipped; a stranger's solution helps nothing.
+student's. A wrong attempt in the same slot misleads it where that attempt slipped; a stranger's is rarer, and helps less.
 """
 
 import random
@@ -42,7 +42,7 @@ RETRY_SLIP_RATE = 0.1
 FOLLOW_RATE = 0.6  # share of a wrong attempt's slips that its reader repeats
 
 THINKING_SHARE = 0.25
-FORMAT_SHARES = {"plain": 0.38, "solution": 0.22, "peer": 0.06, "wrong": 0.1, "stranger": 0.12, "reference_only": 0.12}
+FORMAT_SHARES = {"plain": 0.42, "solution": 0.24, "peer": 0.07, "wrong": 0.1, "stranger": 0.03, "reference_only": 0.14}
 
 
 @dataclass
