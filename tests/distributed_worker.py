@@ -56,7 +56,9 @@ def give_rollouts(trainer):
     def sample(prompt_ids, *args, **kwargs):
         tokenizer = trainer.tokenizer
         texts = [TEXTS[len(ids) % len(TEXTS)] for ids in prompt_ids]
-        return [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts], None
+        return [
+            tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts
+        ], None
 
     trainer._generate_single_turn = sample
 

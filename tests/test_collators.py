@@ -99,9 +99,7 @@ def whole_length(made, solution):
 @pytest.mark.parametrize("where", ["middle", "end"])
 @pytest.mark.parametrize("solution", [SOLUTION, UNICODE, "a" * 200], ids=["text", "unicode", "run"])
 @pytest.mark.parametrize("missing", [1, 5, 20, 40])
-def test_a_long_solution_is_shortened_to_the_budget_and_the_template_stays(
-    any_tokenizer, where, solution, missing
-):
+def test_a_long_solution_is_shortened_to_the_budget_and_the_template_stays(any_tokenizer, where, solution, missing):
     whole = whole_length(collator(any_tokenizer), solution)
     made = collator(any_tokenizer, max_length=whole - missing, shorten=where)
     encoded = made.encode(PROMPT, teacher(solution))
@@ -146,9 +144,7 @@ def test_a_solution_within_the_budget_is_untouched(any_tokenizer):
 def test_the_budget_counts_the_teachers_prefix(any_tokenizer):
     made = collator(any_tokenizer, prefix="<think>\nok")
     limit = whole_length(made, SOLUTION) - 1
-    encoded = collator(any_tokenizer, prefix="<think>\nok", max_length=limit).encode(
-        PROMPT, teacher(SOLUTION)
-    )
+    encoded = collator(any_tokenizer, prefix="<think>\nok", max_length=limit).encode(PROMPT, teacher(SOLUTION))
     assert encoded.shortened and len(encoded.ids) <= limit
     assert any_tokenizer.decode(encoded.ids).endswith("<think>\nok")
 
@@ -162,9 +158,7 @@ def test_a_budget_that_leaves_nothing_is_refused_with_the_length_that_would_do(a
         lambda: small.check_budget(PROMPT, "teacher"),
         lambda: small.encode(PROMPT, teacher(SOLUTION)),
     ):
-        with pytest.raises(
-            ValueError, match=rf"max_teacher_prompt_length={needed - 1} .*take {needed} tokens"
-        ):
+        with pytest.raises(ValueError, match=rf"max_teacher_prompt_length={needed - 1} .*take {needed} tokens"):
             refused()
 
 
@@ -176,9 +170,7 @@ def test_no_budget_accepts_everything(any_tokenizer):
 def test_a_chat_template_that_refuses_is_reported_with_its_arguments(byte_tokenizer):
     refusing = "{{ raise_exception('no system turn') }}"
     made = collator(byte_tokenizer, render_kwargs={"chat_template": refusing})
-    with pytest.raises(
-        ValueError, match=r"refused .*'enable_thinking': False.*no system turn.*chat_template_kwargs"
-    ):
+    with pytest.raises(ValueError, match=r"refused .*'enable_thinking': False.*no system turn.*chat_template_kwargs"):
         made.check_renders(PROMPT)
 
 

@@ -139,14 +139,10 @@ def test_the_list_of_such_settings_holds_whole_families_of_trls_names():
         "vespo_",
         "vllm_importance_sampling_",
     )
-    names = {
-        config_field.name for config_field in fields(GRPOConfig) if config_field.name.startswith(families)
-    }
+    names = {config_field.name for config_field in fields(GRPOConfig) if config_field.name.startswith(families)}
     # `correction` is switched off by the config itself, `cap` is TRL's old name of another one.
     ours = {"vllm_importance_sampling_correction", "vllm_importance_sampling_cap"}
-    assert (
-        names - ours <= set(REWARD_ONLY_FIELDS) <= {config_field.name for config_field in fields(GRPOConfig)}
-    )
+    assert names - ours <= set(REWARD_ONLY_FIELDS) <= {config_field.name for config_field in fields(GRPOConfig)}
 
 
 def test_every_unused_setting_is_named_at_once(make_args):
@@ -170,9 +166,7 @@ def test_one_rollout_a_prompt_fits_any_batch_size(make_args, batch_size, steps):
 def test_trls_own_checks_still_run_with_one_rollout_a_prompt(make_args):
     with pytest.raises(ValueError, match="can not be both configured"):
         make_args(generation_batch_size=4, steps_per_generation=1)
-    with pytest.raises(
-        ValueError, match=r"generation_batch_size \(3\) must be divisible by num_generations \(2\)"
-    ):
+    with pytest.raises(ValueError, match=r"generation_batch_size \(3\) must be divisible by num_generations \(2\)"):
         make_args(per_device_train_batch_size=3, num_generations=2)
 
 
@@ -256,9 +250,7 @@ def test_the_defaults_it_changes_are_a_frozen_set():
 
 
 def test_every_field_has_a_help_text():
-    assert not [
-        config_field.name for config_field in fields(OPSDConfig) if not config_field.metadata.get("help")
-    ]
+    assert not [config_field.name for config_field in fields(OPSDConfig) if not config_field.metadata.get("help")]
 
 
 def test_mutable_defaults_are_not_shared(make_args):
@@ -348,16 +340,10 @@ def test_help_prints_every_field(capsys):
 
 
 def test_a_config_survives_its_dict_and_its_json(make_args):
-    config = make_args(
-        divergence="jsd", teacher_prefix="<think>", chat_template_kwargs='{"a": 1}', clip="none"
-    )
+    config = make_args(divergence="jsd", teacher_prefix="<think>", chat_template_kwargs='{"a": 1}', clip="none")
     for saved in (config.to_dict(), json.loads(config.to_json_string())):
-        del saved[
-            "generation_batch_size"
-        ]  # TRL writes it beside steps_per_generation and takes only one of them
-        again = OPSDConfig(
-            **{key: value for key, value in saved.items() if key in config.__dataclass_fields__}
-        )
+        del saved["generation_batch_size"]  # TRL writes it beside steps_per_generation and takes only one of them
+        again = OPSDConfig(**{key: value for key, value in saved.items() if key in config.__dataclass_fields__})
         assert {name: getattr(again, name) for name in COMMAND_LINE} == {
             name: getattr(config, name) for name in COMMAND_LINE
         }

@@ -30,9 +30,7 @@ USER = {"role": "user", "content": "2+3=?"}
     ],
 )
 def test_texts_in_the_slots_are_data(prompt, solution):
-    assert (
-        fill_template("<{prompt}|{solution}>", prompt=prompt, solution=solution) == f"<{prompt}|{solution}>"
-    )
+    assert fill_template("<{prompt}|{solution}>", prompt=prompt, solution=solution) == f"<{prompt}|{solution}>"
 
 
 def test_every_place_of_a_slot_is_filled_and_other_braces_stay():

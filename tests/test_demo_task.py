@@ -10,7 +10,7 @@ import pytest
 from trl_opsd.demo import REFERENCE_ONLY_TEMPLATE, TEACHER_PROMPT_TEMPLATE, build_dataset, build_rows
 from trl_opsd.demo.corpus import PLAIN, WITH_REFERENCE, draw_example, write_attempt, write_until
 from trl_opsd.demo.task import SPLITS, draw_problem, draw_problem_of, split_of, stays_in_range
-from trl_opsd.evaluation import verifies, verify
+from trl_opsd.verification import verifies, verify
 
 
 def test_rows_are_a_function_of_split_and_seed():
@@ -27,7 +27,7 @@ def test_no_question_stands_in_two_splits_or_twice_in_one():
 
 
 def test_an_unknown_split_is_named():
-    with pytest.raises(ValueError, match="'dev'.*validation"):
+    with pytest.raises(ValueError, match=r"'dev'.*validation"):
         build_rows("dev", 1)
 
 

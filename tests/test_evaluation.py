@@ -20,10 +20,9 @@ from trl_opsd.evaluation import (
     paired_difference,
     render_prompt,
     summarize,
-    verifies,
-    verify,
 )
 from trl_opsd.markers import count_markers
+from trl_opsd.verification import verifies, verify
 
 GENERATION = {"max_new_tokens": 40, "chat_template_kwargs": {"enable_thinking": False}}
 
@@ -122,7 +121,8 @@ def test_a_paired_difference_uses_the_pairing():
 def test_batching_and_padding_do_not_change_greedy_answers(model, tokenizer):
     prompts = [row["prompt"] for row in build_rows("validation", 9)]
     one, many = (
-        generate_completions(model, tokenizer, prompts, temperature=0.0, batch_size=size, **GENERATION) for size in (1, 9)
+        generate_completions(model, tokenizer, prompts, temperature=0.0, batch_size=size, **GENERATION)
+        for size in (1, 9)
     )
     assert one == many
 

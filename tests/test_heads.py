@@ -236,9 +236,7 @@ def test_the_head_applies_scale_bias_and_cap_in_the_order_of_transformers():
 
 def test_an_encoder_decoder_reaches_no_head_function():
     model = T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
-        )
+        T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
     )
     with pytest.raises(ValueError, match="T5ForConditionalGeneration has no backbone"):
         attach_head_function(model)

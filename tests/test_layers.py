@@ -126,18 +126,14 @@ def attributes_of_a_trainer(tree):
         name = node.id if isinstance(node, ast.Name) else getattr(node, "attr", None)
         return name in ("self", "cls", "trainer")
 
-    return {
-        node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_trainer(node.value)
-    }
+    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_trainer(node.value)}
 
 
 def names_made_in(tree):
     """What a file defines itself: functions, and attributes of `self` that it assigns."""
     made = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     return made | {
-        node.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
     }
 
 

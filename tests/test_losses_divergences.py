@@ -142,9 +142,7 @@ def test_target_and_student_given_in_bfloat16_are_compared_in_float32():
     student, target = draw(4, 30).bfloat16(), draw(4, 30, seed=1).bfloat16()
     value = token_divergence(student, target)
     assert value.dtype == torch.float32
-    torch.testing.assert_close(
-        value.double(), token_divergence(student.double(), target.double()), rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(value.double(), token_divergence(student.double(), target.double()), rtol=1e-5, atol=0)
 
 
 def test_target_gets_no_gradient():
@@ -172,9 +170,7 @@ def test_sampled_token_gradient_is_in_expectation_that_of_reverse_kl():
 def test_top_k_over_the_whole_vocabulary_is_the_full_divergence(name, clip, support, remainder):
     student, target = draw(4, 6), draw(4, 6, seed=1)
     top = top_k_divergence(student, target, k=6, support=support, remainder=remainder, **settings(name, clip))
-    torch.testing.assert_close(
-        top, token_divergence(student, target, **settings(name, clip)), rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(top, token_divergence(student, target, **settings(name, clip)), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)

@@ -249,9 +249,7 @@ def test_frozen_views_and_target_head_get_no_gradient():
     frozen = [problem.anchor, problem.direction, problem.settings["target_head_weight"]]
     for tensor in frozen:
         tensor.requires_grad_()
-    loss, _ = fused_divergence(
-        problem.hidden, problem.weight, problem.anchor, problem.direction, **problem.settings
-    )
+    loss, _ = fused_divergence(problem.hidden, problem.weight, problem.anchor, problem.direction, **problem.settings)
     assert torch.autograd.grad(loss, frozen, allow_unused=True) == (None, None, None)
 
 

@@ -36,9 +36,7 @@ def fresh_caches():
     ],
 )
 def test_right_is_one_wrong_is_zero_and_an_unreadable_reference_none(completion, solution, reward):
-    forms = [[{"role": "assistant", "content": completion}]] + (
-        [completion] if completion is not None else []
-    )
+    forms = [[{"role": "assistant", "content": completion}]] + ([completion] if completion is not None else [])
     for form in forms:
         assert accuracy_reward(completions=[form], solution=[solution], prompts=["p"], extra=[1]) == [reward]
 

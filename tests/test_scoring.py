@@ -100,10 +100,7 @@ def test_weights_add_up_in_anchor_and_direction():
 
 @pytest.mark.parametrize("budget", [1, 13, 20, 40])
 def test_grouping_changes_nothing(budget):
-    jobs = [
-        job(c, min(r, 4), row=k % 3, anchor=1 / (k + 1), direction=k - 2.5)
-        for k, (c, r) in enumerate(LENGTHS)
-    ]
+    jobs = [job(c, min(r, 4), row=k % 3, anchor=1 / (k + 1), direction=k - 2.5) for k, (c, r) in enumerate(LENGTHS)]
     whole, _ = score(jobs, direction=True)
     grouped, run = score(jobs, direction=True, budget=budget)
     assert len(run.sizes) > 1

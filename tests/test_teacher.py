@@ -92,9 +92,7 @@ def test_the_moving_average_follows_its_formula(make_model):
     for step in range(3):
         move(model, seed=step)
         assert teacher.update() == 0.0
-        expected = {
-            name: (1 - rate) * expected[name] + rate * value for name, value in weights(model).items()
-        }
+        expected = {name: (1 - rate) * expected[name] + rate * value for name, value in weights(model).items()}
     for name, value in teacher.values.items():
         torch.testing.assert_close(value, expected[name])
 

@@ -18,9 +18,7 @@ def test_the_installed_trl_is_in_the_supported_range():
 
 
 def test_a_constructed_trainer_has_every_attribute(make_model, make_args, dataset, tokenizer):
-    trainer = OPSDTrainer(
-        model=make_model(), args=make_args(), train_dataset=dataset, processing_class=tokenizer
-    )
+    trainer = OPSDTrainer(model=make_model(), args=make_args(), train_dataset=dataset, processing_class=tokenizer)
     check_trl(instance=trainer)
 
 
@@ -61,9 +59,7 @@ def test_a_missing_method_is_named_with_version_and_range(name):
         assert text in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "argument"), [(name, arg) for name, args in seam._METHODS.items() for arg in args]
-)
+@pytest.mark.parametrize(("name", "argument"), [(name, arg) for name, args in seam._METHODS.items() for arg in args])
 def test_a_missing_argument_is_named(name, argument):
     class OlderTrainer(trl.GRPOTrainer):
         pass

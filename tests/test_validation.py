@@ -95,9 +95,7 @@ ROWS = {
     ),
     "an images column": (lambda: Dataset.from_list([{**GOOD, "images": ["x"]}]), "column `images`", "Remove"),
     "an image in a message": (
-        lambda: Dataset.from_list(
-            [{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "solution": "5"}]
-        ),
+        lambda: Dataset.from_list([{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "solution": "5"}]),
         "row 0: `prompt` holds a part that is not text",
         "Images",
     ),
@@ -191,9 +189,7 @@ def test_the_config_of_another_trainer_is_refused(build, tmp_path):
 
 
 def tiny_t5():
-    return T5Config(
-        vocab_size=128, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
-    )
+    return T5Config(vocab_size=128, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
 
 
 def test_an_encoder_decoder_is_refused_as_model_and_as_folder(build, tmp_path):
@@ -221,18 +217,14 @@ def test_a_text_model_passes():
 def test_a_head_that_disagrees_with_the_config_is_refused(build, make_model):
     model = make_model()
     model.lm_head = torch.nn.Linear(32, model.config.vocab_size + 3, bias=False)
-    with pytest.raises(
-        ValueError, match=rf"head has {model.config.vocab_size + 3} rows but config.vocab_size is"
-    ):
+    with pytest.raises(ValueError, match=rf"head has {model.config.vocab_size + 3} rows but config.vocab_size is"):
         build(model=model)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(build, make_model, tokenizer):
     larger = build_tokenizer()
     larger.add_tokens(["<extra>"])
-    with pytest.raises(
-        ValueError, match=rf"tokenizer has {len(larger)} tokens but the model only {len(tokenizer)}"
-    ):
+    with pytest.raises(ValueError, match=rf"tokenizer has {len(larger)} tokens but the model only {len(tokenizer)}"):
         build(processing_class=larger)
 
 

@@ -37,8 +37,7 @@ _ATTRIBUTES = ("_buffered_inputs", "_logs", "_metrics", "_step", "_tokenizer")
 # What older versions in the range lack.
 # TRL 1.7 added the router's loss: the argument `compute_aux_loss` and a third value of the log-probabilities.
 _HAS_ROUTER_LOSS = (
-    "compute_aux_loss"
-    in inspect.signature(inspect.unwrap(GRPOTrainer._get_per_token_logps_and_entropies)).parameters
+    "compute_aux_loss" in inspect.signature(inspect.unwrap(GRPOTrainer._get_per_token_logps_and_entropies)).parameters
 )
 _NUM_LOGPS_VALUES = 3 if _HAS_ROUTER_LOSS else 2
 # TRL 1.11 added `chat_template_kwargs` to the fields that the command line may write as JSON.

@@ -103,9 +103,7 @@ class OPSDConfig(GRPOConfig):
         "base",
         "Whose weights the teacher has: `base` the initial ones, `live` the student's, `ema` a moving average.",
     )
-    teacher_update_rate: float = _field(
-        0.001, "Share of the student in each update of the `ema` teacher, in (0, 1]."
-    )
+    teacher_update_rate: float = _field(0.001, "Share of the student in each update of the `ema` teacher, in (0, 1].")
     teacher_sync_steps: int = _field(1, "Optimizer steps between two updates of the `ema` teacher.")
     teacher_prompt_template: str = _field(
         TEACHER_PROMPT_TEMPLATE,
@@ -123,12 +121,8 @@ class OPSDConfig(GRPOConfig):
     max_teacher_prompt_length: int | None = _field(
         None, "Longest teacher prompt in tokens; a longer one has its solution shortened. None for no limit."
     )
-    solution_shortening: str = _field(
-        "middle", f"Where a too long solution loses text, one of {SHORTEN_CHOICES}."
-    )
-    teacher_tokens_per_forward: int = _field(
-        32_768, "Tokens, padding included, that one teacher forward may hold."
-    )
+    solution_shortening: str = _field("middle", f"Where a too long solution loses text, one of {SHORTEN_CHOICES}.")
+    teacher_tokens_per_forward: int = _field(32_768, "Tokens, padding included, that one teacher forward may hold.")
 
     # The loss.
     divergence: str = _field("forward_kl", "`forward_kl` KL(teacher, student), `reverse_kl` or `jsd`.")
@@ -153,9 +147,7 @@ class OPSDConfig(GRPOConfig):
     )
 
     # Diagnostics.
-    reflection_markers: list[str] = _field(
-        list(REFLECTION_MARKERS), "Whole words counted per 1,000 tokens of rollout."
-    )
+    reflection_markers: list[str] = _field(list(REFLECTION_MARKERS), "Whole words counted per 1,000 tokens of rollout.")
 
     def __post_init__(self):
         _require(self.num_generations and self.num_generations >= 1, self, "num_generations", "1 or more")
@@ -216,9 +208,7 @@ class OPSDConfig(GRPOConfig):
         _require(self.teacher_model_kind in TEACHER_KINDS, self, "teacher_model_kind", f"one of {TEACHER_KINDS}")
         _require(0 < self.teacher_update_rate <= 1, self, "teacher_update_rate", "above 0 and at most 1")
         _require(self.teacher_sync_steps >= 1, self, "teacher_sync_steps", "1 or more")
-        _require(
-            self.solution_shortening in SHORTEN_CHOICES, self, "solution_shortening", f"one of {SHORTEN_CHOICES}"
-        )
+        _require(self.solution_shortening in SHORTEN_CHOICES, self, "solution_shortening", f"one of {SHORTEN_CHOICES}")
         _require(self.teacher_tokens_per_forward >= 1, self, "teacher_tokens_per_forward", "1 or more")
         budget = self.max_teacher_prompt_length
         _require(budget is None or budget >= 1, self, "max_teacher_prompt_length", "1 or more, or None")

@@ -4,23 +4,22 @@
 Base and trained model are measured by the same call, with the same settings, in the same run.
 """
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .markers import REFLECTION_MARKERS, count_markers
+from .verification import parse_answer, verify
 
 Prompt = str | list[dict[str, Any]]
 
 
 class Completion(NamedTuple):
-    """One sampled answer: its text without special tokens, its length with the eos token, and whether it has none."""
+    """One sampled answer: text without special tokens, length with the eos token, whether it has none."""
 
     text: str
     num_tokens: int
@@ -68,12 +67,16 @@ class EvaluationResult:
 
 
 def render_prompt(tokenizer, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
-    """Token ids of a prompt; a conversation goes through the chat template and ends where the answer begins."""
+    """Token ids of a prompt; a conversation goes through the chat template, up to the answer."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     return list(
         tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=False, **(chat_template_kwargs or {})
+            prompt,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **(chat_template_kwargs or {}),
         )
     )
 
@@ -104,7 +107,7 @@ def generate_completions(
         top_p (`float`): nucleus mass in (0, 1].
         top_k (`int`): 0 keeps all tokens.
         max_new_tokens (`int`): length limit of a completion.
-        batch_size (`int`): sequences generated at once; prompts are taken longest first and padded on the left.
+        batch_size (`int`): sequences generated at once; prompts go longest first, padded on the left.
         chat_template_kwargs (`Mapping`, *optional*): for example `{"enable_thinking": False}`.
         seed (`int`): the draws are a function of it; the caller's random state is left as it was.
         progress (`bool`): shows a progress bar.
@@ -162,47 +165,16 @@ def _read_completion(ids: list[int], stops: set[int | None], tokenizer) -> Compl
     return Completion(tokenizer.decode(ids[:length], skip_special_tokens=True), length, is_cut)
 
 
-@lru_cache(maxsize=65_536)
-def _parse(text: str) -> tuple[Any, ...]:
-    """math-verify's reading of a text, () where it reads nothing. Its alarms are off: they only work in a main thread."""
-    from math_verify import parse
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    try:
-        return tuple(parse(text.strip(), parsing_timeout=None))
-    except Exception:  # whatever a parser of free text trips over, it did not find an answer
-        return ()
-
-
-def verifies(solution: str) -> bool:
-    """Whether `solution` holds an answer that math-verify can read."""
-    return bool(_parse(solution))
-
-
-@lru_cache(maxsize=65_536)
-def verify(completion: str, solution: str) -> bool:
-    """Whether the answer in `completion` equals the one in `solution`; False where either cannot be read."""
-    from math_verify import verify as equal
-
-    gold, answer = _parse(solution), _parse(completion)
-    if not gold or not answer:
-        return False
-    try:
-        return bool(equal(list(gold), list(answer), timeout_seconds=None))
-    except Exception:  # sympy raises many kinds on odd input
-        return False
-
-
 def estimate_pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased chance that k of the samples hold a right one: 1 - C(n - c, k) / C(n, k) (arXiv 2107.03374)."""
+    """Unbiased pass@k: 1 - C(n - c, k) / C(n, k) (arXiv 2107.03374)."""
     if not 1 <= k <= num_samples:
         raise ValueError(f"k is {k}; it must lie in 1..{num_samples}, the number of samples.")
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
 def majority_is_correct(completions: Sequence[str], solution: str) -> bool:
-    """Whether the most frequent readable answer is right; the earliest wins a tie, unreadable answers do not vote."""
-    answers = [(str(parsed[0]), text) for text in completions if (parsed := _parse(text))]
+    """Whether the most frequent answer is right; the earliest wins a tie, unreadable ones do not vote."""
+    answers = [(str(parsed[0]), text) for text in completions if (parsed := parse_answer(text))]
     if not answers:
         return False
     winner = Counter(answer for answer, _ in answers).most_common(1)[0][0]
@@ -289,7 +261,12 @@ def bootstrap_interval(
 
 
 def paired_difference(
-    after: Sequence[float], before: Sequence[float], *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+    after: Sequence[float],
+    before: Sequence[float],
+    *,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> Interval:
     """Mean of `after - before` over the same questions, with its bootstrap interval over questions."""
     if len(after) != len(before):

@@ -180,9 +180,7 @@ class Teacher:
         pair = [self.student.get_parameter(name) for name in (name_a, name_b)]
         with gathered(pair):
             student = tuple(parameter.detach().float() for parameter in pair)
-            new_a, new_b, lost = average_low_rank(
-                (self.values[name_a], self.values[name_b]), student, self.update_rate
-            )
+            new_a, new_b, lost = average_low_rank((self.values[name_a], self.values[name_b]), student, self.update_rate)
         self.values[name_a].copy_(new_a)
         self.values[name_b].copy_(new_b)
         return lost

@@ -57,7 +57,10 @@ def load_rows(script_args: DataArguments, split: str) -> Dataset | IterableDatas
         rows = load_dataset(
             loader, data_files=script_args.dataset_name, split="train", streaming=script_args.dataset_streaming
         )
-    for name, value in (("problem_column", script_args.problem_column), ("solution_column", script_args.solution_column)):
+    for name, value in (
+        ("problem_column", script_args.problem_column),
+        ("solution_column", script_args.solution_column),
+    ):
         if value is not None and rows.column_names is not None and value not in rows.column_names:
             raise ValueError(f"{name}={value!r} is not a column of {script_args.dataset_name}: {rows.column_names}.")
     if script_args.problem_column is not None:
@@ -69,7 +72,10 @@ def load_rows(script_args: DataArguments, split: str) -> Dataset | IterableDatas
 
 
 def make_trainer(
-    trainer_class: type[SelfDistillationTrainer], script_args: DataArguments, training_args: Any, model_args: ModelConfig
+    trainer_class: type[SelfDistillationTrainer],
+    script_args: DataArguments,
+    training_args: Any,
+    model_args: ModelConfig,
 ) -> SelfDistillationTrainer:
     """Build a trainer from parsed arguments, with LoRA and quantization as the model arguments say."""
     training_args.model_init_kwargs = {

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the embedded demo model from nothing: `python -m trl_opsd.demo.build [--output DIR] [--seed 0] [--steps N]`.
+"""Makes the embedded demo model from nothing.
 
+`python -m trl_opsd.demo.build [--output DIR] [--seed 0] [--steps N]`.
 Same seed, steps, thread count and machine type: same bytes.
 """
 
@@ -38,8 +39,9 @@ pipeline_tag: text-generation
 
 # Written-out arithmetic, Qwen3 architecture, 0.9M parameters
 
-The embedded demo model of `trl_opsd`: it solves chains of two to four operations step by step, and has a bad habit in the
-plain prompt (slips that mostly go unnoticed) that a reference solution in the prompt switches off. It is good for nothing else.
+The embedded demo model of `trl_opsd`: it solves chains of two to four operations step by step, and has a bad
+habit in the plain prompt, slips that mostly go unnoticed, which a reference solution in the prompt ends.
+It is good for nothing else.
 Made from nothing by `python -m trl_opsd.demo.build --seed {seed} --steps {steps}`; no outside data.
 
 Validation problems, four samples each at temperature 1 where not greedy:
@@ -81,11 +83,15 @@ def tokenize(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[list
     trained = [flag for text, flag in example.pieces for _ in text]
     ids = [*prompt, *answer.ids, tokenizer.eos_token_id]
     labels = [IGNORED] * len(prompt)
-    labels += [token if trained[begin] else IGNORED for token, (begin, _) in zip(answer.ids, answer.offsets, strict=True)]
+    labels += [
+        token if trained[begin] else IGNORED for token, (begin, _) in zip(answer.ids, answer.offsets, strict=True)
+    ]
     return ids, [*labels, tokenizer.eos_token_id]
 
 
-def draw_batches(tokenizer: PreTrainedTokenizerFast, generator: random.Random) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def draw_batches(
+    tokenizer: PreTrainedTokenizerFast, generator: random.Random
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Draws `BATCHES_PER_DRAW` batches of ids and labels, each (B, T), padded on the right."""
     examples = [tokenize(draw_example(generator), tokenizer) for _ in range(BATCH_SIZE * BATCHES_PER_DRAW)]
     examples.sort(key=lambda example: len(example[0]))

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo model reads while it is made: attempts with a bad habit, with and without something to lean on.
+"""What the demo model reads while it is made: attempts with a bad habit, with and without a reference.
 
-The gap between student and teacher has to be one of elicitation, so the model learns the arithmetic and, in the plain
-prompt, a habit on top of it: a result is often a slip, and most slips go unnoticed. With a right solution in the prompt it
-is never trained to slip, and always to notice one; the slips still stand there, so it knows how to go on from the
-student's. A wrong attempt in the same slot misleads it where that attempt slipped; a stranger's is rarer, and helps less.
+The gap between student and teacher has to be one of elicitation, so the model learns the arithmetic and, in
+the plain prompt, a habit on top of it: a result is often a slip, and most slips go unnoticed. With a right
+solution in the prompt it is never trained to slip, and always to notice; the slips still stand there, so it
+knows how to go on from the student's. A wrong attempt in the same slot misleads it where that one slipped; a
+stranger's is rarer, and helps less.
 """
 
 import random
 from dataclasses import dataclass, field
 
 from . import REFERENCE_ONLY_TEMPLATE, TEACHER_PROMPT_TEMPLATE
-from .task import LARGEST_VALUE, Problem, apply_operation, draw_problem_of, stays_in_range
+from .task import Problem, apply_operation, draw_problem_of, stays_in_range
 
 MARKER = "wait "
 SLIP_DISTANCES = (-3, -2, -1, 1, 2, 3)
@@ -24,7 +25,7 @@ class Habit:
     Attributes:
         slip_rate (`float`): share of results that are slips, in [0, 1].
         notice_rate (`float`): share of slips followed by the marker and the step again, in [0, 1].
-        trained (`bool`): whether the slip, and going on as if nothing had happened, are trained on or only read.
+        trained (`bool`): whether the slip, and going on after it, are trained on or only read.
         doubt_rate (`float`): share of correct results that are followed by the marker and the step again.
     """
 
@@ -42,7 +43,14 @@ RETRY_SLIP_RATE = 0.1
 FOLLOW_RATE = 0.6  # share of a wrong attempt's slips that its reader repeats
 
 THINKING_SHARE = 0.25
-FORMAT_SHARES = {"plain": 0.42, "solution": 0.24, "peer": 0.07, "wrong": 0.1, "stranger": 0.03, "reference_only": 0.14}
+FORMAT_SHARES = {
+    "plain": 0.42,
+    "solution": 0.24,
+    "peer": 0.07,
+    "wrong": 0.1,
+    "stranger": 0.03,
+    "reference_only": 0.14,
+}
 
 
 @dataclass
@@ -80,7 +88,7 @@ def draw_slip(problem: Problem, step: int, result: int, generator: random.Random
 
 
 def write_step(attempt: Attempt, problem: Problem, step: int, habit: Habit, generator: random.Random) -> bool:
-    """Writes the results of one step up to the one the chain goes on with; returns whether that is a missed slip."""
+    """Writes a step's results until the chain goes on with one; returns whether that is a missed slip."""
     operator, operand = problem.operations[step]
     left, result = attempt.value, apply_operation(attempt.value, operator, operand)
     for slip_rate in (habit.slip_rate, RETRY_SLIP_RATE, 0.0):

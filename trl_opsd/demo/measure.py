@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo model does with each prompt it knows: alone, with a reference, with a wrong attempt, reference only."""
+"""What the demo model does with each prompt it knows: alone, with a reference, with a wrong one."""
 
 import random
 from typing import Any
@@ -13,7 +13,7 @@ MAX_NEW_TOKENS = 96
 
 
 def build_views(split: str, num_problems: int, *, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
-    """The same problems as rows of each prompt: `plain`, `solution`, `wrong attempt`, `stranger`, `reference only`."""
+    """The same problems as rows of every prompt, by the prompt's name."""
     problems = draw_problems(split, num_problems, seed=seed)
     generator = random.Random(f"views/{seed}")
     wrong = [write_until(problem, PLAIN, generator, correct=False, marker=False).text for problem in problems]
@@ -39,13 +39,19 @@ def build_views(split: str, num_problems: int, *, seed: int = 0) -> dict[str, li
 
 
 def measure(model, tokenizer, *, num_problems: int = 300, seed: int = 0) -> dict[str, EvaluationResult]:
-    """Accuracy and length of every view on validation problems, at temperature 1 and, for `plain`, greedily too."""
+    """Every view of validation problems at temperature 1, and `plain` greedily too."""
     views = build_views("validation", num_problems, seed=seed)
     settings = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": 512, "seed": seed}
     off, on = {"enable_thinking": False}, {"enable_thinking": True}
     results = {
         "plain, greedy": evaluate(
-            model, tokenizer, views["plain"], num_samples=1, temperature=0.0, chat_template_kwargs=off, **settings
+            model,
+            tokenizer,
+            views["plain"],
+            num_samples=1,
+            temperature=0.0,
+            chat_template_kwargs=off,
+            **settings,
         )
     }
     for name, rows in views.items():
@@ -57,10 +63,12 @@ def measure(model, tokenizer, *, num_problems: int = 300, seed: int = 0) -> dict
 
 def format_results(results: dict[str, EvaluationResult]) -> str:
     """A Markdown table, one prompt a line."""
-    lines = ["| prompt | avg@k | majority@k | tokens | cut | markers per 1,000 tokens |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| prompt | avg@k | majority@k | tokens | cut | markers per 1,000 tokens |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, result in results.items():
-        lines.append(
-            f"| {name} | {result.avg_at_k:.3f} | {result.majority_at_k:.3f} | {result.mean_completion_length:.1f} "
-            f"| {result.cut_share:.3f} | {result.markers_per_1000_tokens:.1f} |"
-        )
+        shares = f"{result.avg_at_k:.3f} | {result.majority_at_k:.3f}"
+        lengths = f"{result.mean_completion_length:.1f} | {result.cut_share:.3f}"
+        lines.append(f"| {name} | {shares} | {lengths} | {result.markers_per_1000_tokens:.1f} |")
     return "\n".join(lines)

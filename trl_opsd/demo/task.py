@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Written-out arithmetic: the task of the embedded demo model.
 
-A question is a chain of two to four operations on small numbers, `((3+4)-2)*2=?`; its solution writes one step a line and
-boxes the answer, `3+4=7\n7-2=5\n5*2=10\n\\boxed{10}`. Every draw is a function of its seed, and a question belongs to one
-split for ever, because the split is a hash of its text.
+A question is a chain of two to four operations on small numbers, `((3+4)-2)*2=?`; its solution writes one
+step a line and boxes the answer, `3+4=7\n7-2=5\n5*2=10\n\\boxed{10}`. Every draw is a function of its seed,
+and a question belongs to one split for ever, because the split is a hash of its text.
 """
 
 import hashlib
@@ -121,7 +121,7 @@ def build_rows(split: str, num_rows: int, *, seed: int = 0) -> list[dict[str, An
     Args:
         split (`str`): `"pretraining"`, `"train"`, `"validation"` or `"test"`.
         num_rows (`int`): number of rows; the smallest split holds several thousand problems.
-        seed (`int`): the rows are a function of `split` and `seed`; a longer list begins with the shorter one.
+        seed (`int`): same `split` and `seed`, same rows; a longer list begins with the shorter.
 
     Returns:
         `list[dict]`: rows `{"prompt": [{"role": "user", "content": question}], "solution": text}`.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo model's tokenizer: one token per printable ASCII character, a few words, and a ChatML template.
 
-The template has Qwen3's thinking switch: `enable_thinking=False` closes an empty think block in the generation prompt.
+The template has Qwen3's thinking switch: `enable_thinking=False` puts an empty think block into the prompt.
 """
 
 import re
@@ -11,7 +11,17 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<|unk|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
-WORD_TOKENS = ("<think>", "</think>", "system", "user", "assistant", "\\boxed{", "[reference]", "[end]", "wait")
+WORD_TOKENS = (
+    "<think>",
+    "</think>",
+    "system",
+    "user",
+    "assistant",
+    "\\boxed{",
+    "[reference]",
+    "[end]",
+    "wait",
+)
 
 CHAT_TEMPLATE = """\
 {%- for message in messages %}

@@ -125,8 +125,7 @@ def sampled_token_loss(
     log_q, log_p = log_probs(student_logits, target_logits, temperature)
     if token_ids.shape != log_q.shape[:-1]:
         raise ValueError(
-            f"token_ids has shape {tuple(token_ids.shape)}; pass one id per position, shape "
-            f"{tuple(log_q.shape[:-1])}."
+            f"token_ids has shape {tuple(token_ids.shape)}; pass one id per position, shape {tuple(log_q.shape[:-1])}."
         )
     index = token_ids.unsqueeze(-1)
     sampled_log_q = log_q.gather(-1, index).squeeze(-1)

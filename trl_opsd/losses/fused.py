@@ -162,9 +162,7 @@ class _Work:
         rows = [slice(start, min(start + step, size)) for start in range(0, size, step)]
         return rows, [self.weights.new_empty(shape) for _ in range(1 + self.target.num_tiles)]
 
-    def sweep_tile(
-        self, student_logits, target_logits, direction_logits, *, with_gradient: bool
-    ) -> torch.Tensor:
+    def sweep_tile(self, student_logits, target_logits, direction_logits, *, with_gradient: bool) -> torch.Tensor:
         """Diagnostics (6, n) of a tile; with a gradient, `student_logits` (n, V) holds it afterwards."""
         row_bytes = student_logits.shape[1] * student_logits.element_size()
         budget = BLOCK_BYTES.get(student_logits.device.type, BLOCK_BYTES["cpu"])
@@ -187,9 +185,7 @@ class _FusedDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, work: _Work, grad_enabled: bool):
         accumulated = [
-            torch.zeros_like(x, dtype=work.weights.dtype)
-            if x is not None and needed and grad_enabled
-            else None
+            torch.zeros_like(x, dtype=work.weights.dtype) if x is not None and needed and grad_enabled else None
             for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
         ]
         with torch.autocast(hidden.device.type, enabled=False):

@@ -49,9 +49,7 @@ class Projection:
         """d logits / d (W h + b), for a softcap at z = 0."""
         return self.logit_scale / self.temperature
 
-    def write_logits(
-        self, hidden: torch.Tensor, out: torch.Tensor, *, with_bias: bool = True
-    ) -> torch.Tensor:
+    def write_logits(self, hidden: torch.Tensor, out: torch.Tensor, *, with_bias: bool = True) -> torch.Tensor:
         """Fill `out` (n, V), float32 or float64, with tempered logits of `hidden` (n, H); returns `out`."""
         hidden = hidden.to(self.dtype)
         for rows, weight in self._slices():

@@ -38,9 +38,7 @@ class LinearShape(Shape):
 
     def __post_init__(self):
         if not 0 <= self.strength < math.inf:
-            raise ValueError(
-                f"strength={self.strength} is not a finite number >= 0; set one, 0 for no steering."
-            )
+            raise ValueError(f"strength={self.strength} is not a finite number >= 0; set one, 0 for no steering.")
 
     def __call__(self, direction_logits: torch.Tensor) -> torch.Tensor:
         """(..., V) direction to (..., V) shift of the anchor's logits."""

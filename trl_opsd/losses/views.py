@@ -59,9 +59,7 @@ class TargetViews:
         if self.folds or not self.shape.uses_direction:
             return anchor_logits, None
         if self.projection.softcap is None:
-            return anchor_logits, self.projection.write_logits(
-                self.direction[rows], tiles[1], with_bias=False
-            )
+            return anchor_logits, self.projection.write_logits(self.direction[rows], tiles[1], with_bias=False)
         return anchor_logits, self._capped_direction(rows, tiles[1].zero_(), tiles[2])
 
     def _capped_direction(self, rows: slice, total: torch.Tensor, view: torch.Tensor) -> torch.Tensor:

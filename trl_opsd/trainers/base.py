@@ -132,7 +132,9 @@ class SelfDistillationTrainer(RolloutTrainer):
         if limit is not None and hasattr(dataset, "__len__"):
             # A token is at least one byte, so only a prompt with more bytes than this may fail to fit.
             bytes_that_fit = limit - self.collator.template_length()
-            rows += [row for row in dataset.select_columns("prompt") if len(str(row["prompt"]).encode()) > bytes_that_fit]
+            rows += [
+                row for row in dataset.select_columns("prompt") if len(str(row["prompt"]).encode()) > bytes_that_fit
+            ]
         for row in rows:
             for template in self.collator.templates:
                 self.collator.check_budget(row["prompt"], template)
@@ -248,7 +250,9 @@ class SelfDistillationTrainer(RolloutTrainer):
 
         with self.teacher.active(), self.accelerator.autocast():
             if not self._head_checked:
-                check_output_head(self.model, self.model, torch.tensor([[self.tokenizer.eos_token_id] * 4], device=device))
+                check_output_head(
+                    self.model, self.model, torch.tensor([[self.tokenizer.eos_token_id] * 4], device=device)
+                )
                 self._head_checked = True
             return score_contexts(
                 run,
