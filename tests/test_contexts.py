@@ -12,9 +12,9 @@ from trl_opsd.contexts import (
     check_template,
     fill_template,
     message_text,
-    privileged_contexts,
     rewrite_last_turn,
 )
+from trl_opsd.methods.opsd import privileged_contexts
 
 USER = {"role": "user", "content": "2+3=?"}
 
@@ -127,7 +127,7 @@ def test_a_template_without_its_slot_is_refused_by_field(template):
 
 def test_opsd_gives_each_rollout_its_own_reference_as_the_anchor():
     group = [Rollout("p", "first", "c"), Rollout("p", "second", "d", reward=1.0)]
-    assert privileged_contexts(group) == [
+    assert privileged_contexts(group, None, None) == [
         (TeacherContext("teacher", "first", anchor=1.0, direction=0.0),),
         (TeacherContext("teacher", "second", anchor=1.0, direction=0.0),),
     ]

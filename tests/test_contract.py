@@ -77,7 +77,7 @@ class SelfTrainer(OPSDTrainer):
 
     method = Method(
         name="self",
-        contexts=lambda group: [(TeacherContext("plain", None, anchor=1.0),) for _ in group],
+        contexts=lambda group, settings, draw: [(TeacherContext("plain", None, anchor=1.0),) for _ in group],
         paper=OPSD.paper,
     )
 

@@ -3,6 +3,7 @@
 
 import pytest
 import trl
+from packaging.specifiers import SpecifierSet
 
 from trl_opsd import OPSDTrainer, UnsupportedTRLError
 from trl_opsd import _trl as seam
@@ -14,7 +15,7 @@ def test_the_installed_trl_has_every_name():
 
 
 def test_the_installed_trl_is_in_the_supported_range():
-    assert any(trl.__version__.startswith(version) for version in SUPPORTED_TRL.replace(",", " ").split())
+    assert trl.__version__ in SpecifierSet(SUPPORTED_TRL)
 
 
 def test_a_constructed_trainer_has_every_attribute(make_model, make_args, dataset, tokenizer):
@@ -82,6 +83,11 @@ def test_every_missing_name_is_told_at_once():
         check_trl(object, instance=object())
     for name in (*seam._METHODS, *seam._ATTRIBUTES):
         assert name in str(raised.value)
+
+
+def test_the_suggested_install_is_one_that_pip_reads():
+    with pytest.raises(UnsupportedTRLError, match=rf"pip install 'trl{SUPPORTED_TRL}'"):
+        check_trl(object)
 
 
 def test_users_can_catch_it_as_an_import_error():

@@ -5,7 +5,9 @@ import copy
 
 import pytest
 import torch
+import trl
 from datasets import Dataset, DatasetDict, IterableDataset
+from packaging.version import Version
 from transformers import Gemma3Config, Qwen3Config, T5Config, T5ForConditionalGeneration
 from trl import GRPOConfig
 
@@ -13,6 +15,10 @@ from trl_opsd import OPSDTrainer
 from trl_opsd.contexts import TEACHER_PROMPT_TEMPLATE
 from trl_opsd.demo.tokenizer import build_tokenizer
 from trl_opsd.validation import check_dataset, check_model_config, check_rows, check_vocabulary
+
+streams = pytest.mark.skipif(
+    Version(trl.__version__) < Version("1.9"), reason="GRPOTrainer takes streamed datasets since TRL 1.9"
+)
 
 USER = {"role": "user", "content": "2+3=?"}
 GOOD = {"prompt": [USER], "solution": "\\boxed{5}"}
@@ -151,6 +157,10 @@ def test_good_sets_of_every_form_pass(build, dataset):
     build(rows=dataset, eval_dataset={"a": dataset, "b": dataset})
     build(rows=dataset, eval_dataset=DatasetDict({"a": dataset}))
     build(rows=Dataset.from_list([{"prompt": "2+3=", "solution": "5"}]))
+
+
+@streams
+def test_a_good_streamed_set_passes(build, dataset):
     build(rows=dataset.to_iterable_dataset(), max_steps=1)
 
 
@@ -163,6 +173,7 @@ def test_a_method_without_references_takes_rows_without_them(form):
         check_rows([{"prompt": "a", "solution": ""}], form, needs_solution=False)
 
 
+@streams
 def test_a_streamed_row_is_checked_when_it_is_used(build):
     rows = [GOOD, {"prompt": [USER], "solution": " "}]
     trainer = build(rows=IterableDataset.from_generator(lambda: iter(rows * 4)), max_steps=1)

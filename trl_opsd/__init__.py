@@ -10,22 +10,37 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0.dev0"
 
 _HOME_OF = {
+    "OGLSSDConfig": "trainers.ogls_sd",
+    "OGLSSDTrainer": "trainers.ogls_sd",
     "OPSDConfig": "config",
     "OPSDTrainer": "trainers.opsd",
+    "PurifiedOPSDConfig": "trainers.purified_opsd",
+    "PurifiedOPSDTrainer": "trainers.purified_opsd",
     "Method": "methods",
-    "OPSD": "methods",
     "accuracy_reward": "rewards",
     "UnsupportedTRLError": "_trl",
 }
 
-__all__ = ["OPSD", "Method", "OPSDConfig", "OPSDTrainer", "UnsupportedTRLError", "accuracy_reward"]
+__all__ = [
+    "Method",
+    "OGLSSDConfig",
+    "OGLSSDTrainer",
+    "OPSDConfig",
+    "OPSDTrainer",
+    "PurifiedOPSDConfig",
+    "PurifiedOPSDTrainer",
+    "UnsupportedTRLError",
+    "accuracy_reward",
+]
 
 if TYPE_CHECKING:
     from ._trl import UnsupportedTRLError
     from .config import OPSDConfig
-    from .methods import OPSD, Method
+    from .methods import Method
     from .rewards import accuracy_reward
+    from .trainers.ogls_sd import OGLSSDConfig, OGLSSDTrainer
     from .trainers.opsd import OPSDTrainer
+    from .trainers.purified_opsd import PurifiedOPSDConfig, PurifiedOPSDTrainer
 
 
 def __getattr__(name: str):

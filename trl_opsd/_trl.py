@@ -122,6 +122,8 @@ class RolloutTrainer(GRPOTrainer):
 
     def __init__(self, *args, **kwargs):
         check_trl()
+        if kwargs.get("quantization_config") is None:  # an argument since TRL 1.8, None where nothing is quantized
+            kwargs.pop("quantization_config", None)
         super().__init__(*args, **kwargs)
         if not hasattr(self, "_tokenizer"):  # TRL 1.3 gave it a name of its own
             self._tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)

@@ -5,7 +5,7 @@ import argparse
 import sys
 
 # Written out, so that --help does not load torch; a test holds it to `train.TRAINERS`.
-METHODS = ("opsd",)
+METHODS = ("opsd", "ogls-sd", "purified-opsd")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -5,7 +5,7 @@ The rollout's ids are appended as they were sampled. Nothing here decodes and re
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -56,10 +56,21 @@ class TeacherCollator:
         """
         if context.template == "plain":
             return EncodedContext(self._render(prompt, self.student_kwargs))
-        ids = self._privileged_ids(prompt, context.template, context.slot)
+        slot, cut = self._within_slot_budget(context)
+        context = replace(context, slot=slot)
+        ids = self._privileged_ids(prompt, context.template, slot)
         if self.max_length is None or len(ids) <= self.max_length:
-            return EncodedContext(ids)
+            return EncodedContext(ids, shortened=cut)
         return EncodedContext(self._shortened_ids(prompt, context), shortened=True)
+
+    def _within_slot_budget(self, context: TeacherContext) -> tuple[str, bool]:
+        """The slot's text within its own budget, and whether it was cut."""
+        if context.slot_tokens is None:
+            return context.slot, False
+        ends = token_ends(self.tokenizer, context.slot)
+        if len(ends) <= context.slot_tokens:
+            return context.slot, False
+        return shorten_text(context.slot, ends, context.slot_tokens, self.shorten), True
 
     def check_renders(self, prompt: Prompt) -> None:
         """Render a prompt for the student and for every template.

@@ -55,7 +55,8 @@ REWARD_ONLY_FIELDS = installed_fields(
 )
 
 
-def _field(default: Any, help_text: str) -> Any:
+def option(default: Any, help_text: str) -> Any:
+    """A config field with a default and its help text."""
     factory = isinstance(default, (dict, list))
     keywords = {"default_factory": lambda: default.copy()} if factory else {"default": default}
     return field(metadata={"help": help_text}, **keywords)
@@ -77,82 +78,82 @@ class OPSDConfig(GRPOConfig):
     _VALID_DICT_FIELDS = [*DICT_FIELDS, "teacher_chat_template_kwargs"]  # noqa: RUF012
 
     # Defaults of GRPOConfig that the method changes.
-    learning_rate: float = _field(5e-6, "Initial learning rate of AdamW.")
-    max_grad_norm: float = _field(0.1, "Largest gradient norm; larger ones are scaled down.")
-    max_steps: int = _field(100, "Optimizer steps. The papers stop early: long runs collapse.")
-    save_steps: float = _field(25, "Steps between checkpoints.")
-    per_device_train_batch_size: int = _field(4, "Rollouts per device and micro-batch.")
-    gradient_accumulation_steps: int = _field(8, "Micro-batches per optimizer step.")
-    num_generations: int | None = _field(1, "Rollouts per prompt. 1 is allowed unless a reward enters the loss.")
-    max_completion_length: int | None = _field(1024, "Longest rollout in tokens.")
-    temperature: float = _field(1.1, "Sampling temperature of the rollouts.")
-    top_p: float = _field(0.95, "Nucleus sampling: probability mass kept, in (0, 1].")
-    top_k: int = _field(20, "Sampling among the k likeliest tokens; 0 for all.")
-    chat_template_kwargs: dict | str | None = _field(
+    learning_rate: float = option(5e-6, "Initial learning rate of AdamW.")
+    max_grad_norm: float = option(0.1, "Largest gradient norm; larger ones are scaled down.")
+    max_steps: int = option(100, "Optimizer steps. The papers stop early: long runs collapse.")
+    save_steps: float = option(25, "Steps between checkpoints.")
+    per_device_train_batch_size: int = option(4, "Rollouts per device and micro-batch.")
+    gradient_accumulation_steps: int = option(8, "Micro-batches per optimizer step.")
+    num_generations: int | None = option(1, "Rollouts per prompt. 1 is allowed unless a reward enters the loss.")
+    max_completion_length: int | None = option(1024, "Longest rollout in tokens.")
+    temperature: float = option(1.1, "Sampling temperature of the rollouts.")
+    top_p: float = option(0.95, "Nucleus sampling: probability mass kept, in (0, 1].")
+    top_k: int = option(20, "Sampling among the k likeliest tokens; 0 for all.")
+    chat_template_kwargs: dict | str | None = option(
         {"enable_thinking": False}, "Keyword arguments of the chat template for the student's prompt."
     )
 
     # The student's prompt.
-    prompt_template: str | None = _field(
+    prompt_template: str | None = option(
         None,
         "Rewrites the last user message before sampling; holds `{prompt}`. None takes the dataset's prompt as it is.",
     )
 
     # The teacher.
-    teacher_model_kind: str = _field(
+    teacher_model_kind: str = option(
         "base",
         "Whose weights the teacher has: `base` the initial ones, `live` the student's, `ema` a moving average.",
     )
-    teacher_update_rate: float = _field(0.001, "Share of the student in each update of the `ema` teacher, in (0, 1].")
-    teacher_sync_steps: int = _field(1, "Optimizer steps between two updates of the `ema` teacher.")
-    teacher_prompt_template: str = _field(
+    teacher_update_rate: float = option(0.001, "Share of the student in each update of the `ema` teacher, in (0, 1].")
+    teacher_sync_steps: int = option(1, "Optimizer steps between two updates of the `ema` teacher.")
+    teacher_prompt_template: str = option(
         TEACHER_PROMPT_TEMPLATE,
         "The teacher's last user message; holds `{solution}` and, for a privileged teacher, `{prompt}`.",
     )
-    reference_prompt_template: str = _field(
+    reference_prompt_template: str = option(
         REFERENCE_PROMPT_TEMPLATE, "The user message of a teacher that sees the solution but not the problem."
     )
-    teacher_chat_template_kwargs: dict | str | None = _field(
+    teacher_chat_template_kwargs: dict | str | None = option(
         {"enable_thinking": True}, "Keyword arguments of the chat template for the teacher's prompt."
     )
-    teacher_prefix: str | None = _field(
+    teacher_prefix: str | None = option(
         None, "Text that opens the teacher's turn, before the rollout (for instance an empty think block)."
     )
-    max_teacher_prompt_length: int | None = _field(
+    max_teacher_prompt_length: int | None = option(
         None, "Longest teacher prompt in tokens; a longer one has its solution shortened. None for no limit."
     )
-    solution_shortening: str = _field("middle", f"Where a too long solution loses text, one of {SHORTEN_CHOICES}.")
-    teacher_tokens_per_forward: int = _field(32_768, "Tokens, padding included, that one teacher forward may hold.")
+    solution_shortening: str = option("middle", f"Where a too long solution loses text, one of {SHORTEN_CHOICES}.")
+    teacher_tokens_per_forward: int = option(32_768, "Tokens, padding included, that one teacher forward may hold.")
 
     # The loss.
-    divergence: str = _field("forward_kl", "`forward_kl` KL(teacher, student), `reverse_kl` or `jsd`.")
-    jsd_weight: float = _field(0.5, "Weight of the target in the mixture of `jsd`, in (0, 1).")
-    clip: str | None = _field(
+    divergence: str = option("forward_kl", "`forward_kl` KL(teacher, student), `reverse_kl` or `jsd`.")
+    jsd_weight: float = option(0.5, "Weight of the target in the mixture of `jsd`, in (0, 1).")
+    clip: str | None = option(
         "upper",
         "`upper` or `symmetric` clip each vocabulary entry's term, `token` the position's sum; `none` does not clip.",
     )
-    clip_value: float = _field(0.05, "Bound of the clip in nats, above 0.")
-    loss_temperature: float | None = _field(
+    clip_value: float = option(0.05, "Bound of the clip in nats, above 0.")
+    loss_temperature: float | None = option(
         None, "Divides both models' logits in the loss. None takes the sampling `temperature`."
     )
-    loss_reduction: str = _field(
+    loss_reduction: str = option(
         "token", "`token`: mean over all tokens of the optimizer step; `sequence`: mean of each rollout's mean."
     )
-    distillation_length: int | None = _field(
+    distillation_length: int | None = option(
         None, "Only the first so many tokens of a rollout are distilled. None for all."
     )
-    num_loss_tokens_to_skip: int = _field(0, "So many first tokens of a rollout are not distilled.")
-    reward_weight: float = _field(
+    num_loss_tokens_to_skip: int = option(0, "So many first tokens of a rollout are not distilled.")
+    reward_weight: float = option(
         0.0, "Weight of TRL's policy-gradient loss beside the distillation; 0 leaves rewards to the log."
     )
 
     # Diagnostics.
-    reflection_markers: list[str] = _field(list(REFLECTION_MARKERS), "Whole words counted per 1,000 tokens of rollout.")
+    reflection_markers: list[str] = option(list(REFLECTION_MARKERS), "Whole words counted per 1,000 tokens of rollout.")
 
     def __post_init__(self):
-        _require(self.num_generations and self.num_generations >= 1, self, "num_generations", "1 or more")
+        require(self.num_generations and self.num_generations >= 1, self, "num_generations", "1 or more")
         for name in ("chat_template_kwargs", "teacher_chat_template_kwargs"):
-            _require(_is_json_object(getattr(self, name)), self, name, "a JSON object or None")
+            require(_is_json_object(getattr(self, name)), self, name, "a JSON object or None")
         if isinstance(self.clip, str) and self.clip.lower() == "none":
             self.clip = None
         if self.reward_weight == 0.0:
@@ -182,14 +183,14 @@ class OPSDConfig(GRPOConfig):
         )
 
     def _check_loss(self) -> None:
-        _require(self.temperature > 0, self, "temperature", "a number above 0")
-        _require(self.loss_temperature > 0, self, "loss_temperature", "a number above 0, or None")
+        require(self.temperature > 0, self, "temperature", "a number above 0")
+        require(self.loss_temperature > 0, self, "loss_temperature", "a number above 0, or None")
         self.loss_divergence()
-        _require(self.loss_reduction in ("token", "sequence"), self, "loss_reduction", "'token' or 'sequence'")
-        _require(self.reward_weight >= 0, self, "reward_weight", "0 or more")
-        _require(self.num_loss_tokens_to_skip >= 0, self, "num_loss_tokens_to_skip", "0 or more")
+        require(self.loss_reduction in ("token", "sequence"), self, "loss_reduction", "'token' or 'sequence'")
+        require(self.reward_weight >= 0, self, "reward_weight", "0 or more")
+        require(self.num_loss_tokens_to_skip >= 0, self, "num_loss_tokens_to_skip", "0 or more")
         length, longest = self.distillation_length, self.max_completion_length
-        _require(length is None or length > 0, self, "distillation_length", "a positive number of tokens, or None")
+        require(length is None or length > 0, self, "distillation_length", "a positive number of tokens, or None")
         for name in ("distillation_length", "max_completion_length"):
             limit = getattr(self, name)
             if limit is not None and self.num_loss_tokens_to_skip >= limit:
@@ -205,13 +206,13 @@ class OPSDConfig(GRPOConfig):
             )
 
     def _check_teacher(self) -> None:
-        _require(self.teacher_model_kind in TEACHER_KINDS, self, "teacher_model_kind", f"one of {TEACHER_KINDS}")
-        _require(0 < self.teacher_update_rate <= 1, self, "teacher_update_rate", "above 0 and at most 1")
-        _require(self.teacher_sync_steps >= 1, self, "teacher_sync_steps", "1 or more")
-        _require(self.solution_shortening in SHORTEN_CHOICES, self, "solution_shortening", f"one of {SHORTEN_CHOICES}")
-        _require(self.teacher_tokens_per_forward >= 1, self, "teacher_tokens_per_forward", "1 or more")
+        require(self.teacher_model_kind in TEACHER_KINDS, self, "teacher_model_kind", f"one of {TEACHER_KINDS}")
+        require(0 < self.teacher_update_rate <= 1, self, "teacher_update_rate", "above 0 and at most 1")
+        require(self.teacher_sync_steps >= 1, self, "teacher_sync_steps", "1 or more")
+        require(self.solution_shortening in SHORTEN_CHOICES, self, "solution_shortening", f"one of {SHORTEN_CHOICES}")
+        require(self.teacher_tokens_per_forward >= 1, self, "teacher_tokens_per_forward", "1 or more")
         budget = self.max_teacher_prompt_length
-        _require(budget is None or budget >= 1, self, "max_teacher_prompt_length", "1 or more, or None")
+        require(budget is None or budget >= 1, self, "max_teacher_prompt_length", "1 or more, or None")
         check_template("teacher_prompt_template", self.teacher_prompt_template, "{prompt}", "{solution}")
         check_template("reference_prompt_template", self.reference_prompt_template, "{solution}")
         if self.prompt_template is not None:
@@ -253,6 +254,7 @@ def _is_json_object(value: Any) -> bool:
         return False
 
 
-def _require(holds: Any, config: GRPOConfig, name: str, wanted: str) -> None:
+def require(holds: Any, config: GRPOConfig, name: str, wanted: str) -> None:
+    """Raise a ValueError that names the field, its value and what to set, unless `holds`."""
     if not holds:
         raise ValueError(f"{name}={getattr(config, name)!r} is not valid; set it to {wanted}.")

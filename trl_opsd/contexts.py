@@ -58,23 +58,20 @@ class TeacherContext:
         template: name of the prompt template: "teacher" (problem and slot), "reference" (slot only) or "plain"
             (the student's own prompt, nothing privileged).
         slot: the text put in place of `{solution}`; None for "plain".
+        slot_tokens: budget of the slot's text alone, in tokens; None for no limit but the prompt's.
         anchor: weight of this view's hidden states in the anchor.
         direction: weight in the direction.
     """
 
     template: str
     slot: str | None
+    slot_tokens: int | None = None
     anchor: float = 0.0
     direction: float = 0.0
 
 
 Contexts = tuple[TeacherContext, ...]
-ContextRule = Callable[[Sequence[Rollout]], list[Contexts]]
-
-
-def privileged_contexts(group: Sequence[Rollout]) -> list[Contexts]:
-    """OPSD: the teacher reads problem and reference solution (arXiv 2601.18734, section 3)."""
-    return [(TeacherContext("teacher", rollout.solution, anchor=1.0),) for rollout in group]
+ContextRule = Callable[[Sequence[Rollout], Any, Any], list[Contexts]]
 
 
 def check_template(name: str, template: str, *slots: str) -> None:

@@ -9,9 +9,15 @@ from datasets import Dataset, IterableDataset, load_dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from .trainers.base import SelfDistillationTrainer
+from .trainers.ogls_sd import OGLSSDTrainer
 from .trainers.opsd import OPSDTrainer
+from .trainers.purified_opsd import PurifiedOPSDTrainer
 
-TRAINERS: dict[str, type[SelfDistillationTrainer]] = {"opsd": OPSDTrainer}
+TRAINERS: dict[str, type[SelfDistillationTrainer]] = {
+    "opsd": OPSDTrainer,
+    "ogls-sd": OGLSSDTrainer,
+    "purified-opsd": PurifiedOPSDTrainer,
+}
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 

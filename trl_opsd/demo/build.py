@@ -21,7 +21,7 @@ from .corpus import Example, draw_example
 from .measure import MAX_NEW_TOKENS, format_results, measure
 from .tokenizer import build_tokenizer
 
-DEFAULT_STEPS = 1200
+DEFAULT_STEPS = 2000
 BATCH_SIZE = 64
 BATCHES_PER_DRAW = 8  # drawn together and sorted by length, so that a batch holds little padding
 MUON_LEARNING_RATE = 1e-2  # matrices; half the steps of AdamW on this task
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
     parser.add_argument("--problems", type=int, default=300, help="validation problems of the closing measurement")
-    parser.add_argument("--threads", type=int, default=2, help="a different count rounds differently")
+    parser.add_argument("--threads", type=int, default=1, help="a different count rounds differently")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     tokenizer = build_tokenizer()

@@ -44,12 +44,12 @@ FOLLOW_RATE = 0.6  # share of a wrong attempt's slips that its reader repeats
 
 THINKING_SHARE = 0.25
 FORMAT_SHARES = {
-    "plain": 0.42,
+    "plain": 0.32,
     "solution": 0.24,
-    "peer": 0.07,
+    "peer": 0.06,
     "wrong": 0.1,
-    "stranger": 0.03,
-    "reference_only": 0.14,
+    "stranger": 0.16,
+    "reference_only": 0.12,
 }
 
 

@@ -5,12 +5,16 @@ One generation batch: rows -> rollouts and rewards (TRL) -> contexts (`method`) 
 TRL shuffles and splits -> micro-batches -> student hidden states -> fused loss. No formula stands here.
 """
 
+import random
+import warnings
+from collections import Counter
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import AutoConfig, TrainerCallback
 
-from .._trl import RolloutTrainer
+from .._trl import RolloutTrainer, trusts_remote_code
 from ..card import append_method_section
 from ..collators import TeacherCollator, positions_from_mask
 from ..config import OPSDConfig
@@ -27,6 +31,7 @@ from ..validation import check_dataset, check_model_config, check_rows, check_vo
 from ..verification import verifies
 
 _ROWS_TO_VERIFY = 32
+_BATCHES_TO_WARN = 10
 
 
 class SelfDistillationTrainer(RolloutTrainer):
@@ -60,9 +65,15 @@ class SelfDistillationTrainer(RolloutTrainer):
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args or self.config_class(f"{name.rstrip('/').split('/')[-1] or 'model'}-{self.method.name}")
         self._check_inputs(model, args, train_dataset, eval_dataset)
+        reward_funcs = reward_funcs or _monitoring_reward(train_dataset)
+        if self.method.needs_reward and reward_funcs is no_reward:
+            raise ValueError(
+                f"reward_funcs is not given and no `solution` of the first rows holds an answer to verify, but "
+                f"{self.method.name} needs to know which rollouts are right. Pass a reward function."
+            )
         super().__init__(
             model,
-            reward_funcs or _monitoring_reward(train_dataset),
+            reward_funcs,
             args,
             train_dataset,
             eval_dataset,
@@ -72,10 +83,11 @@ class SelfDistillationTrainer(RolloutTrainer):
             **keywords,
         )
         check_model_config(self.model.config)
+        self._check_softcap()
         attach_head_function(self.model)
         head_rows, self.hidden_size = head_shape(self.model)
         check_vocabulary(self.model.config, head_rows, len(self.tokenizer))
-        self.num_tokens = min(len(self.tokenizer), head_rows) if self.method.real_tokens_only else None
+        self.num_tokens = len(self.tokenizer) if getattr(args, "real_tokens_only", False) else None
         self.collator = self._make_collator()
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
             if dataset is not None:
@@ -92,6 +104,8 @@ class SelfDistillationTrainer(RolloutTrainer):
         self._head_checked = False
         self._losses: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._prompt_texts: list[str] = []
+        self._group_labels: Counter[str] = Counter()
+        self._unsplit_batches = 0
         self.add_callback(_StepHooks(self))
 
     # Set-up
@@ -110,6 +124,14 @@ class SelfDistillationTrainer(RolloutTrainer):
             check_dataset(eval_dataset, "eval_dataset", needs_solution=needs_solution)
         config = model.config if not isinstance(model, str) else _load_config(model, args)
         check_model_config(config)
+
+    def _check_softcap(self) -> None:
+        config = self.model.config.get_text_config()
+        if self.method.shape(self.args, 0).uses_direction and getattr(config, "final_logit_softcapping", None):
+            raise ValueError(
+                f"model: {config.model_type} caps its logits, so {self.method.name}'s views cannot be added as hidden "
+                "states yet. Use OPSD with this model, or a model without a cap."
+            )
 
     def _make_collator(self) -> TeacherCollator:
         args = self.args
@@ -167,7 +189,7 @@ class SelfDistillationTrainer(RolloutTrainer):
                 prompts, rows, texts, self._scalar_rewards(rewards)[first : first + batch_size], strict=True
             )
         ]
-        contexts = self.method.contexts(rollouts)
+        contexts = self._contexts(rollouts)
         mask = self._distilled_mask(batch, contexts)
         target, shortened = self._score(rows, rollouts, contexts, batch, mask.size(1))
         batch["anchor_hidden"], batch["distillation_mask"] = target.anchor, mask
@@ -204,6 +226,39 @@ class SelfDistillationTrainer(RolloutTrainer):
         self.teacher.load(checkpoint)
 
     # Scoring
+
+    def _contexts(self, rollouts: list[Rollout]) -> list[Contexts]:
+        """Teacher contexts of the local rollouts; a group may have members on several ranks."""
+        size = self.num_generations if self.mode == "train" else self.num_generations_eval
+        own = range(len(rollouts))
+        if self.method.needs_group:
+            own = range(
+                len(rollouts) * self.accelerator.process_index, len(rollouts) * (self.accelerator.process_index + 1)
+            )
+            rollouts = gather_object(rollouts)
+        else:
+            size = 1
+        draw = random.Random(f"{self.args.seed}/{self.state.global_step}")  # the same on every rank
+        groups = [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
+        contexts = [views for group in groups for views in self.method.contexts(group, self.args, draw)]
+        if self.method.label is not None:
+            self._log_groups([self.method.label(group, self.args) for group in groups], contexts, size)
+        return [contexts[index] for index in own]
+
+    def _log_groups(self, labels: list[str], contexts: list[Contexts], size: int) -> None:
+        """Shares of the kinds of groups and of those used; warn when rewards split none for long."""
+        used = [any(contexts[start : start + size]) for start in range(0, len(contexts), size)]
+        shares = {f"groups/{label}": count / len(labels) for label, count in Counter(labels).items()}
+        self.add_metrics({"groups/used": sum(used) / len(used), **shares})
+        self._group_labels.update(labels)
+        self._unsplit_batches = 0 if "mixed" in labels else self._unsplit_batches + 1
+        if self._unsplit_batches == _BATCHES_TO_WARN:
+            warnings.warn(
+                f"The rewards split no group into right and wrong in {_BATCHES_TO_WARN} generation batches: "
+                f"{dict(self._group_labels)}. Check reward_funcs and reward_threshold, or choose problems of another "
+                "difficulty.",
+                stacklevel=2,
+            )
 
     def _completion_lists(self, batch: dict[str, Any]) -> list[list[int]]:
         lengths = batch["completion_mask"].sum(1).tolist()
@@ -262,7 +317,7 @@ class SelfDistillationTrainer(RolloutTrainer):
                 device=device,
                 pad_id=self.tokenizer.pad_token_id,
                 tokens_per_forward=self.args.teacher_tokens_per_forward,
-                with_direction=any(job.direction for job in jobs),
+                with_direction=self.method.shape(self.args, 0).uses_direction,
                 max_over_ranks=max_over_ranks,
             )
 
@@ -397,12 +452,8 @@ def _monitoring_reward(dataset):
 
 
 def _load_config(model: str, args):
-    kwargs = args.model_init_kwargs or {}
-    return AutoConfig.from_pretrained(
-        model,
-        revision=kwargs.get("revision"),
-        trust_remote_code=kwargs.get("trust_remote_code", args.trust_remote_code),
-    )
+    revision = (args.model_init_kwargs or {}).get("revision")
+    return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusts_remote_code(args))
 
 
 def _named(stats) -> dict[str, torch.Tensor]:

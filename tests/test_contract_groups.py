@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OGLS-SD and Purified OPSD: the whole step equals a hand computation from raw logits; every kind of group is handled."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+
+from trl_opsd import OGLSSDConfig, OGLSSDTrainer, PurifiedOPSDConfig, PurifiedOPSDTrainer
+from trl_opsd.contexts import Rollout
+from trl_opsd.losses import purified_logits, steered_logits, token_divergence
+from trl_opsd.methods.ogls_sd import group_label, steering_contexts, steering_shape
+
+# transformers computes norms and rotary angles in float32, whatever the model's dtype.
+EXACT = {"rel": 1e-6, "abs": 1e-9}
+TEXTS = ("1+2=3", "so \\boxed{3}", "wait, 10 it is", "it is \\boxed{10} then", "a", "no", "5", "\\boxed{6}")
+SMALL = {"max_completion_length": 40, "distillation_length": 6}
+
+
+def reward_boxed(completions, **kwargs):
+    """Right where the completion boxes anything."""
+    return [float("boxed" in completion[0]["content"]) for completion in completions]
+
+
+@pytest.fixture
+def build(make_model, make_args, dataset, tokenizer, monkeypatch):
+    def build(trainer_class=OGLSSDTrainer, texts=TEXTS, rows=None, reward=reward_boxed, **settings):
+        defaults = SMALL if trainer_class is OGLSSDTrainer else {}
+        trainer = trainer_class(
+            model=make_model(torch.float64),
+            reward_funcs=reward,
+            args=make_args(trainer_class.config_class, **{**defaults, **settings}),
+            train_dataset=dataset if rows is None else rows,
+            processing_class=copy.deepcopy(tokenizer),
+        )
+
+        def sample(prompt_ids, *args, **kwargs):
+            ids = [
+                tokenizer(texts[i % len(texts)], add_special_tokens=False)["input_ids"] for i in range(len(prompt_ids))
+            ]
+            return [[*one, tokenizer.eos_token_id][: trainer.max_completion_length] for one in ids], None
+
+        monkeypatch.setattr(trainer, "_generate_single_turn", sample)
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.model.train()
+        return trainer
+
+    return build
+
+
+def step(trainer, rows):
+    trainer._buffered_inputs, trainer._step = None, 0
+    monkey = list(rows)
+    batch = trainer._prepare_inputs(monkey)
+    return trainer.compute_loss(trainer.model, batch), batch
+
+
+def ids_of(trainer, prompt, **kwargs):
+    return trainer.tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **kwargs
+    )["input_ids"]
+
+
+def logits_of(model, context, completion):
+    ids = torch.tensor([context + completion])
+    return model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 : -1].detach()
+
+
+def privileged(trainer, row, template, text):
+    content = template.replace("{prompt}", row["prompt"][-1]["content"]).replace("{solution}", text)
+    return ids_of(trainer, [{"role": "user", "content": content}], **trainer.args.teacher_chat_template_kwargs)
+
+
+def bare(trainer):
+    model = copy.deepcopy(trainer.model)
+    model.__dict__.pop("forward")
+    return model
+
+
+def test_ogls_sd_equals_steered_logits_by_hand(build, dataset):
+    trainer = build(num_generations=4, per_device_train_batch_size=8, steering_warmup_steps=0, clip=None)
+    args, model = trainer.args, bare(trainer)
+    rows = [dataset[index] for index in (0, 5) for _ in range(4)]
+    loss, batch = step(trainer, rows)
+    completions = trainer._generate_single_turn([None] * 8)[0]
+    total, count = 0.0, 0
+    for start in (0, 4):
+        row = rows[start]
+        texts = TEXTS[start : start + 4]
+        right = [text for text in texts if "boxed" in text] + [row["solution"]]
+        wrong = [text for text in texts if "boxed" not in text]
+        for index in range(start, start + 4):
+            if "boxed" in TEXTS[index]:
+                continue
+            completion = completions[index][: args.distillation_length]
+            plain = ids_of(trainer, row["prompt"], **args.chat_template_kwargs)
+            base = logits_of(model, plain, completion)
+            pools = [
+                torch.stack(
+                    [
+                        logits_of(model, privileged(trainer, row, args.teacher_prompt_template, t), completion)
+                        for t in pool
+                    ]
+                )
+                for pool in (right, wrong)
+            ]
+            target = steered_logits(base, *pools, strength=3.0)
+            total += token_divergence(base, target, divergence="forward_kl", temperature=args.temperature).sum().item()
+            count += len(completion)
+    assert batch["num_loss_items"] == count
+    assert loss.item() == pytest.approx(total / count, **EXACT)
+    assert total > 0.01
+
+
+def test_purified_equals_purified_logits_by_hand(build, dataset, tokenizer):
+    trainer = build(PurifiedOPSDTrainer, num_generations=1, temperature=1.3)
+    args, model = trainer.args, bare(trainer)
+    rows = [dataset[index] for index in (0, 3, 5, 7)]
+    loss, batch = step(trainer, rows)
+    completions = trainer._generate_single_turn([None] * 4)[0]
+    total, count, heat = 0.0, 0, args.loss_temperature
+    for row, completion in zip(rows, completions, strict=True):
+        base = logits_of(model, ids_of(trainer, row["prompt"], **args.chat_template_kwargs), completion)
+        teacher = logits_of(model, privileged(trainer, row, args.teacher_prompt_template, row["solution"]), completion)
+        alone = logits_of(model, privileged(trainer, row, args.reference_prompt_template, row["solution"]), completion)
+        # Each frozen view is tempered once, before the log-ratio; the target is not tempered again.
+        target = purified_logits(base / heat, teacher / heat, alone / heat, num_tokens=len(tokenizer))
+        total += token_divergence(base / heat, target, divergence="jsd").sum().item()
+        count += len(completion)
+    assert loss.item() == pytest.approx(total / count, **EXACT)
+    assert total > 0.01 and batch["num_loss_items"] == count
+
+
+def test_padding_rows_of_the_head_are_left_out_by_default(build, make_model, dataset, tokenizer, make_args):
+    losses = {}
+    for only in (True, False):
+        trainer = PurifiedOPSDTrainer(
+            model=make_model(torch.float64, vocab_size=len(tokenizer) + 40),
+            args=make_args(PurifiedOPSDConfig, real_tokens_only=only, max_steps=1, learning_rate=0.0),
+            train_dataset=dataset,
+            processing_class=copy.deepcopy(tokenizer),
+        )
+        trainer.train()
+        losses[only] = trainer.state.log_history[0]["divergence"]
+    assert losses[True] != losses[False]
+
+
+def rollouts(rewards, solution="s"):
+    return [Rollout("x", solution, f"y{index}", reward) for index, reward in enumerate(rewards)]
+
+
+@pytest.fixture
+def settings(make_args):
+    def make(**overrides):
+        return make_args(OGLSSDConfig, per_device_train_batch_size=8, **SMALL, **overrides)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("rewards", "solution", "label", "distilled"),
+    [
+        ([1, 1, 1], "s", "all_right", []),
+        ([0, 0, 0], "s", "all_wrong", [0, 1, 2]),
+        ([0, 0, 0], None, "all_wrong_without_solution", []),
+        ([1, 0, 1], None, "mixed", [1]),
+        ([None, 0, 1], None, "mixed", [1]),
+        ([None, None, None], "s", "unscored", []),
+    ],
+)
+def test_every_kind_of_group_is_named_and_used_as_the_method_says(settings, rewards, solution, label, distilled):
+    group = rollouts(rewards, solution)
+    assert group_label(group, settings()) == label
+    contexts = steering_contexts(group, settings(), None)
+    assert [index for index, views in enumerate(contexts) if views] == distilled
+
+
+def weights_of(views):
+    return {(view.template, view.slot): (view.anchor, view.direction) for view in views}
+
+
+def test_pools_and_weights_are_the_papers(settings):
+    views = weights_of(steering_contexts(rollouts([1, 0, 0]), settings(), None)[1])
+    assert views == {
+        ("plain", None): (1.0, 0.0),
+        ("teacher", "y0"): (0.0, 0.5),
+        ("teacher", "s"): (0.0, 0.5),
+        ("teacher", "y1"): (0.0, -0.5),
+        ("teacher", "y2"): (0.0, -0.5),
+    }
+
+
+def test_own_rollout_can_be_left_out_and_a_lone_one_is_then_not_distilled(settings):
+    only_others = settings(exclude_own_rollout=True)
+    assert ("teacher", "y1") not in weights_of(steering_contexts(rollouts([1, 0, 0]), only_others, None)[1])
+    assert steering_contexts(rollouts([1, 0, 1]), only_others, None)[1] == ()
+
+
+def test_the_papers_ablations_are_settings(settings):
+    group = rollouts([1, 0])
+    mean = settings(steering_teacher="mean_of_positives")
+    assert weights_of(steering_contexts(group, mean, None)[1]) == {
+        ("teacher", "y0"): (0.5, 0.0),
+        ("teacher", "s"): (0.5, 0.0),
+    }
+    assert not steering_shape(mean, 0).uses_direction
+    positive = weights_of(steering_contexts(group, settings(steering_teacher="positive_only"), None)[1])
+    assert positive[("plain", None)] == (1.0, -1.0)
+    assert sum(direction for _, direction in positive.values()) == 0
+
+
+def test_a_capped_pool_is_drawn_with_the_seed(settings):
+    import random
+
+    group = rollouts([1, 1, 1, 1, 0])
+    capped = settings(max_contexts_per_pool=2)
+    draws = [steering_contexts(group, capped, random.Random(seed))[4] for seed in (0, 0, 1)]
+    assert len(draws[0]) == 1 + 2 + 1 and draws[0] == draws[1] != draws[2]
+
+
+def test_think_blocks_and_length_of_inserted_rollouts(settings):
+    group = [Rollout("x", None, "<think>\nlong\n</think>\n\n4", 1.0), Rollout("x", None, "wrong", 0.0)]
+    stripped = settings(strip_thinking=True, max_rollout_context_length=7)
+    views = steering_contexts(group, stripped, None)[1]
+    assert [(view.slot, view.slot_tokens) for view in views[1:]] == [("4", 7), ("wrong", 7)]
+
+
+def test_lambda_ramps_to_its_strength(settings):
+    ramped = settings(steering_strength=4.0, steering_warmup_steps=4)
+    assert [steering_shape(ramped, step).strength for step in (0, 1, 3, 100)] == [1.0, 2.0, 4.0, 4.0]
+
+
+@pytest.mark.parametrize("texts", [("\\boxed{1}",), ("wrong",)], ids=["all right", "all wrong without solution"])
+def test_a_batch_with_nothing_to_train_on_gives_zero_that_runs_backward(build, dataset, texts):
+    rows = Dataset.from_list([{"prompt": row["prompt"], "solution": None} for row in dataset])
+    trainer = build(texts=texts, rows=rows, num_generations=4)
+    loss, _ = step(trainer, [rows[0]] * 4)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in trainer.model.parameters())
+
+
+def test_kinds_of_groups_are_logged_and_rewards_that_never_split_warn(build, dataset):
+    trainer = build(num_generations=4, texts=("wrong",), max_steps=10, learning_rate=0.0)
+    with pytest.warns(UserWarning, match="split no group into right and wrong in 10"):
+        trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["groups/all_wrong"] == 1.0 and entry["groups/used"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("config_class", "bad", "message"),
+    [
+        (OGLSSDConfig, {"num_generations": 1}, "num_generations=1"),
+        (OGLSSDConfig, {"steering_strength": -1.0}, "strength=-1.0"),
+        (OGLSSDConfig, {"steering_teacher": "best"}, "steering_teacher='best'"),
+        (OGLSSDConfig, {"max_contexts_per_pool": 0}, "max_contexts_per_pool=0"),
+        (PurifiedOPSDConfig, {"tanh_bound": 0.0}, "tanh_bound=0.0"),
+        (PurifiedOPSDConfig, {"conservativeness": -1.0}, "conservativeness=-1.0"),
+        (PurifiedOPSDConfig, {"reference_prompt_template": "{prompt} {solution}"}, "reference_prompt_template"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_settings_are_refused_by_name(make_args, config_class, bad, message):
+    defaults = {"per_device_train_batch_size": 8, **(SMALL if config_class is OGLSSDConfig else {})}
+    with pytest.raises(ValueError, match=message):
+        make_args(config_class, **{**defaults, **bad})
+
+
+def test_ogls_sd_needs_to_know_what_is_right(make_model, make_args, tokenizer):
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "why?"}], "solution": "because"}] * 8)
+    with pytest.raises(ValueError, match="reward_funcs is not given"):
+        OGLSSDTrainer(
+            model=make_model(),
+            args=make_args(OGLSSDConfig, per_device_train_batch_size=8, **SMALL),
+            train_dataset=rows,
+            processing_class=copy.deepcopy(tokenizer),
+        )
+
+
+@pytest.mark.parametrize("trainer_class", [OGLSSDTrainer, PurifiedOPSDTrainer])
+def test_training_moves_the_student_and_not_the_teacher(build, dataset, trainer_class):
+    trainer = build(trainer_class, num_generations=4, learning_rate=0.05, max_steps=2, max_grad_norm=1.0)
+    start = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    assert any((p - s).abs().max() > 1e-4 for p, s in zip(trainer.model.parameters(), start, strict=True))
+    for (_, value), first in zip(trainer.teacher.values.items(), start, strict=True):
+        assert torch.equal(value, first)

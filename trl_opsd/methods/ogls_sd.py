@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OGLS-SD: the plain teacher's logits, steered by right rollouts against wrong ones (arXiv 2605.12400).
+
+z* = z(x) + lambda (mean over P+ of z(x, g) - mean over P- of z(x, g)), distilled on wrong rollouts alone. P+ holds the
+right rollouts and the solution if there is one, P- the wrong ones. All stand in the same slot of the same template, so
+that what showing any solution does cancels.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ..contexts import Contexts, Rollout, TeacherContext
+from ..losses import LinearShape, Shape
+from .base import Method
+
+TEACHERS = ("steered", "positive_only", "mean_of_positives")
+
+
+def steering_contexts(group: Sequence[Rollout], settings: Any, draw: Any) -> list[Contexts]:
+    """Contexts of the wrong rollouts; none for a group that lacks a pool.
+
+    Args:
+        group: the rollouts of one prompt, with rewards.
+        settings: reads `reward_threshold`, `steering_teacher`, `exclude_own_rollout`, `max_contexts_per_pool`,
+            `max_rollout_context_length` and `strip_thinking`.
+        draw: `random.Random` that picks contexts where a pool is capped.
+    """
+    right, wrong = split_by_reward(group, settings.reward_threshold)
+    positives = [_inserted(group[index], settings) for index in right]
+    solution = next((rollout.solution for rollout in group if rollout.solution), None)
+    if solution is not None:
+        positives.append((solution, None))
+    contexts: list[Contexts] = [()] * len(group)
+    if not positives or not wrong:
+        return contexts
+    positives = _capped(positives, settings.max_contexts_per_pool, draw)
+    for index in wrong:
+        others = [j for j in wrong if j != index or not settings.exclude_own_rollout]
+        negatives = _capped([_inserted(group[j], settings) for j in others], settings.max_contexts_per_pool, draw)
+        contexts[index] = _views(positives, negatives, settings.steering_teacher)
+    return contexts
+
+
+def _views(positives: list, negatives: list, teacher: str) -> Contexts:
+    share = 1.0 / len(positives)
+    if teacher == "mean_of_positives":
+        return tuple(TeacherContext("teacher", *inserted, anchor=share) for inserted in positives)
+    if teacher == "steered" and not negatives:
+        return ()
+    plain = TeacherContext("plain", None, anchor=1.0, direction=-1.0 if teacher == "positive_only" else 0.0)
+    views = [TeacherContext("teacher", *inserted, direction=share) for inserted in positives]
+    if teacher == "steered":
+        share = -1.0 / len(negatives)
+        views += [TeacherContext("teacher", *inserted, direction=share) for inserted in negatives]
+    return (plain, *views)
+
+
+def split_by_reward(group: Sequence[Rollout], threshold: float) -> tuple[list[int], list[int]]:
+    """Indices of the right and of the wrong rollouts; one without a reward is neither."""
+    scored = [(index, rollout.reward) for index, rollout in enumerate(group) if rollout.reward is not None]
+    return [i for i, reward in scored if reward >= threshold], [i for i, reward in scored if reward < threshold]
+
+
+def group_label(group: Sequence[Rollout], settings: Any) -> str:
+    """Kind of a group: mixed, all_right, all_wrong (with a solution: usable), all_wrong_without_solution, unscored."""
+    right, wrong = split_by_reward(group, settings.reward_threshold)
+    if not right and not wrong:
+        return "unscored"
+    if not wrong:
+        return "all_right"
+    if right:
+        return "mixed"
+    return "all_wrong" if any(rollout.solution for rollout in group) else "all_wrong_without_solution"
+
+
+def steering_shape(settings: Any, step: int) -> Shape:
+    """lambda, growing linearly to `steering_strength` over `steering_warmup_steps` optimizer steps."""
+    if settings.steering_teacher == "mean_of_positives":
+        return Shape()
+    ramp = min(1.0, (step + 1) / settings.steering_warmup_steps) if settings.steering_warmup_steps else 1.0
+    return LinearShape(settings.steering_strength * ramp)
+
+
+def _inserted(rollout: Rollout, settings: Any) -> tuple[str, int | None]:
+    text = rollout.completion
+    if settings.strip_thinking:
+        text = re.sub(r"<think>.*?</think>\s*", "", text, flags=re.DOTALL)
+    return text, settings.max_rollout_context_length
+
+
+def _capped(pool: list, most: int | None, draw: Any) -> list:
+    return pool if most is None or len(pool) <= most else draw.sample(pool, most)
+
+
+OGLS_SD = Method(
+    name="OGLS-SD",
+    contexts=steering_contexts,
+    shape=steering_shape,
+    needs_solution=False,
+    needs_group=True,
+    needs_reward=True,
+    label=group_label,
+    paper={
+        "title": "OGLS-SD: On-Policy Self-Distillation with Outcome-Guided Logit Steering",
+        "id": "2605.12400",
+        "citation": """@misc{ogls-sd2026,
+    title  = {{OGLS-SD: On-Policy Self-Distillation with Outcome-Guided Logit Steering}},
+    year   = 2026,
+    eprint = {2605.12400},
+    archivePrefix = {arXiv},
+}""",
+    },
+)

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OPSD: the frozen teacher reads problem and reference solution, the student the problem (arXiv 2601.18734)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..contexts import Contexts, Rollout, TeacherContext
+from .base import Method
+
+
+def privileged_contexts(group: Sequence[Rollout], settings: Any, draw: Any) -> list[Contexts]:
+    """The teacher reads problem and reference solution; its view is the target (section 3)."""
+    return [(TeacherContext("teacher", rollout.solution, anchor=1.0),) for rollout in group]
+
+
+OPSD = Method(
+    name="OPSD",
+    contexts=privileged_contexts,
+    paper={
+        "title": "Self-Distilled Reasoner: On-Policy Self-Distillation for Large Language Models",
+        "id": "2601.18734",
+        "citation": """@article{zhao2026self,
+    title   = {{Self-Distilled Reasoner: On-Policy Self-Distillation for Large Language Models}},
+    author  = {Siyan Zhao and Zhihui Xie and Mengchen Liu and Jing Huang and Guan Pang and Feiyu Chen and Aditya Grover},
+    year    = 2026,
+    journal = {arXiv preprint arXiv:2601.18734},
+}""",
+    },
+)
