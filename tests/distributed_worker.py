@@ -16,8 +16,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from trl_opsd import OPSDConfig, OPSDTrainer
 from trl_opsd.demo.tokenizer import build_tokenizer
+from trl_opsd.train import TRAINERS
 
 TEXTS = ("1+2=3", "so 4", "wait, 10 it is", "a")
 GLOBAL_BATCH = 4
@@ -51,16 +51,23 @@ def make_model(tokenizer, tied):
 
 
 def give_rollouts(trainer):
-    """The completion is a function of the prompt alone, so every split of a batch over ranks has the same ones."""
+    """Completions are a function of prompt and place in the group, so every split over ranks has the same ones."""
 
     def sample(prompt_ids, *args, **kwargs):
         tokenizer = trainer.tokenizer
-        texts = [TEXTS[len(ids) % len(TEXTS)] for ids in prompt_ids]
+        first = trainer.accelerator.process_index * len(prompt_ids)
+        places = [(first + row) % trainer.num_generations for row in range(len(prompt_ids))]
+        texts = [TEXTS[(len(ids) + place) % len(TEXTS)] for ids, place in zip(prompt_ids, places, strict=True)]
         return [
             tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts
         ], None
 
     trainer._generate_single_turn = sample
+
+
+def reward_short(completions, **kwargs):
+    """Right where the completion is short: one or two of a group of four."""
+    return [float(len(completion[0]["content"]) < 6) for completion in completions]
 
 
 def engine_of(trainer):
@@ -72,6 +79,7 @@ def engine_of(trainer):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--method", default="opsd", choices=TRAINERS)
     parser.add_argument("--kind", default="base")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--tied", action="store_true")
@@ -79,7 +87,10 @@ def main():
     options = parser.parse_args()
     world = int(os.environ.get("WORLD_SIZE", 1))
     tokenizer = build_tokenizer()
-    args = OPSDConfig(
+    trainer_class = TRAINERS[options.method]
+    group = {"num_generations": GLOBAL_BATCH, "distillation_length": None} if options.method == "ogls-sd" else {}
+    args = trainer_class.config_class(
+        **group,
         output_dir=str(options.output / "out"),
         per_device_train_batch_size=GLOBAL_BATCH // world // 2,
         gradient_accumulation_steps=2,
@@ -97,7 +108,8 @@ def main():
         teacher_model_kind=options.kind,
         teacher_update_rate=0.5,
     )
-    trainer = OPSDTrainer(
+    trainer = trainer_class(
+        reward_funcs=reward_short,
         model=make_model(tokenizer, options.tied),
         args=args,
         train_dataset=make_rows(),

@@ -53,9 +53,12 @@ def single(tmp_path_factory):
         ("ddp", ("--kind", "base")),
         ("ddp", ("--kind", "ema", "--lora")),
         ("ddp", ("--kind", "live", "--tied")),
+        ("ddp", ("--method", "ogls-sd")),  # each group straddles both ranks
+        ("ddp", ("--method", "purified-opsd", "--lora")),
         ("zero2", ("--kind", "base")),
         ("zero3", ("--kind", "base")),
         ("zero3", ("--kind", "ema", "--lora")),
+        ("zero3", ("--method", "ogls-sd")),  # the ranks have different numbers of wrong rollouts
     ],
     ids=lambda value: value if isinstance(value, str) else "".join(value).replace("--kind", "").replace("--", "-"),
 )
