@@ -82,6 +82,12 @@ def test_the_example_trains_on_a_local_folder_and_file(tmp_path, local_model, su
 
 
 @pytest.mark.slow
+def test_a_method_of_ones_own_trains_without_touching_the_package(tmp_path):
+    output = run([sys.executable, str(ROOT / "examples" / "own_method.py")], tmp_path)
+    assert "'divergence'" in output and "2/2" in output
+
+
+@pytest.mark.slow
 def test_the_command_line_takes_a_recipe_and_overrides(tmp_path, local_model):
     data = write_rows(tmp_path, ".jsonl")
     recipe = tmp_path / "recipe.yaml"
