@@ -195,7 +195,7 @@ def test_the_config_of_another_trainer_is_refused(build, tmp_path):
         report_to=[],
         num_generations=2,
     )
-    with pytest.raises(ValueError, match=r"args is a GRPOConfig; OPSDTrainer needs a OPSDConfig"):
+    with pytest.raises(ValueError, match=r"args is a GRPOConfig; OPSD needs OPSDConfig"):
         build(args=args)
 
 

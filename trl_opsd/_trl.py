@@ -120,11 +120,10 @@ class RolloutTrainer(GRPOTrainer):
             cls._name, cls._paper = method.name, method.paper
             cls._tag_names = ["trl-opsd", "self-distillation", method.name.lower().replace(" ", "-")]
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, **kwargs):
         check_trl()
-        if kwargs.get("quantization_config") is None:  # an argument since TRL 1.8, None where nothing is quantized
-            kwargs.pop("quantization_config", None)
-        super().__init__(*args, **kwargs)
+        # Older versions lack some arguments (`quantization_config` came in TRL 1.8); None is every default.
+        super().__init__(**{name: value for name, value in kwargs.items() if value is not None})
         if not hasattr(self, "_tokenizer"):  # TRL 1.3 gave it a name of its own
             self._tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         check_trl(instance=self)

@@ -41,6 +41,15 @@ def thinking_modes(args: Any) -> dict[str, Any]:
     }
 
 
+def describe_run(args: Any, method: Method) -> str:
+    """One line that a run starts with: whose weights teach, and the thinking modes people mix up."""
+    clip = f"clip {args.clip} {args.clip_value}" if args.clip else "no clip"
+    return (
+        f"{method.name}: teacher {args.teacher_model_kind}, {args.divergence}, {clip}, temperature "
+        f"{args.loss_temperature}; thinking {json.dumps(thinking_modes(args))}, evaluate with the student's."
+    )
+
+
 def method_section(args: Any, method: Method) -> str:
     """Markdown of the section for a trainer's settings."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "accelerate"))

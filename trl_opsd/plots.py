@@ -2,11 +2,22 @@
 """Pictures of a run from its log history. Needs matplotlib (`pip install trl-opsd[plots]`)."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _BLUE, _ORANGE, _GREEN, _BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
+
+
+def require_matplotlib() -> None:
+    """Say how to get matplotlib, before work whose picture would fail.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ImportError("Plots need matplotlib: pip install 'trl-opsd[plots]'.")
 
 
 def plot_run(

@@ -10,12 +10,10 @@ import time
 from importlib.resources import files
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..evaluation import EvaluationResult, Interval, evaluate, paired_difference
-from ..plots import plot_run
+from ..plots import plot_run, require_matplotlib
 from ..train import main as train
 from . import build_rows, model_path
 
@@ -36,13 +34,14 @@ def run_demo(output_dir: str, seeds: list[int], num_problems: int, num_samples: 
     Returns:
         One summary a seed, as written to `summary.json`.
     """
-    console, start = Console(), time.perf_counter()
+    require_matplotlib()
+    start = time.perf_counter()
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
     data = output / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in build_rows("train", _TRAINING_PROBLEMS)))
     problems = build_rows("test", num_problems)
-    console.print(f"Base model: {num_problems} held-out problems, {num_samples} samples each at temperature 1")
+    print(f"Base model: {num_problems} held-out problems, {num_samples} samples each at temperature 1")
     base = measure(model_path(), problems, num_samples)
     summaries = []
     for seed in seeds:
@@ -56,9 +55,9 @@ def run_demo(output_dir: str, seeds: list[int], num_problems: int, num_samples: 
         summary = summarize_seed(seed, base, trained, gain)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2))
         summaries.append(summary)
-        console.print(table_of(seed, base, trained, gain))
-        console.print(f"Model, card and curves are in {folder} ({picture.name}).")
-    console.print(f"{time.perf_counter() - start:.0f} s in all.")
+        print(f"\n{table_of(seed, base, trained, gain)}")
+        print(f"Model and card are in {folder}, the curves in {picture}.")
+    print(f"{time.perf_counter() - start:.0f} s in all.")
     return summaries
 
 
@@ -89,27 +88,25 @@ def summarize_seed(seed: int, base: EvaluationResult, trained: EvaluationResult,
     }
 
 
-def table_of(seed: int, base: EvaluationResult, trained: EvaluationResult, gain: Interval) -> Table:
+def table_of(seed: int, base: EvaluationResult, trained: EvaluationResult, gain: Interval) -> str:
     """The table that the demo prints."""
-    k = base.num_samples
-    table = Table(title=f"OPSD on held-out problems, seed {seed}")
-    for name in ("", "base", "after OPSD"):
-        table.add_column(name, justify="left" if not name else "right")
-    for label, name in (
-        (f"avg@{k}", "avg"),
-        (f"pass@{k}", "pass"),
-        (f"majority@{k}", "majority"),
-        ("mean completion length", "length"),
-        ("share cut at the limit", "cut"),
-        ("reflection markers per 1,000 tokens", "markers"),
+    k, numbers = base.num_samples, (_numbers(base), _numbers(trained))
+    lines = [f"OPSD on held-out problems, seed {seed}", f"{'':36}{'base':>8}{'after':>8}"]
+    for label, name, digits in (
+        (f"avg@{k} at temperature 1", "avg", 3),
+        (f"pass@{k}", "pass", 3),
+        (f"majority@{k}", "majority", 3),
+        ("mean completion length in tokens", "length", 1),
+        ("share cut at the limit", "cut", 3),
+        ("reflection markers per 1,000 tokens", "markers", 1),
     ):
-        digits = 1 if name in ("length", "markers") else 3
-        table.add_row(label, *(f"{_numbers(result)[name]:.{digits}f}" for result in (base, trained)))
-    table.caption = (
-        f"gain in avg@{k}: {100 * gain.estimate:+.1f} points, 95 % interval over questions "
-        f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+        lines.append(f"{label:36}" + "".join(f"{result[name]:8.{digits}f}" for result in numbers))
+    points = [100 * value for value in gain]
+    lines.append(
+        f"gain in avg@{k}: {points[0]:+.1f} points, 95 % bootstrap interval over questions "
+        f"[{points[1]:+.1f}, {points[2]:+.1f}]"
     )
-    return table
+    return "\n".join(lines)
 
 
 def _numbers(result: EvaluationResult) -> dict[str, float]:

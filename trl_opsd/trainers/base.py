@@ -5,36 +5,25 @@ One generation batch: rows -> rollouts and rewards (TRL) -> contexts (`method`) 
 TRL shuffles and splits -> micro-batches -> student hidden states -> fused loss. No formula stands here.
 """
 
-import random
-import warnings
 from collections import Counter
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
-from transformers import AutoConfig, TrainerCallback
+from transformers import TrainerCallback
 
-from .._trl import RolloutTrainer, trusts_remote_code
-from ..card import append_method_section
+from ..card import append_method_section, describe_run
 from ..collators import TeacherCollator, positions_from_mask
 from ..config import OPSDConfig
-from ..contexts import Contexts, Rollout, fill_template, rewrite_last_turn
 from ..diagnostics import Diagnostics
-from ..heads import OutputHead, attach_head_function, check_output_head, head_function, head_shape
+from ..heads import OutputHead, attach_head_function, head_function, head_shape
 from ..losses import fused_divergence, token_weights
-from ..markers import count_markers
-from ..methods import Method
-from ..rewards import accuracy_reward, no_reward
-from ..scoring import ScoringJob, completion_states, score_contexts
 from ..teacher import Teacher
-from ..validation import check_dataset, check_model_config, check_rows, check_vocabulary
-from ..verification import verifies
-
-_ROWS_TO_VERIFY = 32
-_BATCHES_TO_WARN = 10
+from ..validation import check_model_config, check_vocabulary
+from .checks import check_inputs, check_prompts, choose_reward
+from .targets import TargetTrainer
 
 
-class SelfDistillationTrainer(RolloutTrainer):
+class SelfDistillationTrainer(TargetTrainer):
     """GRPOTrainer whose loss is the divergence to a privileged self on the student's own rollouts.
 
     Takes every argument of `trl.GRPOTrainer`. `reward_funcs` may be left out: then answers are verified with
@@ -47,7 +36,6 @@ class SelfDistillationTrainer(RolloutTrainer):
         ValueError: before any training, for a dataset, model or setting the method cannot work with.
     """
 
-    method: Method
     config_class = OPSDConfig
 
     def __init__(
@@ -58,47 +46,55 @@ class SelfDistillationTrainer(RolloutTrainer):
         train_dataset=None,
         eval_dataset=None,
         processing_class=None,
-        *positional,
+        reward_processing_classes=None,
+        callbacks=None,
+        optimizers=(None, None),
+        quantization_config=None,
         peft_config=None,
-        **keywords,
+        tools=None,
+        rollout_func=None,
+        environment_factory=None,
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args or self.config_class(f"{name.rstrip('/').split('/')[-1] or 'model'}-{self.method.name}")
-        self._check_inputs(model, args, train_dataset, eval_dataset)
-        reward_funcs = reward_funcs or _monitoring_reward(train_dataset)
-        if self.method.needs_reward and reward_funcs is no_reward:
-            raise ValueError(
-                f"reward_funcs is not given and no `solution` of the first rows holds an answer to verify, but "
-                f"{self.method.name} needs to know which rollouts are right. Pass a reward function."
-            )
+        check_inputs(self.method, self.config_class, model, args, train_dataset, eval_dataset)
         super().__init__(
-            model,
-            reward_funcs,
-            args,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            *positional,
+            model=model,
+            reward_funcs=choose_reward(self.method, reward_funcs, train_dataset),
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
             peft_config=peft_config,
-            **keywords,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
         )
         check_model_config(self.model.config)
-        self._check_softcap()
         attach_head_function(self.model)
         head_rows, self.hidden_size = head_shape(self.model)
         check_vocabulary(self.model.config, head_rows, len(self.tokenizer))
-        self.num_tokens = len(self.tokenizer) if getattr(args, "real_tokens_only", False) else None
         self.collator = self._make_collator()
-        for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
-            if dataset is not None:
-                self._check_budgets(dataset)
+        check_prompts(self.collator, train_dataset, eval_dataset)
+        self._start(fresh_adapter=peft_config is not None)
+
+    # Set-up
+
+    def _start(self, *, fresh_adapter: bool) -> None:
+        """Make the teacher and empty logs."""
+        args = self.args
         self.teacher = Teacher(
             args.teacher_model_kind,
             self.model,
-            fresh_adapter=peft_config is not None,
+            fresh_adapter=fresh_adapter,
             update_rate=args.teacher_update_rate,
             keep_head=self._updates_per_generation() > 1,
         )
+        self.num_tokens = len(self.tokenizer) if getattr(args, "real_tokens_only", False) else None
         self.divergence = args.loss_divergence()
         self.diagnostics = {"train": Diagnostics(), "eval": Diagnostics()}
         self._head_checked = False
@@ -107,31 +103,6 @@ class SelfDistillationTrainer(RolloutTrainer):
         self._group_labels: Counter[str] = Counter()
         self._unsplit_batches = 0
         self.add_callback(_StepHooks(self))
-
-    # Set-up
-
-    def _check_inputs(self, model, args, train_dataset, eval_dataset) -> None:
-        if not isinstance(args, self.config_class):
-            raise ValueError(
-                f"args is a {type(args).__name__}; {type(self).__name__} needs a {self.config_class.__name__}. It takes "
-                "the same fields and more."
-            )
-        if train_dataset is None:
-            raise ValueError("train_dataset is None; give a dataset with the columns `prompt` and `solution`.")
-        needs_solution = self.method.needs_solution
-        check_dataset(train_dataset, "train_dataset", needs_solution=needs_solution)
-        if eval_dataset is not None:
-            check_dataset(eval_dataset, "eval_dataset", needs_solution=needs_solution)
-        config = model.config if not isinstance(model, str) else _load_config(model, args)
-        check_model_config(config)
-
-    def _check_softcap(self) -> None:
-        config = self.model.config.get_text_config()
-        if self.method.shape(self.args, 0).uses_direction and getattr(config, "final_logit_softcapping", None):
-            raise ValueError(
-                f"model: {config.model_type} caps its logits, so {self.method.name}'s views cannot be added as hidden "
-                "states yet. Use OPSD with this model, or a model without a cap."
-            )
 
     def _make_collator(self) -> TeacherCollator:
         args = self.args
@@ -146,59 +117,11 @@ class SelfDistillationTrainer(RolloutTrainer):
             render_kwargs=self.render_kwargs(),
         )
 
-    def _check_budgets(self, dataset) -> None:
-        """Render one row with every template, and every row whose problem could exhaust the budget."""
-        limit = self.args.max_teacher_prompt_length
-        rows = [next(iter(dataset))]
-        self.collator.check_renders(rows[0]["prompt"])
-        if limit is not None and hasattr(dataset, "__len__"):
-            # A token is at least one byte, so only a prompt with more bytes than this may fail to fit.
-            bytes_that_fit = limit - self.collator.template_length()
-            rows += [
-                row for row in dataset.select_columns("prompt") if len(str(row["prompt"]).encode()) > bytes_that_fit
-            ]
-        for row in rows:
-            for template in self.collator.templates:
-                self.collator.check_budget(row["prompt"], template)
-
     def _updates_per_generation(self) -> int:
         args = self.args
         return args.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations
 
     # Hooks of RolloutTrainer
-
-    def prepare_rows(self, rows: list[dict]) -> list[dict]:
-        check_rows(rows, "generation batch", needs_solution=self.method.needs_solution)
-        template = self.args.prompt_template
-        if template is None:
-            return rows
-        self._raw_prompts = [row["prompt"] for row in rows]
-        return [
-            {**row, "prompt": rewrite_last_turn(row["prompt"], lambda text: fill_template(template, prompt=text))}
-            for row in rows
-        ]
-
-    def add_targets(self, rows: list[dict], batch: dict[str, Any], rewards: torch.Tensor) -> dict[str, Any]:
-        batch_size = len(rows)
-        first = self.accelerator.process_index * batch_size
-        texts = self.tokenizer.batch_decode(self._completion_lists(batch), skip_special_tokens=True)
-        prompts = [row["prompt"] for row in rows] if self.args.prompt_template is None else self._raw_prompts
-        rollouts = [
-            Rollout(prompt, row.get("solution"), text, reward)
-            for prompt, row, text, reward in zip(
-                prompts, rows, texts, self._scalar_rewards(rewards)[first : first + batch_size], strict=True
-            )
-        ]
-        contexts = self._contexts(rollouts)
-        mask = self._distilled_mask(batch, contexts)
-        target, shortened = self._score(rows, rollouts, contexts, batch, mask.size(1))
-        batch["anchor_hidden"], batch["distillation_mask"] = target.anchor, mask
-        if target.direction is not None:
-            batch["direction_hidden"] = target.direction
-        batch["rollout_index"] = torch.arange(first, first + batch_size, device=mask.device)
-        self._prompt_texts = [str(prompt)[:80] for prompt in prompts]
-        self._log_rollouts(batch, texts, shortened)
-        return batch
 
     def count_loss_items(self, batch: dict[str, Any]) -> torch.Tensor:
         mask = batch["distillation_mask"]
@@ -224,102 +147,6 @@ class SelfDistillationTrainer(RolloutTrainer):
 
     def load_extra_state(self, checkpoint: str) -> None:
         self.teacher.load(checkpoint)
-
-    # Scoring
-
-    def _contexts(self, rollouts: list[Rollout]) -> list[Contexts]:
-        """Teacher contexts of the local rollouts; a group may have members on several ranks."""
-        size = self.num_generations if self.mode == "train" else self.num_generations_eval
-        own = range(len(rollouts))
-        if self.method.needs_group:
-            own = range(
-                len(rollouts) * self.accelerator.process_index, len(rollouts) * (self.accelerator.process_index + 1)
-            )
-            rollouts = gather_object(rollouts)
-        else:
-            size = 1
-        draw = random.Random(f"{self.args.seed}/{self.state.global_step}")  # the same on every rank
-        groups = [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
-        contexts = [views for group in groups for views in self.method.contexts(group, self.args, draw)]
-        if self.method.label is not None:
-            self._log_groups([self.method.label(group, self.args) for group in groups], contexts, size)
-        return [contexts[index] for index in own]
-
-    def _log_groups(self, labels: list[str], contexts: list[Contexts], size: int) -> None:
-        """Shares of the kinds of groups and of those used; warn when rewards split none for long."""
-        used = [any(contexts[start : start + size]) for start in range(0, len(contexts), size)]
-        shares = {f"groups/{label}": count / len(labels) for label, count in Counter(labels).items()}
-        self.add_metrics({"groups/used": sum(used) / len(used), **shares})
-        self._group_labels.update(labels)
-        self._unsplit_batches = 0 if "mixed" in labels else self._unsplit_batches + 1
-        if self._unsplit_batches == _BATCHES_TO_WARN:
-            warnings.warn(
-                f"The rewards split no group into right and wrong in {_BATCHES_TO_WARN} generation batches: "
-                f"{dict(self._group_labels)}. Check reward_funcs and reward_threshold, or choose problems of another "
-                "difficulty.",
-                stacklevel=2,
-            )
-
-    def _completion_lists(self, batch: dict[str, Any]) -> list[list[int]]:
-        lengths = batch["completion_mask"].sum(1).tolist()
-        return [ids[:length] for ids, length in zip(batch["completion_ids"].tolist(), lengths, strict=True)]
-
-    def _scalar_rewards(self, rewards: torch.Tensor) -> list[float | None]:
-        """One weighted reward per rollout of the world's batch, None where no function gave one."""
-        total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
-        total[rewards.isnan().all(dim=1)] = torch.nan
-        return [None if value != value else value for value in total.tolist()]
-
-    def _distilled_mask(self, batch: dict[str, Any], contexts: list[Contexts]) -> torch.Tensor:
-        """(B, D), 1 on the positions of a rollout that are distilled: its own tokens, never a tool's."""
-        mask = batch["completion_mask"]
-        mask = mask * batch["tool_mask"] if "tool_mask" in batch else mask.clone()
-        mask = mask[:, : self.args.distillation_length]
-        mask[:, : self.args.num_loss_tokens_to_skip] = 0
-        mask[torch.tensor([not views for views in contexts], device=mask.device)] = 0
-        return mask
-
-    def _score(self, rows, rollouts, contexts, batch, length):
-        """Teacher hidden states of the batch, and per rollout whether its context was shortened."""
-        jobs, shortened, encoded = [], [False] * len(rollouts), {}
-        ids = [completion[:length] for completion in self._completion_lists(batch)]
-        for row, views in enumerate(contexts):
-            for view in views if ids[row] else ():
-                prompt = rows[row]["prompt"] if view.template == "plain" else rollouts[row].prompt
-                key = (str(prompt), view.template, view.slot)
-                if key not in encoded:
-                    encoded[key] = self.collator.encode(prompt, view)
-                shortened[row] |= encoded[key].shortened
-                jobs.append(ScoringJob(encoded[key].ids, ids[row], row, view.anchor, view.direction))
-        with self.diagnostics[self.mode].clock("teacher_forward", self.accelerator.device):
-            return self._run_teacher(jobs, (len(rollouts), length, self.hidden_size)), shortened
-
-    def _run_teacher(self, jobs: list[ScoringJob], shape: tuple[int, int, int]):
-        device = self.accelerator.device
-
-        def run(ids, mask, length):
-            return completion_states(self.model, self.model, ids, mask, length, self.teacher.observe_head)
-
-        def max_over_ranks(count):
-            return int(self.accelerator.gather(torch.tensor([count], device=device)).max())
-
-        with self.teacher.active(), self.accelerator.autocast():
-            if not self._head_checked:
-                check_output_head(
-                    self.model, self.model, torch.tensor([[self.tokenizer.eos_token_id] * 4], device=device)
-                )
-                self._head_checked = True
-            return score_contexts(
-                run,
-                jobs,
-                shape=shape,
-                dtype=torch.promote_types(self.model.dtype, torch.float32),
-                device=device,
-                pad_id=self.tokenizer.pad_token_id,
-                tokens_per_forward=self.args.teacher_tokens_per_forward,
-                with_direction=self.method.shape(self.args, 0).uses_direction,
-                max_over_ranks=max_over_ranks,
-            )
 
     # Loss
 
@@ -395,21 +222,6 @@ class SelfDistillationTrainer(RolloutTrainer):
 
     # Logs and files
 
-    def _log_rollouts(self, batch, texts, shortened) -> None:
-        lengths = batch["completion_mask"].sum(1).tolist()
-        markers = [count_markers(text, self.args.reflection_markers) for text in texts]
-        sums = torch.tensor([sum(markers), sum(lengths), sum(shortened), len(texts)], dtype=torch.float64)
-        sums = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum").tolist()
-        self.add_metrics(
-            {
-                "reflection_markers_per_1000": 1000 * sums[0] / max(sums[1], 1),
-                "teacher/solution_shortened": sums[2] / sums[3],
-            }
-        )
-        self.add_table_column("divergence", [float("nan")] * len(texts))
-        self.add_table_column("reflection_markers", markers)
-        self.add_table_column("solution_shortened", shortened)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log TRL's numbers and ours; collective."""
         diagnostics = self.diagnostics[self.mode]
@@ -433,6 +245,9 @@ class _StepHooks(TrainerCallback):
     def __init__(self, trainer: SelfDistillationTrainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.accelerator.print(describe_run(args, self.trainer.method))
+
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.check_finite_loss()
 
@@ -442,18 +257,6 @@ class _StepHooks(TrainerCallback):
             lost = self.trainer.teacher.update()
             if args.teacher_model_kind == "ema":
                 self.trainer.add_metrics({"teacher/ema_rank_loss": lost})
-
-
-def _monitoring_reward(dataset):
-    """Accuracy where the solutions hold an answer, else a zero that TRL needs to be there."""
-    rows = [row for _, row in zip(range(_ROWS_TO_VERIFY), dataset, strict=False)]
-    solutions = [row.get("solution") for row in rows]
-    return accuracy_reward if any(s is not None and verifies(s) for s in solutions) else no_reward
-
-
-def _load_config(model: str, args):
-    revision = (args.model_init_kwargs or {}).get("revision")
-    return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusts_remote_code(args))
 
 
 def _named(stats) -> dict[str, torch.Tensor]:

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a scored generation batch to targets: contexts, teacher forwards, and what is logged about both."""
+
+import random
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from .._trl import RolloutTrainer
+from ..contexts import Contexts, Rollout, fill_template, rewrite_last_turn
+from ..heads import check_output_head
+from ..markers import count_markers
+from ..methods import Method
+from ..scoring import ScoringJob, completion_states, score_contexts
+from ..validation import check_rows
+
+_BATCHES_TO_WARN = 10
+
+
+class TargetTrainer(RolloutTrainer):
+    """Adds the teacher's hidden states to a generation batch, while its groups are still together."""
+
+    method: Method
+
+    def prepare_rows(self, rows: list[dict]) -> list[dict]:
+        check_rows(rows, "generation batch", needs_solution=self.method.needs_solution)
+        template = self.args.prompt_template
+        if template is None:
+            return rows
+        self._raw_prompts = [row["prompt"] for row in rows]
+        return [
+            {**row, "prompt": rewrite_last_turn(row["prompt"], lambda text: fill_template(template, prompt=text))}
+            for row in rows
+        ]
+
+    def add_targets(self, rows: list[dict], batch: dict[str, Any], rewards: torch.Tensor) -> dict[str, Any]:
+        batch_size = len(rows)
+        first = self.accelerator.process_index * batch_size
+        texts = self.tokenizer.batch_decode(self._completion_lists(batch), skip_special_tokens=True)
+        prompts = [row["prompt"] for row in rows] if self.args.prompt_template is None else self._raw_prompts
+        rollouts = [
+            Rollout(prompt, row.get("solution"), text, reward)
+            for prompt, row, text, reward in zip(
+                prompts, rows, texts, self._scalar_rewards(rewards)[first : first + batch_size], strict=True
+            )
+        ]
+        contexts = self._contexts(rollouts)
+        mask = self._distilled_mask(batch, contexts)
+        target, shortened = self._score(rows, rollouts, contexts, batch, mask.size(1))
+        batch["anchor_hidden"], batch["distillation_mask"] = target.anchor, mask
+        if target.direction is not None:
+            batch["direction_hidden"] = target.direction
+        batch["rollout_index"] = torch.arange(first, first + batch_size, device=mask.device)
+        self._prompt_texts = [str(prompt)[:80] for prompt in prompts]
+        self._log_rollouts(batch, texts, shortened)
+        return batch
+
+    def _contexts(self, rollouts: list[Rollout]) -> list[Contexts]:
+        """Teacher contexts of the local rollouts; a group may have members on several ranks."""
+        size = self.num_generations if self.mode == "train" else self.num_generations_eval
+        own = range(len(rollouts))
+        if self.method.needs_group:
+            own = range(
+                len(rollouts) * self.accelerator.process_index, len(rollouts) * (self.accelerator.process_index + 1)
+            )
+            rollouts = gather_object(rollouts)
+        else:
+            size = 1
+        draw = random.Random(f"{self.args.seed}/{self.state.global_step}")  # the same on every rank
+        groups = [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
+        contexts = [views for group in groups for views in self.method.contexts(group, self.args, draw)]
+        if self.method.label is not None:
+            self._log_groups([self.method.label(group, self.args) for group in groups], contexts, size)
+        return [contexts[index] for index in own]
+
+    def _log_groups(self, labels: list[str], contexts: list[Contexts], size: int) -> None:
+        """Shares of the kinds of groups and of those used; warn when rewards split none for long."""
+        used = [any(contexts[start : start + size]) for start in range(0, len(contexts), size)]
+        shares = {f"groups/{label}": count / len(labels) for label, count in Counter(labels).items()}
+        self.add_metrics({"groups/used": sum(used) / len(used), **shares})
+        self._group_labels.update(labels)
+        self._unsplit_batches = 0 if "mixed" in labels else self._unsplit_batches + 1
+        if self._unsplit_batches == _BATCHES_TO_WARN:
+            warnings.warn(
+                f"The rewards split no group into right and wrong in {_BATCHES_TO_WARN} generation batches: "
+                f"{dict(self._group_labels)}. Check reward_funcs and reward_threshold, or choose problems of another "
+                "difficulty.",
+                stacklevel=2,
+            )
+
+    def _completion_lists(self, batch: dict[str, Any]) -> list[list[int]]:
+        lengths = batch["completion_mask"].sum(1).tolist()
+        return [ids[:length] for ids, length in zip(batch["completion_ids"].tolist(), lengths, strict=True)]
+
+    def _scalar_rewards(self, rewards: torch.Tensor) -> list[float | None]:
+        """One weighted reward per rollout of the world's batch, None where no function gave one."""
+        total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        total[rewards.isnan().all(dim=1)] = torch.nan
+        return [None if value != value else value for value in total.tolist()]
+
+    def _distilled_mask(self, batch: dict[str, Any], contexts: list[Contexts]) -> torch.Tensor:
+        """(B, D), 1 on the positions of a rollout that are distilled: its own tokens, never a tool's."""
+        mask = batch["completion_mask"]
+        mask = mask * batch["tool_mask"] if "tool_mask" in batch else mask.clone()
+        mask = mask[:, : self.args.distillation_length]
+        mask[:, : self.args.num_loss_tokens_to_skip] = 0
+        mask[torch.tensor([not views for views in contexts], device=mask.device)] = 0
+        return mask
+
+    def _score(self, rows, rollouts, contexts, batch, length):
+        """Teacher hidden states of the batch, and per rollout whether its context was shortened."""
+        jobs, shortened, encoded = [], [False] * len(rollouts), {}
+        ids = [completion[:length] for completion in self._completion_lists(batch)]
+        for row, views in enumerate(contexts):
+            for view in views if ids[row] else ():
+                prompt = rows[row]["prompt"] if view.template == "plain" else rollouts[row].prompt
+                key = (str(prompt), view.template, view.slot)
+                if key not in encoded:
+                    encoded[key] = self.collator.encode(prompt, view)
+                shortened[row] |= encoded[key].shortened
+                jobs.append(ScoringJob(encoded[key].ids, ids[row], row, view.anchor, view.direction))
+        with self.diagnostics[self.mode].clock("teacher_forward", self.accelerator.device):
+            return self._run_teacher(jobs, (len(rollouts), length, self.hidden_size)), shortened
+
+    def _run_teacher(self, jobs: list[ScoringJob], shape: tuple[int, int, int]):
+        device = self.accelerator.device
+
+        def run(ids, mask, length):
+            return completion_states(self.model, self.model, ids, mask, length, self.teacher.observe_head)
+
+        def max_over_ranks(count):
+            return int(self.accelerator.gather(torch.tensor([count], device=device)).max())
+
+        with self.teacher.active(), self.accelerator.autocast():
+            if not self._head_checked:
+                check_output_head(
+                    self.model, self.model, torch.tensor([[self.tokenizer.eos_token_id] * 4], device=device)
+                )
+                self._head_checked = True
+            return score_contexts(
+                run,
+                jobs,
+                shape=shape,
+                dtype=torch.promote_types(self.model.dtype, torch.float32),
+                device=device,
+                pad_id=self.tokenizer.pad_token_id,
+                tokens_per_forward=self.args.teacher_tokens_per_forward,
+                with_direction=self.method.shape(self.args, 0).uses_direction,
+                max_over_ranks=max_over_ranks,
+            )
+
+    def _log_rollouts(self, batch, texts, shortened) -> None:
+        lengths = batch["completion_mask"].sum(1).tolist()
+        markers = [count_markers(text, self.args.reflection_markers) for text in texts]
+        sums = torch.tensor([sum(markers), sum(lengths), sum(shortened), len(texts)], dtype=torch.float64)
+        sums = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum").tolist()
+        self.add_metrics(
+            {
+                "reflection_markers_per_1000": 1000 * sums[0] / max(sums[1], 1),
+                "teacher/solution_shortened": sums[2] / sums[3],
+            }
+        )
+        self.add_table_column("divergence", [float("nan")] * len(texts))
+        self.add_table_column("reflection_markers", markers)
+        self.add_table_column("solution_shortened", shortened)
