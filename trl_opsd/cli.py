@@ -12,7 +12,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `trl-opsd` command."""
     parser = argparse.ArgumentParser(prog="trl-opsd", description="On-policy self-distillation on TRL.")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="train the embedded model and print what it gained")
+    demo = commands.add_parser(
+        "demo", help="train the embedded model and print what it gained; other options override its recipe"
+    )
     demo.add_argument("--output_dir", default="outputs/demo", help="where the model, its card and the plot go")
     demo.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run per seed")
     demo.add_argument("--problems", type=int, default=300, help="held-out problems")
@@ -21,11 +23,9 @@ def main(arguments: list[str] | None = None) -> None:
         commands.add_parser(method, help=f"train with {method}; see `trl-opsd {method} --help`", add_help=False)
     options, rest = parser.parse_known_args(arguments)
     if options.command == "demo":
-        if rest:
-            demo.error(f"unrecognized arguments: {' '.join(rest)}")
         from .demo.run import run_demo
 
-        run_demo(options.output_dir, options.seeds, options.problems, options.samples)
+        run_demo(options.output_dir, options.seeds, options.problems, options.samples, rest)
     else:
         from .train import main as train
 

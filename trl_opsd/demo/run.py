@@ -7,6 +7,7 @@ engine with the same settings, on problems that neither training nor the choice 
 
 import json
 import time
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -22,7 +23,9 @@ _TRAINING_PROBLEMS = 8192
 _EVALUATION = {"temperature": 1.0, "max_new_tokens": 128, "batch_size": 256}
 
 
-def run_demo(output_dir: str, seeds: list[int], num_problems: int, num_samples: int) -> list[dict]:
+def run_demo(
+    output_dir: str, seeds: list[int], num_problems: int, num_samples: int, overrides: Sequence[str] = ()
+) -> list[dict]:
     """Train once per seed and print what held-out accuracy became.
 
     Args:
@@ -30,6 +33,7 @@ def run_demo(output_dir: str, seeds: list[int], num_problems: int, num_samples: 
         seeds: seeds of training.
         num_problems: held-out problems, disjoint from all training problems.
         num_samples: samples a problem, at temperature 1.
+        overrides: command-line arguments that override the recipe.
 
     Returns:
         One summary a seed, as written to `summary.json`.
@@ -48,7 +52,7 @@ def run_demo(output_dir: str, seeds: list[int], num_problems: int, num_samples: 
         folder = output / f"seed-{seed}"
         arguments = ["--config", str(files(__package__) / RECIPE), "--dataset_name", str(data)]
         arguments += ["--model_name_or_path", model_path(), "--output_dir", str(folder), "--seed", str(seed)]
-        trainer = train("opsd", arguments)
+        trainer = train("opsd", [*arguments, *overrides])
         trained = measure(str(folder), problems, num_samples)
         gain = paired_difference(trained.per_question_scores, base.per_question_scores)
         picture = plot_run(trainer.state.log_history, folder / "run.png", before=base.avg_at_k, after=trained.avg_at_k)
