@@ -448,3 +448,21 @@ def test_defaults_are_the_papers(tmp_path):
     }
     assert {name: getattr(config, name) for name in pinned} == pinned
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 32
+
+
+def test_an_evaluation_between_two_steps_does_not_change_a_pending_batch(build, dataset):
+    histories = []
+    for evaluate in (False, True):
+        trainer = build(
+            teacher_model_kind="ema",
+            teacher_update_rate=0.5,
+            learning_rate=0.05,
+            max_steps=2,
+            steps_per_generation=2,
+            eval_dataset=dataset.select(range(4)),
+            eval_strategy="steps" if evaluate else "no",
+            eval_steps=1,
+        )
+        trainer.train()
+        histories.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert histories[0] == histories[1]

@@ -98,6 +98,10 @@ class SelfDistillationTrainer(TargetTrainer):
         self.divergence = args.loss_divergence()
         self.diagnostics = {"train": Diagnostics(), "eval": Diagnostics()}
         self._head_checked = False
+        self._target_heads: dict[str, OutputHead | None] = {
+            "train": None,
+            "eval": None,
+        }  # an evaluation must not change a pending batch's
         self._losses: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._prompt_texts: list[str] = []
         self._group_labels: Counter[str] = Counter()
@@ -152,7 +156,7 @@ class SelfDistillationTrainer(TargetTrainer):
 
     def _loss_from_states(self, batch: dict[str, Any]):
         """The function that a forward of the student calls with its hidden states and head."""
-        mask, target_head = batch["distillation_mask"], self.teacher.head
+        mask, target_head = batch["distillation_mask"], self._target_heads[self.mode]
         weights = token_weights(
             mask,
             reduction=self.args.loss_reduction,

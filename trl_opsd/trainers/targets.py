@@ -54,7 +54,8 @@ class TargetTrainer(RolloutTrainer):
         if target.direction is not None:
             batch["direction_hidden"] = target.direction
         batch["rollout_index"] = torch.arange(first, first + batch_size, device=mask.device)
-        self._prompt_texts = [str(prompt)[:80] for prompt in prompts]
+        if self.mode == "train":
+            self._prompt_texts = [str(prompt)[:80] for prompt in prompts]
         self._log_rollouts(batch, texts, shortened)
         return batch
 
@@ -117,13 +118,15 @@ class TargetTrainer(RolloutTrainer):
         for row, views in enumerate(contexts):
             for view in views if ids[row] else ():
                 prompt = rows[row]["prompt"] if view.template == "plain" else rollouts[row].prompt
-                key = (str(prompt), view.template, view.slot)
+                key = (str(prompt), view.template, view.slot, view.slot_tokens)
                 if key not in encoded:
                     encoded[key] = self.collator.encode(prompt, view)
                 shortened[row] |= encoded[key].shortened
                 jobs.append(ScoringJob(encoded[key].ids, ids[row], row, view.anchor, view.direction))
         with self.diagnostics[self.mode].clock("teacher_forward", self.accelerator.device):
-            return self._run_teacher(jobs, (len(rollouts), length, self.hidden_size)), shortened
+            target = self._run_teacher(jobs, (len(rollouts), length, self.hidden_size))
+        self._target_heads[self.mode] = self.teacher.head
+        return target, shortened
 
     def _run_teacher(self, jobs: list[ScoringJob], shape: tuple[int, int, int]):
         device = self.accelerator.device
