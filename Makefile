@@ -5,6 +5,8 @@ OLDEST := .venv-oldest/bin
 OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,contract config validation collators contexts heads scoring teacher trl_surface))
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
+# Tiny models: a second thread costs more in barriers than it saves.
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-oldest lint build benchmark clean
 
