@@ -37,7 +37,7 @@ def plot_run(
     from matplotlib.figure import Figure
 
     entries = [entry for entry in log_history if "divergence" in entry]
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
     accuracy, divergence, length = figure.subplots(1, 3)
     _line(accuracy, entries, "reward", "rollouts while training", _BLUE)
     if before is not None and after is not None and entries:
@@ -45,15 +45,16 @@ def plot_run(
         accuracy.plot(steps, [before, after], "D", color=_BLACK, label="held-out, before and after")
     accuracy.set(title="Accuracy", ylim=(0, 1))
     _line(divergence, entries, "divergence", "unclipped divergence", _ORANGE)
-    _line(divergence, entries, "entropy_gap", "student's minus target's entropy", _GREEN, style="--")
+    _line(divergence, entries, "entropy_gap", "entropy, student - target", _GREEN, style="--")
     divergence.set(title="Divergence and entropy gap (nats per token)")
+    divergence.set_ylim(bottom=min(0, divergence.get_ylim()[0]))
     _line(length, entries, "completions/mean_length", "mean length", _BLUE)
     length.set(title="Completion length (tokens)")
     length.set_ylim(bottom=0)
     for axes in (accuracy, divergence, length):
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
     figure.savefig(path, dpi=150)
     return Path(path)
 
