@@ -395,6 +395,7 @@ def test_the_log_holds_every_diagnostic(build, tmp_path):
         "divergence/1-15",
         "reflection_markers_per_1000",
         "teacher/solution_shortened",
+        "teacher/tokens_computed",
         "time/teacher_forward",
         "time/loss",
         "completions/mean_length",

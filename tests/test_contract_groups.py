@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from trl_opsd import OGLSSDConfig, OGLSSDTrainer, PurifiedOPSDConfig, PurifiedOPSDTrainer
+from trl_opsd import OGLSSDConfig, OGLSSDTrainer, OPSDTrainer, PurifiedOPSDConfig, PurifiedOPSDTrainer
 from trl_opsd.contexts import Rollout
 from trl_opsd.losses import purified_logits, steered_logits, token_divergence
 from trl_opsd.methods.ogls_sd import group_label, steering_contexts, steering_shape
@@ -287,3 +287,15 @@ def test_training_moves_the_student_and_not_the_teacher(build, dataset, trainer_
     assert any((p - s).abs().max() > 1e-4 for p, s in zip(trainer.model.parameters(), start, strict=True))
     for (_, value), first in zip(trainer.teacher.values.items(), start, strict=True):
         assert torch.equal(value, first)
+
+
+@pytest.mark.parametrize("trainer_class", [OPSDTrainer, OGLSSDTrainer, PurifiedOPSDTrainer])
+def test_reading_shared_contexts_once_gives_the_same_step(build, dataset, trainer_class):
+    rows = [dataset[index] for index in (0, 5) for _ in range(4)]
+    losses, counts = [], []
+    for share in (False, True):
+        trainer = build(trainer_class, num_generations=4, per_device_train_batch_size=8, share_contexts=share)
+        losses.append(step(trainer, rows)[0].item())
+        counts += trainer._metrics["train"]["teacher/tokens_computed"]
+    assert losses[1] == pytest.approx(losses[0], **EXACT) and abs(losses[0]) > 1e-4
+    assert counts[1] < 0.6 * counts[0]

@@ -19,6 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from trl_opsd.forwards import TeacherForward
 from trl_opsd.heads import (
     OutputHead,
     attach_head_function,
@@ -27,7 +28,6 @@ from trl_opsd.heads import (
     head_function,
     head_shape,
 )
-from trl_opsd.scoring import completion_states
 
 SIZE = {
     "vocab_size": 40,
@@ -117,7 +117,7 @@ def test_completion_states_are_those_of_the_unpadded_row(family):
     mask = torch.tensor([[1] * 6, [0, 0, 0, 1, 1, 1]])
     heads = []
     with torch.no_grad():
-        states = completion_states(model, model, ids, mask, length, heads.append)
+        states = TeacherForward(model, model, heads.append)(ids, mask, length)
         assert states.shape == (2, length, 16) and heads[0].weight.shape == (40, 16)
         for row, tokens in enumerate(rows):
             own = model(input_ids=torch.tensor([tokens]), output_hidden_states=True).hidden_states[-1][0]

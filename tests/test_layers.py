@@ -21,7 +21,7 @@ FLOORS = (
     {"losses", "markers", "sharding", "verification"},
     {"contexts", "heads"},
     {"collators", "teacher", "validation", "diagnostics", "rewards"},
-    {"scoring", "methods"},
+    {"forwards", "jobs", "methods", "scoring"},
     {"_trl", "card", "config"},
     {"trainers"},
 )

@@ -4,8 +4,10 @@
 import pytest
 import torch
 
+from trl_opsd.forwards import TeacherForward
 from trl_opsd.heads import attach_head_function
-from trl_opsd.scoring import ScoringJob, completion_states, plan_forwards, score_contexts
+from trl_opsd.jobs import ScoringJob, padded_size, plan_forwards
+from trl_opsd.scoring import score_contexts
 
 H = 3
 
@@ -25,10 +27,15 @@ def test_forwards_stay_within_the_budget_and_start_with_the_longest(budget):
     lengths = [len(j) for batch in batches for j in batch]
     assert lengths == sorted(lengths, reverse=True)
     for batch, following in zip(batches, [*batches[1:], None], strict=True):
-        size = max(map(len, batch)) * len(batch)
-        assert size <= budget or len(batch) == 1
+        assert padded_size(batch) <= budget or len(batch) == 1
         if following is not None:  # as full as the budget allows
-            assert len(batch[0]) * (len(batch) + 1) > budget
+            assert padded_size([*batch, following[0]]) > budget
+
+
+def test_the_padded_size_is_that_of_the_forward():
+    jobs = [job(9, 1), job(2, 6, row=1)]  # neither row is as long as the rectangle
+    _, run = score(jobs, shape=(3, 6, H))
+    assert run.sizes == [(2, 15)] and padded_size(jobs) == 30
 
 
 def test_no_jobs_are_no_forwards():
@@ -112,10 +119,7 @@ def test_grouping_changes_nothing(budget):
 def test_grouping_changes_nothing_on_a_model(make_model):
     model = make_model(torch.float64).eval()
     attach_head_function(model)
-
-    def run(ids, mask, length):
-        return completion_states(model, model, ids, mask, length)
-
+    run = TeacherForward(model, model)
     jobs = [job(c, min(r, 4), row=k % 3, anchor=1 / (k + 1)) for k, (c, r) in enumerate(LENGTHS)]
     targets = [score(jobs, run, shape=(3, 4, 32), budget=budget)[0].anchor for budget in (1, 1000)]
     assert targets[0].abs().max() > 0.1

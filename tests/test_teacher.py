@@ -5,8 +5,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from trl_opsd.forwards import TeacherForward
 from trl_opsd.heads import attach_head_function
-from trl_opsd.scoring import completion_states
 from trl_opsd.teacher import TEACHER_KINDS, Teacher, average_low_rank
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
@@ -37,7 +37,7 @@ def logits(model, ids):
 
 def observed_head(teacher, model, ids):
     with teacher.active():
-        completion_states(model, model, ids, torch.ones_like(ids), 2, teacher.observe_head)
+        TeacherForward(model, model, teacher.observe_head)(ids, torch.ones_like(ids), 2)
     return teacher.head
 
 

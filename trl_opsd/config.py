@@ -123,7 +123,13 @@ class OPSDConfig(GRPOConfig):
         None, "Longest teacher prompt in tokens; a longer one has its solution shortened. None for no limit."
     )
     solution_shortening: str = option("middle", f"Where a too long solution loses text, one of {SHORTEN_CHOICES}.")
-    teacher_tokens_per_forward: int = option(32_768, "Tokens, padding included, that one teacher forward may hold.")
+    teacher_tokens_per_forward: int = option(
+        32_768, "Tokens, padding and cached ones included, that one teacher forward may hold."
+    )
+    share_contexts: bool = option(
+        True,
+        "Read a teacher context once for all rollouts it is used on. Changes no target, only the time of scoring.",
+    )
 
     # The loss.
     divergence: str = option("forward_kl", "`forward_kl` KL(teacher, student), `reverse_kl` or `jsd`.")

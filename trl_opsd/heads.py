@@ -49,7 +49,8 @@ class _Request:
     """What the next forward of a patched model is asked to do."""
 
     def __init__(self, function: HeadFunction, keep_forward: bool):
-        self.function, self.keep_forward, self.result = function, keep_forward, None
+        self.function, self.keep_forward = function, keep_forward
+        self.result, self.cache = None, None
 
 
 def causal_lm(model: nn.Module) -> nn.Module:
@@ -89,8 +90,9 @@ def attach_head_function(model: nn.Module) -> None:
             return original(*args, **kwargs)
         if request.keep_forward:
             return _forward_and_capture(self, original, request, args, kwargs)
-        hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
-        request.result = _call(request.function, self, hidden)
+        output = self.base_model(*args, **{"use_cache": False, **kwargs})
+        request.cache = getattr(output, "past_key_values", None)
+        request.result = _call(request.function, self, output.last_hidden_state)
         # A tensor in the output keeps DDP's and DeepSpeed's output hooks working.
         return {"loss": request.result if isinstance(request.result, torch.Tensor) else request.result[0]}
 
@@ -108,7 +110,8 @@ def head_function(model: nn.Module, function: HeadFunction, *, keep_forward: boo
         keep_forward: run the model's own forward too and return its output; otherwise only the backbone runs.
 
     Yields:
-        An object whose `result` holds what `function` returned last.
+        An object whose `result` holds what `function` returned last and whose `cache` is the KV cache of a forward
+        that was called with `use_cache=True`, else None.
     """
     model = causal_lm(model)
     request = _Request(function, keep_forward)

@@ -1,40 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Teacher forwards: hidden states of every context over its rollout, without logits and without gradients.
+"""Teacher hidden states of every context over its rollout, added up to targets: no logits, no gradients.
 
 Each view adds its hidden states, with its weights, to the rollout's anchor and direction, which is all that a target
 `W a + shape(W d)` needs: H numbers a position instead of V.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from .collators import left_pad, positions_from_mask
-from .heads import OutputHead, head_function
+from .forwards import Run, TeacherForward, score_plain, score_shared
+from .jobs import ScoringJob, SharedBatch, group_by_context, plan_forwards, plan_shared
 
-
-@dataclass(frozen=True)
-class ScoringJob:
-    """One teacher context on one rollout.
-
-    Attributes:
-        context: token ids the teacher reads first.
-        rollout: token ids of the part of the completion that is scored, as sampled.
-        row: row of the batch the result is added to.
-        anchor: weight in the anchor.
-        direction: weight in the direction.
-    """
-
-    context: list[int]
-    rollout: list[int]
-    row: int
-    anchor: float
-    direction: float
-
-    def __len__(self) -> int:
-        return len(self.context) + len(self.rollout)
+# Of the norm: bfloat16 in other batch shapes differs by about 0.01, a context unread by far more.
+_TOLERANCE = 0.05
 
 
 @dataclass
@@ -52,20 +33,45 @@ class TargetStates:
     num_tokens: int
 
 
-def plan_forwards(jobs: Sequence[ScoringJob], tokens_per_forward: int) -> list[list[ScoringJob]]:
-    """Group jobs, longest first, so that each group's padded size stays within `tokens_per_forward` (at least one)."""
-    batches: list[list[ScoringJob]] = []
-    for job in sorted(jobs, key=len, reverse=True):
-        if batches and len(batches[-1][0]) * (len(batches[-1]) + 1) <= tokens_per_forward:
-            batches[-1].append(job)
-        else:
-            batches.append([job])
-    return batches
+class ContextSharing:
+    """Whether the model's contexts can be scored once for all their rollouts: found out at the first that are shared.
+
+    Attributes:
+        supported: None until it is known.
+    """
+
+    def __init__(self):
+        self.supported: bool | None = None
+
+    def check(
+        self,
+        run: TeacherForward,
+        jobs: Sequence[ScoringJob],
+        pad_id: int,
+        device: torch.device,
+        max_over_ranks: Callable[[int], int],
+    ) -> bool:
+        """Whether to share; compares both ways once, in the same number of forwards on every rank, and warns."""
+        if self.supported is None:
+            pair = next((group for group in group_by_context(jobs) if len(group) > 1), None)
+            if not max_over_ranks(int(pair is not None)):
+                return False
+            pair = [pair[0], pair[-1]] if pair else [_empty_job(pad_id)] * 2
+            reason = _difference(run, pair, pad_id, device)
+            self.supported = not max_over_ranks(int(reason is not None))
+            if not self.supported:
+                warnings.warn(
+                    f"{type(run.model).__name__} cannot score a context once for all its rollouts "
+                    f"({reason or 'found on another rank'}): it is read again for each. Targets are the same, scoring "
+                    "takes longer. Set share_contexts=False to leave this check out.",
+                    stacklevel=3,
+                )
+        return self.supported
 
 
 @torch.no_grad()
 def score_contexts(
-    run: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+    run: Run,
     jobs: Sequence[ScoringJob],
     *,
     shape: tuple[int, int, int],
@@ -75,21 +81,23 @@ def score_contexts(
     tokens_per_forward: int,
     with_direction: bool,
     max_over_ranks: Callable[[int], int] = lambda count: count,
+    sharing: ContextSharing | None = None,
 ) -> TargetStates:
     """Run the teacher over all jobs and add up the targets' hidden states.
 
     Args:
-        run: from ids (b, S), mask (b, S) and a length to the hidden states (b, length, H) that predict the last
-            `length` ids; see `completion_states`.
+        run: a `TeacherForward`; without `sharing`, any function from ids (b, S), mask (b, S) and a length to the
+            hidden states (b, length, H) that predict the last `length` ids.
         jobs: what to score.
         shape: (B, D, H): rows, scored length and hidden size of the result.
         dtype: of the result.
         device: of the inputs and the result.
         pad_id: padding token.
-        tokens_per_forward: tokens, padding included, of one forward.
+        tokens_per_forward: tokens, padding and cached ones included, that one forward holds.
         with_direction: whether the result has a direction.
         max_over_ranks: makes every rank run the same number of forwards, which sharded engines need; a rank that
-            has fewer runs an empty one.
+            has fewer runs empty ones.
+        sharing: whether contexts that jobs share can be run once; None runs every job on its own.
 
     Returns:
         The anchor and direction; positions behind a rollout's end and rows without a context are zero.
@@ -97,54 +105,35 @@ def score_contexts(
     # Added up in float32 (float64 for a float64 model): a target of one view keeps the model's own numbers.
     anchor = torch.zeros(*shape, device=device, dtype=dtype)
     direction = torch.zeros_like(anchor) if with_direction else None
-    batches = plan_forwards(jobs, tokens_per_forward)
-    for index in range(max_over_ranks(len(batches))):
-        batch = batches[index] if index < len(batches) else [ScoringJob([pad_id], [pad_id], 0, 0.0, 0.0)]
-        for job, hidden in zip(batch, _forward_batch(run, batch, pad_id, device), strict=True):
+    share = sharing is not None and sharing.check(run, jobs, pad_id, device, max_over_ranks)
+    shared, alone = plan_shared(jobs, tokens_per_forward) if share else ([], jobs)
+    plain = plan_forwards(alone, tokens_per_forward)
+    num_forwards = sum(batch.num_forwards for batch in shared) + len(plain)
+    plain += [[_empty_job(pad_id)]] * (max_over_ranks(num_forwards) - num_forwards)
+    for batch in sorted([*shared, *plain], key=_longest, reverse=True):
+        score = score_shared if isinstance(batch, SharedBatch) else score_plain
+        for job, hidden in score(run, batch, pad_id, device):
             for total, weight in ((anchor, job.anchor), (direction, job.direction)):
                 if weight:
                     total[job.row, : len(job.rollout)] += weight * hidden
-    return TargetStates(anchor, direction, sum(map(len, jobs)))
+    return TargetStates(anchor, direction, sum(batch.num_tokens for batch in shared) + sum(map(len, alone)))
 
 
-def _forward_batch(run, batch, pad_id, device) -> list[torch.Tensor]:
-    """Hidden states (len(rollout), H) that predict each job's rollout."""
-    contexts, context_mask = left_pad([job.context for job in batch], pad_id)
-    length = max(len(job.rollout) for job in batch)
-    rollouts = torch.full((len(batch), length), pad_id)
-    rollout_mask = torch.zeros_like(rollouts)
-    for row, job in enumerate(batch):
-        rollouts[row, : len(job.rollout)] = torch.tensor(job.rollout)
-        rollout_mask[row, : len(job.rollout)] = 1
-    mask = torch.cat([context_mask, rollout_mask], dim=1).to(device)
-    ids = torch.cat([contexts, rollouts], dim=1).to(device)
-    hidden = run(ids, mask, length)
-    return [states[: len(job.rollout)] for states, job in zip(hidden, batch, strict=True)]
+def _empty_job(pad_id: int) -> ScoringJob:
+    return ScoringJob([pad_id], [pad_id], 0, 0.0, 0.0)
 
 
-def completion_states(
-    model: torch.nn.Module,
-    forward: Callable[..., Any],
-    ids: torch.Tensor,
-    mask: torch.Tensor,
-    length: int,
-    observe_head: Callable[[OutputHead], None] = lambda head: None,
-) -> torch.Tensor:
-    """Hidden states (B, length, H) that predict the last `length` tokens of `ids` (B, S), S > length.
+def _longest(batch: SharedBatch | list[ScoringJob]) -> int:
+    return len(batch.chunks[0][0] if isinstance(batch, SharedBatch) else batch[0])
 
-    Args:
-        model: the unwrapped, patched model (see `heads.attach_head_function`).
-        forward: what runs it: the model itself or the engine around it.
-        ids: (B, S) token ids.
-        mask: (B, S), 1 on tokens.
-        length: number of last tokens.
-        observe_head: shown the output head while it is whole.
-    """
 
-    def keep(hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
-        observe_head(head)
-        return hidden[:, -length - 1 : -1]
-
-    with head_function(model, keep) as request:
-        forward(input_ids=ids, attention_mask=mask, position_ids=positions_from_mask(mask))
-    return request.result
+def _difference(run: TeacherForward, pair: list[ScoringJob], pad_id: int, device: torch.device) -> str | None:
+    """What keeps two jobs with one context from being scored by one pass over it, or None. Four forwards."""
+    plain = [states for job in pair for _, states in score_plain(run, [job], pad_id, device)]
+    try:
+        shared = [states for _, states in score_shared(run, SharedBatch([pair[0].context], [pair]), pad_id, device)]
+    except NotImplementedError as error:
+        return str(error)
+    plain, shared = torch.cat(plain).float(), torch.cat(shared).float()
+    error = ((shared - plain).norm() / plain.norm()).item()
+    return None if error <= _TOLERANCE else f"hidden states differ by {error:.2g} of their norm"

@@ -17,6 +17,7 @@ from ..config import OPSDConfig
 from ..diagnostics import Diagnostics
 from ..heads import OutputHead, attach_head_function, head_function, head_shape
 from ..losses import fused_divergence, token_weights
+from ..scoring import ContextSharing
 from ..teacher import Teacher
 from ..validation import check_model_config, check_vocabulary
 from .checks import check_inputs, check_prompts, choose_reward
@@ -98,6 +99,7 @@ class SelfDistillationTrainer(TargetTrainer):
         self.divergence = args.loss_divergence()
         self.diagnostics = {"train": Diagnostics(), "eval": Diagnostics()}
         self._head_checked = False
+        self._sharing = ContextSharing() if args.share_contexts else None
         self._target_heads: dict[str, OutputHead | None] = {
             "train": None,
             "eval": None,

@@ -11,10 +11,12 @@ from accelerate.utils import gather_object
 
 from .._trl import RolloutTrainer
 from ..contexts import Contexts, Rollout, fill_template, rewrite_last_turn
+from ..forwards import TeacherForward
 from ..heads import check_output_head
+from ..jobs import ScoringJob
 from ..markers import count_markers
 from ..methods import Method
-from ..scoring import ScoringJob, completion_states, score_contexts
+from ..scoring import score_contexts
 from ..validation import check_rows
 
 _BATCHES_TO_WARN = 10
@@ -56,7 +58,7 @@ class TargetTrainer(RolloutTrainer):
         batch["rollout_index"] = torch.arange(first, first + batch_size, device=mask.device)
         if self.mode == "train":
             self._prompt_texts = [str(prompt)[:80] for prompt in prompts]
-        self._log_rollouts(batch, texts, shortened)
+        self._log_rollouts(batch, texts, shortened, target.num_tokens)
         return batch
 
     def _contexts(self, rollouts: list[Rollout]) -> list[Contexts]:
@@ -131,9 +133,6 @@ class TargetTrainer(RolloutTrainer):
     def _run_teacher(self, jobs: list[ScoringJob], shape: tuple[int, int, int]):
         device = self.accelerator.device
 
-        def run(ids, mask, length):
-            return completion_states(self.model, self.model, ids, mask, length, self.teacher.observe_head)
-
         def max_over_ranks(count):
             return int(self.accelerator.gather(torch.tensor([count], device=device)).max())
 
@@ -144,7 +143,7 @@ class TargetTrainer(RolloutTrainer):
                 )
                 self._head_checked = True
             return score_contexts(
-                run,
+                TeacherForward(self.model, self.model, self.teacher.observe_head),
                 jobs,
                 shape=shape,
                 dtype=torch.promote_types(self.model.dtype, torch.float32),
@@ -153,17 +152,20 @@ class TargetTrainer(RolloutTrainer):
                 tokens_per_forward=self.args.teacher_tokens_per_forward,
                 with_direction=self.method.shape(self.args, 0).uses_direction,
                 max_over_ranks=max_over_ranks,
+                sharing=self._sharing,
             )
 
-    def _log_rollouts(self, batch, texts, shortened) -> None:
+    def _log_rollouts(self, batch, texts, shortened, num_teacher_tokens) -> None:
         lengths = batch["completion_mask"].sum(1).tolist()
         markers = [count_markers(text, self.args.reflection_markers) for text in texts]
-        sums = torch.tensor([sum(markers), sum(lengths), sum(shortened), len(texts)], dtype=torch.float64)
+        sums = [sum(markers), sum(lengths), sum(shortened), len(texts), num_teacher_tokens]
+        sums = torch.tensor(sums, dtype=torch.float64)
         sums = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum").tolist()
         self.add_metrics(
             {
                 "reflection_markers_per_1000": 1000 * sums[0] / max(sums[1], 1),
                 "teacher/solution_shortened": sums[2] / sums[3],
+                "teacher/tokens_computed": sums[4],
             }
         )
         self.add_table_column("divergence", [float("nan")] * len(texts))
