@@ -13,7 +13,7 @@
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from trl_opsd import OPSDConfig, OPSDTrainer
-from trl_opsd.train import DataArguments, load_rows
+from trl_opsd.train import DataArguments, finish, load_rows
 
 if __name__ == "__main__":
     parser = TrlParser((DataArguments, OPSDConfig, ModelConfig))
@@ -35,4 +35,4 @@ if __name__ == "__main__":
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.accelerator.end_training()
+    finish(trainer)

@@ -17,7 +17,7 @@ from peft import LoraConfig
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from trl_opsd.demo.tokenizer import build_tokenizer
-from trl_opsd.train import TRAINERS
+from trl_opsd.train import TRAINERS, finish
 
 TEXTS = ("1+2=3", "so 4", "wait, 10 it is", "a")
 GLOBAL_BATCH = 4
@@ -125,7 +125,7 @@ def main():
     if trainer.accelerator.is_main_process:
         numbers = {"engine": engine_of(trainer), "world": trainer.accelerator.num_processes, "history": history}
         (options.output / "numbers.json").write_text(json.dumps(numbers))
-    trainer.accelerator.end_training()
+    finish(trainer)
 
 
 if __name__ == "__main__":

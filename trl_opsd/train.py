@@ -108,7 +108,20 @@ def train(trainer: SelfDistillationTrainer, dataset_name: str | None = None) -> 
     trainer.create_model_card(dataset_name=dataset_name)
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
-    trainer.accelerator.end_training()
+    finish(trainer)
+
+
+def finish(trainer: SelfDistillationTrainer) -> None:
+    """Leave a distributed run cleanly; the last thing a script does with its trainer.
+
+    A rank that exits while others still talk to it, or with a process group that something still holds, can abort, and
+    the launcher then reports a finished run as failed.
+    """
+    accelerator = trainer.accelerator
+    accelerator.wait_for_everyone()
+    trainer.model_wrapped = trainer.model  # DistributedDataParallel holds the group
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 def parse(method: str, arguments: list[str]) -> tuple[DataArguments, Any, ModelConfig]:
