@@ -467,3 +467,16 @@ def test_an_evaluation_between_two_steps_does_not_change_a_pending_batch(build, 
         trainer.train()
         histories.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert histories[0] == histories[1]
+
+
+def test_every_epoch_has_the_order_that_trl_gives_it_also_after_a_resume(build):
+    from trl import GRPOTrainer
+
+    trainer = build(max_steps=4)
+    uninterrupted = GRPOTrainer._get_train_sampler(trainer)
+    orders = [list(uninterrupted) for _ in range(3)]
+    assert orders[0] != orders[1] != orders[2]
+    resumed = trainer._get_train_sampler()
+    for epoch in (2, 0, 1):
+        resumed.set_epoch(epoch)
+        assert list(resumed) == orders[epoch]
