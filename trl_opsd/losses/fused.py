@@ -20,7 +20,7 @@ from .closed_form import FusedDiagnostics, sweep
 from .divergences import Divergence, compute_dtype, require_positive
 from .projection import Projection, product_dtype
 from .targets import Shape, check_num_tokens
-from .views import Direction, TargetViews, select_direction
+from .views import TargetViews, Views, select_views
 
 # Bytes of one tile, and of the part of it that the elementwise work handles at a time. On a CPU 1 MiB is
 # fastest on one idle core; 8 MiB costs a few percent there and makes far fewer thread barriers, which are
@@ -33,8 +33,8 @@ MIN_TILE_TOKENS = 16
 def fused_divergence(
     student_hidden: torch.Tensor,
     head_weight: torch.Tensor,
-    anchor_hidden: torch.Tensor,
-    direction_hidden: Direction = None,
+    anchor_hidden: Views,
+    direction_hidden: Views | None = None,
     *,
     token_weights: torch.Tensor,
     divergence: Divergence,
@@ -56,7 +56,8 @@ def fused_divergence(
     Args:
         student_hidden: (N, H) final hidden states of the student.
         head_weight: (V, H) output head, whole; a DTensor is gathered once.
-        anchor_hidden: (N, H) frozen final hidden states of the view the target starts from.
+        anchor_hidden: (N, H) frozen final hidden states of the view the target starts from, or pairs
+            (weight, (N, H)) whose logits' weighted mean it starts from: each weight a float or (N,), 1 in sum.
         direction_hidden: (N, H), or pairs (weight, (N, H)) whose weighted sum it is, each weight a float or
             (N,). Only pairs with a `logit_softcap`. None exactly where the shape reads no direction.
         token_weights: (N,), see [`token_weights`]; 0 leaves a position out, whatever its hidden states hold.
@@ -80,6 +81,11 @@ def fused_divergence(
     _check(student_hidden, head_weight, anchor_hidden, direction_hidden, token_weights, shape)
     if logit_softcap is not None:
         require_positive("logit_softcap", logit_softcap, hint=", or None for a linear head")
+        if torch.is_tensor(direction_hidden):
+            raise ValueError(
+                "direction_hidden is one tensor, but with a logit_softcap the head is not linear; pass the "
+                "views it was made of as pairs (weight, hidden)."
+            )
     if tile_tokens is not None and tile_tokens < 1:
         raise ValueError(
             f"tile_tokens={tile_tokens} is below 1; set a number of positions, or None for a size by bytes."
@@ -101,8 +107,8 @@ def fused_divergence(
         student=logits(*head),
         target=TargetViews(
             logits(*target_head),
-            anchor_hidden.detach().index_select(0, positions),
-            select_direction(direction_hidden, positions, linear_head=logit_softcap is None),
+            select_views(anchor_hidden, positions, linear_head=logit_softcap is None),
+            select_views(direction_hidden, positions, linear_head=logit_softcap is None),
             shape,
         ),
         divergence=divergence,
@@ -118,20 +124,27 @@ def fused_divergence(
 
 def _check(student_hidden, head_weight, anchor_hidden, direction_hidden, token_weights, shape: Shape) -> None:
     wanted = (*token_weights.shape, head_weight.shape[-1])
-    views = [] if direction_hidden is None else direction_hidden
-    views = [views] if torch.is_tensor(views) else [hidden for _, hidden in views]
-    named = [("student_hidden", student_hidden), ("anchor_hidden", anchor_hidden)]
+    anchors, views = _tensors(anchor_hidden), _tensors(direction_hidden)
+    named = [("student_hidden", student_hidden), *(("anchor_hidden", view) for view in anchors)]
     for field, hidden in [*named, *(("direction_hidden", view) for view in views)]:
         if tuple(hidden.shape) != wanted or hidden.ndim != 2:
             raise ValueError(
                 f"{field} has shape {tuple(hidden.shape)}; pass (N, H) = {wanted}, one row per token weight "
                 "and the width of head_weight."
             )
+    if not anchors:
+        raise ValueError("anchor_hidden has 0 views; pass at least one.")
     if shape.uses_direction != bool(views):
         raise ValueError(
             f"direction_hidden has {len(views)} views but shape={shape} reads {'none' if views else 'some'}; "
             "pass a direction exactly with a LinearShape or BoundedShape."
         )
+
+
+def _tensors(views: Views | None) -> list[torch.Tensor]:
+    if views is None or torch.is_tensor(views):
+        return [] if views is None else [views]
+    return [hidden for _, hidden in views]
 
 
 def _first_rows(tensor: torch.Tensor | None, count: int) -> torch.Tensor | None:

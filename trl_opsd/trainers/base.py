@@ -18,6 +18,7 @@ from ..diagnostics import Diagnostics
 from ..heads import OutputHead, attach_head_function, head_function, head_shape
 from ..losses import fused_divergence, token_weights
 from ..scoring import ContextSharing
+from ..states import read_views
 from ..teacher import Teacher
 from ..validation import check_model_config, check_vocabulary
 from .checks import check_inputs, check_prompts, choose_reward
@@ -166,15 +167,14 @@ class SelfDistillationTrainer(TargetTrainer):
             denominator=batch["num_loss_items"].clamp(min=1) / self.accelerator.num_processes,
         )
         first = batch["prompt_ids"].size(1) - 1
-        direction = batch.get("direction_hidden")
 
         def function(hidden: torch.Tensor, head: OutputHead):
             states = hidden[:, first : first + mask.size(1)]
             return fused_divergence(
                 states.flatten(0, 1),
                 head.weight,
-                batch["anchor_hidden"].flatten(0, 1),
-                None if direction is None else direction.flatten(0, 1),
+                read_views(batch, "anchor"),
+                read_views(batch, "direction"),
                 token_weights=weights.flatten(),
                 divergence=self.divergence,
                 shape=self.method.shape(self.args, self.state.global_step),

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from .._trl import RolloutTrainer
 from ..contexts import Contexts, Rollout, fill_template, rewrite_last_turn
 from ..forwards import TeacherForward
-from ..heads import check_output_head
+from ..heads import caps_logits, check_output_head
 from ..jobs import ScoringJob
 from ..markers import count_markers
 from ..methods import Method
@@ -52,9 +52,7 @@ class TargetTrainer(RolloutTrainer):
         contexts = self._contexts(rollouts)
         mask = self._distilled_mask(batch, contexts)
         target, shortened = self._score(rows, rollouts, contexts, batch, mask.size(1))
-        batch["anchor_hidden"], batch["distillation_mask"] = target.anchor, mask
-        if target.direction is not None:
-            batch["direction_hidden"] = target.direction
+        batch |= target.columns() | {"distillation_mask": mask}
         batch["rollout_index"] = torch.arange(first, first + batch_size, device=mask.device)
         if self.mode == "train":
             self._prompt_texts = [str(prompt)[:80] for prompt in prompts]
@@ -151,6 +149,7 @@ class TargetTrainer(RolloutTrainer):
                 pad_id=self.tokenizer.pad_token_id,
                 tokens_per_forward=self.args.teacher_tokens_per_forward,
                 with_direction=self.method.shape(self.args, 0).uses_direction,
+                linear_head=not caps_logits(self.model),
                 max_over_ranks=max_over_ranks,
                 sharing=self._sharing,
             )
