@@ -42,12 +42,16 @@ class Rollout:
         solution: the reference solution, or None where the row has none.
         completion: the sampled text.
         reward: its reward, or None if it has none.
+        num_tokens: its length.
+        finished: it ended by itself, not at the limit.
     """
 
     prompt: Prompt
     solution: str | None
     completion: str
     reward: float | None = None
+    num_tokens: int = 0
+    finished: bool = False
 
 
 @dataclass(frozen=True)
