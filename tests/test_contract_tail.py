@@ -88,10 +88,12 @@ def test_the_anchor_enters_the_policy_gradient_step_alike(build, dataset):
 
 def test_one_by_four_equals_two_by_two_accumulation_with_the_anchor(build, make_model):
     weights = []
+    texts = ("\\boxed{3}", "a \\boxed{3}", "so it is \\boxed{4}", "no")  # two are short, of unequal length
     for batch_size, steps in ((4, 1), (2, 2), (1, 4)):
         trainer = build(
             **STEP | {"gradient_accumulation_steps": steps},
-            **ANCHOR,
+            **ANCHOR | {"tail_anchor_length": 100},
+            texts=texts,
             per_device_train_batch_size=batch_size,
             optim="sgd",
             learning_rate=0.05,
@@ -100,7 +102,7 @@ def test_one_by_four_equals_two_by_two_accumulation_with_the_anchor(build, make_
         trainer.train()
         weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
         entry = trainer.state.log_history[0]
-        assert entry["tail_anchor/rollouts"] == 0.25 and entry["tail_anchor/negative_log_likelihood"] > 0
+        assert entry["tail_anchor/rollouts"] == 0.5 and entry["tail_anchor/negative_log_likelihood"] > 0
     start = torch.cat([p.detach().flatten() for p in make_model(torch.float64).parameters()])
     assert (weights[0] - start).abs().max() > 1e-6
     for other in weights[1:]:
