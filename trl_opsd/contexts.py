@@ -78,6 +78,11 @@ Contexts = tuple[TeacherContext, ...]
 ContextRule = Callable[[Sequence[Rollout], Any, Any], list[Contexts]]
 
 
+def is_missing(solution: Any) -> bool:
+    """Whether a row has no reference solution: None, or blank text."""
+    return solution is None or (isinstance(solution, str) and not solution.strip())
+
+
 def check_template(name: str, template: str, *slots: str) -> None:
     """Check that a prompt template holds each of `slots`.
 

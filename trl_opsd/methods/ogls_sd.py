@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from ..contexts import Contexts, Rollout, TeacherContext
+from ..contexts import Contexts, Rollout, TeacherContext, is_missing
 from ..losses import LinearShape, Shape
 from .base import Method
 
@@ -29,7 +29,7 @@ def steering_contexts(group: Sequence[Rollout], settings: Any, draw: Any) -> lis
     """
     right, wrong = split_by_reward(group, settings.reward_threshold)
     positives = [_inserted(group[index], settings) for index in right]
-    solution = next((rollout.solution for rollout in group if rollout.solution), None)
+    solution = next((rollout.solution for rollout in group if not is_missing(rollout.solution)), None)
     if solution is not None:
         positives.append((solution, None))
     contexts: list[Contexts] = [()] * len(group)
@@ -85,7 +85,8 @@ def group_label(group: Sequence[Rollout], settings: Any) -> str:
         return "all_right"
     if right:
         return "mixed"
-    return "all_wrong" if any(rollout.solution for rollout in group) else "all_wrong_without_solution"
+    without = all(is_missing(rollout.solution) for rollout in group)
+    return "all_wrong_without_solution" if without else "all_wrong"
 
 
 def steering_shape(settings: Any, step: int) -> Shape:

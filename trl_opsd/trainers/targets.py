@@ -44,6 +44,7 @@ class TargetTrainer(RolloutTrainer):
         first = self.accelerator.process_index * batch_size
         texts = self.tokenizer.batch_decode(self._completion_lists(batch), skip_special_tokens=True)
         prompts = [row["prompt"] for row in rows] if self.args.prompt_template is None else self._raw_prompts
+        self.add_metrics({"rewards/missing": rewards.isnan().all(dim=1).float().mean().item()})
         rewards = self._scalar_rewards(rewards)[first : first + batch_size]
         rollouts = [
             Rollout(prompt, row.get("solution"), text, reward, len(ids), bool(ids) and ids[-1] in self.end_token_ids)
