@@ -24,7 +24,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl_opsd.forwards import TeacherForward
 from trl_opsd.heads import attach_head_function
 from trl_opsd.jobs import ScoringJob
-from trl_opsd.scoring import ContextSharing, TargetStates, score_contexts
+from trl_opsd.scoring import ContextSharing, score_contexts
+from trl_opsd.states import TargetStates
 
 NUM_TOKENS = 512
 # Rollouts and contexts of a group; the head is not run, so its size is small.

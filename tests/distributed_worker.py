@@ -70,6 +70,10 @@ def reward_short(completions, **kwargs):
     return [float(len(completion[0]["content"]) < 6) for completion in completions]
 
 
+def reward_all(completions, **kwargs):
+    return [1.0] * len(completions)
+
+
 def engine_of(trainer):
     if trainer.is_deepspeed_enabled:
         return f"zero{trainer.accelerator.state.deepspeed_plugin.zero_stage}"
@@ -83,12 +87,16 @@ def main():
     parser.add_argument("--kind", default="base")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--tied", action="store_true")
+    parser.add_argument("--tail-anchor", action="store_true", help="train on the ends of short right rollouts too")
+    parser.add_argument("--all-right", action="store_true", help="leave OGLS-SD nothing to train on")
     parser.add_argument("--generate", action="store_true", help="sample rollouts instead of the given ones")
     options = parser.parse_args()
     world = int(os.environ.get("WORLD_SIZE", 1))
     tokenizer = build_tokenizer()
     trainer_class = TRAINERS[options.method]
     group = {"num_generations": GLOBAL_BATCH, "distillation_length": None} if options.method == "ogls-sd" else {}
+    if options.tail_anchor:
+        group |= {"tail_anchor_weight": 0.5, "tail_anchor_length": 3, "distillation_length": 2}
     args = trainer_class.config_class(
         **group,
         output_dir=str(options.output / "out"),
@@ -109,7 +117,7 @@ def main():
         teacher_update_rate=0.5,
     )
     trainer = trainer_class(
-        reward_funcs=reward_short,
+        reward_funcs=reward_all if options.all_right else reward_short,
         model=make_model(tokenizer, options.tied),
         args=args,
         train_dataset=make_rows(),
@@ -122,8 +130,10 @@ def main():
     trainer.save_model(str(options.output / "model"))
     keys = ("loss", "grad_norm", "divergence", "student_entropy", "target_entropy")
     history = [{key: entry[key] for key in keys} for entry in trainer.state.log_history if "divergence" in entry]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if trainer.accelerator.is_main_process:
-        numbers = {"engine": engine_of(trainer), "world": trainer.accelerator.num_processes, "history": history}
+        run = {"engine": engine_of(trainer), "world": trainer.accelerator.num_processes}
+        numbers = {**run, "history": history, "losses": losses}
         (options.output / "numbers.json").write_text(json.dumps(numbers))
     finish(trainer)
 

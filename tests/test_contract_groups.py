@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig
 
 from trl_opsd import OGLSSDConfig, OGLSSDTrainer, OPSDTrainer, PurifiedOPSDConfig, PurifiedOPSDTrainer
 from trl_opsd.contexts import Rollout
@@ -31,10 +32,10 @@ def reward_boxed(completions, **kwargs):
 
 @pytest.fixture
 def build(make_model, make_args, dataset, tokenizer, monkeypatch):
-    def build(trainer_class=OGLSSDTrainer, texts=TEXTS, rows=None, reward=reward_boxed, **settings):
+    def build(trainer_class=OGLSSDTrainer, texts=TEXTS, rows=None, reward=reward_boxed, model=None, **settings):
         defaults = SMALL if trainer_class is OGLSSDTrainer else {}
         trainer = trainer_class(
-            model=make_model(torch.float64),
+            model=make_model(torch.float64) if model is None else model,
             reward_funcs=reward,
             args=make_args(trainer_class.config_class, **{**defaults, **settings}),
             train_dataset=dataset if rows is None else rows,
@@ -174,6 +175,115 @@ def test_the_logged_decomposition_equals_its_formula_from_raw_logits(build, data
         trainer.state.global_step = done
         step(trainer, rows)
     assert len(metrics["decomposition/total_norm"]) == 2  # at steps 0 and 2
+
+
+CAP = 2.0
+# transformers runs Gemma 2, whose attention is capped too, in eager only, where padding in float64 gives NaN.
+CAPPED = {
+    "gemma2": (Gemma2Config, "eager", torch.float32, {"rel": 1e-4}),
+    "gemma3": (Gemma3TextConfig, "sdpa", torch.float64, EXACT),
+}
+
+
+@pytest.fixture(params=CAPPED)
+def capped(request, tokenizer):
+    """A tiny Gemma whose logits are capped, hard enough that the cap bites, and how exactly it computes."""
+    config_class, attention, dtype, tolerance = CAPPED[request.param]
+    config = config_class(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        final_logit_softcapping=CAP,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype), tolerance
+
+
+def loss_of_step(trainer, rows):
+    """Sum over the micro-batches of an optimizer step, after TRL's shuffle and split."""
+    trainer._buffered_inputs, trainer._step = None, 0
+    trainer._prepare_inputs(list(rows))
+    return sum(trainer.compute_loss(trainer.model, batch) for batch in trainer._buffered_inputs)
+
+
+@pytest.mark.parametrize("teacher", ["steered", "positive_only", "mean_of_positives"])
+def test_ogls_sd_averages_capped_logits_not_hidden_states(build, dataset, capped, teacher):
+    model, tolerance = capped
+    # Two right, two wrong and a solution; one right, three wrong and no solution.
+    rows = [{**dataset[0]}] * 4 + [{**dataset[5], "solution": None}] * 4
+    trainer = build(
+        model=model,
+        num_generations=4,
+        gradient_accumulation_steps=2,
+        steering_warmup_steps=0,
+        steering_teacher=teacher,
+        clip=None,
+    )
+    loss = loss_of_step(trainer, rows)
+    assert trainer._sharing.supported
+    args, model, completions = trainer.args, bare(trainer), trainer._generate_single_turn([None] * 8)[0]
+    total, count, heights = 0.0, 0, []
+    for start in (0, 4):
+        row, texts = rows[start], TEXTS[start : start + 4]
+        right = [text for text in texts if "boxed" in text] + [row["solution"]] * (row["solution"] is not None)
+        wrong = [text for text in texts if "boxed" not in text]
+        for index in (start + place for place, text in enumerate(texts) if text in wrong):
+            completion = completions[index][: args.distillation_length]
+            base = logits_of(model, ids_of(trainer, row["prompt"], **args.chat_template_kwargs), completion)
+            positive, negative = (
+                sum(
+                    logits_of(model, privileged(trainer, row, args.teacher_prompt_template, text), completion)
+                    for text in pool
+                )
+                / len(pool)
+                for pool in (right, wrong)
+            )
+            target = {
+                "steered": base + 3.0 * (positive - negative),
+                "positive_only": base + 3.0 * (positive - base),
+                "mean_of_positives": positive,
+            }[teacher]
+            total += token_divergence(base, target, divergence="forward_kl", temperature=args.temperature).sum().item()
+            count += len(completion)
+            heights.append(base.abs().max().item())
+    assert loss.item() == pytest.approx(total / count, **tolerance)
+    assert total > 0.01 and max(heights) > 0.9 * CAP
+
+
+def test_purified_centres_the_difference_of_capped_logits(build, dataset, capped, tokenizer):
+    model, tolerance = capped
+    trainer = build(PurifiedOPSDTrainer, model=model, num_generations=1, gradient_accumulation_steps=2)
+    args, model = trainer.args, bare(trainer)
+    rows = [dataset[index] for index in range(8)]
+    loss = loss_of_step(trainer, rows)
+    completions = trainer._generate_single_turn([None] * 8)[0]
+    total, count, heat = 0.0, 0, args.loss_temperature
+    for row, completion in zip(rows, completions, strict=True):
+        base = logits_of(model, ids_of(trainer, row["prompt"], **args.chat_template_kwargs), completion)
+        teacher = logits_of(model, privileged(trainer, row, args.teacher_prompt_template, row["solution"]), completion)
+        alone = logits_of(model, privileged(trainer, row, args.reference_prompt_template, row["solution"]), completion)
+        target = purified_logits(base / heat, teacher / heat, alone / heat, num_tokens=len(tokenizer))
+        total += token_divergence(base / heat, target, divergence="jsd").sum().item()
+        count += len(completion)
+    assert loss.item() == pytest.approx(total / count, **tolerance)
+    assert total > 0.01
+
+
+def test_a_linear_head_keeps_one_anchor_and_one_direction(build, dataset):
+    trainer = build(num_generations=4, per_device_train_batch_size=8)
+    _, batch = step(trainer, [dataset[index] for index in (0, 5) for _ in range(4)])
+    shape = (*batch["distillation_mask"].shape, trainer.hidden_size)
+    assert batch["anchor_hidden"].shape == batch["direction_hidden"].shape == shape
+    assert not {"anchor_weights", "direction_weights"} & batch.keys()
 
 
 def test_padding_rows_of_the_head_are_left_out_by_default(build, make_model, dataset, tokenizer, make_args):

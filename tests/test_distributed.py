@@ -54,6 +54,7 @@ def single(tmp_path_factory):
         ("ddp", ("--kind", "ema", "--lora")),
         ("ddp", ("--kind", "live", "--tied")),
         ("ddp", ("--method", "ogls-sd")),  # each group straddles both ranks
+        ("ddp", ("--method", "ogls-sd", "--tail-anchor")),  # the ranks have different numbers of anchored tokens
         ("ddp", ("--method", "purified-opsd", "--lora")),
         ("zero2", ("--kind", "base")),
         ("zero3", ("--kind", "base")),
@@ -73,3 +74,11 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, single, engine, options
             # The first step is the same arithmetic; later ones have gone through an optimizer.
             assert a[name] == pytest.approx(b[name], rel=1e-5 if step == 0 else 1e-4), (step, name)
     assert (tmp_path / "run" / "model").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_ranks_with_nothing_to_train_on_take_steps_of_loss_zero(tmp_path, engine):
+    ours = run(engine, tmp_path / "run", "--method", "ogls-sd", "--all-right")
+    assert (ours["engine"], ours["world"]) == (engine, 2)
+    assert ours["losses"] == [0.0] * 3 and ours["history"] == []

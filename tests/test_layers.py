@@ -21,7 +21,7 @@ FLOORS = (
     {"losses", "markers", "sharding", "verification"},
     {"contexts", "heads"},
     {"collators", "teacher", "validation", "diagnostics", "rewards"},
-    {"forwards", "jobs", "methods", "scoring"},
+    {"forwards", "jobs", "methods", "scoring", "states"},
     {"_trl", "card", "config"},
     {"trainers"},
 )

@@ -37,6 +37,8 @@ VARIANTS = {
     "target head": {"target_head_weight": True, "head_bias": True},
     "target head and bias": {"target_head_weight": True, "target_head_bias": True, "head_bias": True},
     "softcap": {"logit_softcap": 3.0},
+    "anchor views": {"anchor_views": True, "head_bias": True, "temperature": 1.3},
+    "softcap, anchor views": {"logit_softcap": 3.0, "anchor_views": True, "head_bias": True, "temperature": 1.3},
     "all": {
         "logit_softcap": 3.0,
         "logit_scale": 0.5,
@@ -74,6 +76,9 @@ class Problem:
             self.settings["target_head_weight"] = draw(V, H, seed=5, dtype=dtype)
         if options.pop("target_head_bias", False):
             self.settings["target_head_bias"] = draw(V, seed=6, dtype=dtype)
+        if options.pop("anchor_views", False):  # the second row has one view, the others two
+            share = torch.tensor([0.25, 0.0, 0.5, 1.0, 0.5, 0.5, 0.75], dtype=torch.float64)
+            self.anchor = [(share, self.anchor), (1 - share, draw(N, H, seed=7, dtype=dtype))]
         self.settings |= options
         if not shape.uses_direction:
             self.direction = None
@@ -81,7 +86,7 @@ class Problem:
             per_token = torch.linspace(-1, 1, N, dtype=dtype)
             self.direction = [
                 (1.0, self.direction),
-                (per_token, self.anchor * 0.5),
+                (per_token, draw(N, H, seed=8, dtype=dtype)),
                 (-0.5, self.hidden.detach()),
             ]
 
@@ -146,6 +151,31 @@ def test_gradients_equal_finite_differences(rule, shape, form):
         return form(hidden, weight, *frozen, **{**problem.settings, "head_bias": bias})[0]
 
     assert torch.autograd.gradcheck(loss, problem.leaves)
+
+
+@pytest.mark.parametrize("anchor", ["one", "several"])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_capped_views_are_capped_one_by_one_and_then_added(name, anchor):
+    cap, temperature, weight, hidden = 2.0, 1.3, draw(V, H, seed=1), draw(N, H)
+    bases, positive, negative = draw(2, N, H, seed=3), draw(3, N, H, seed=4), draw(2, N, H, seed=5)
+
+    def logits(states):
+        return cap * torch.tanh(states @ weight.T / cap)
+
+    base = logits(bases).mean(0) if anchor == "several" else logits(bases[0])
+    target = steered_logits(base, logits(positive), logits(negative), strength=1.5)
+    want = token_divergence(logits(hidden), target, divergence=name, temperature=temperature)
+    _, diagnostics = fused_divergence(
+        hidden,
+        weight,
+        [(0.5, view) for view in bases] if anchor == "several" else bases[0],
+        [(1 / 3, view) for view in positive] + [(-torch.ones(N) / 2, view) for view in negative],
+        token_weights=torch.ones(N),
+        divergence=Divergence(name, temperature=temperature),
+        shape=LinearShape(1.5),
+        logit_softcap=cap,
+    )
+    torch.testing.assert_close(diagnostics.loss, want, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -337,6 +367,8 @@ def test_the_backward_may_run_twice():
         ({"hidden": draw(1, N, H)}, "student_hidden has shape"),
         ({"anchor": draw(N, H + 1)}, "anchor_hidden has shape"),
         ({"direction": draw(N - 1, H)}, "direction_hidden has shape"),
+        ({"anchor": []}, "anchor_hidden has 0 views"),
+        ({"anchor": [(1.0, draw(N + 1, H))]}, "anchor_hidden has shape"),
         ({"direction": None}, "direction_hidden has 0 views"),
         ({"shape": Shape()}, "direction_hidden has 1 views"),
         ({"logit_softcap": 3.0}, "direction_hidden is one tensor"),

@@ -169,8 +169,9 @@ def test_a_method_without_references_takes_rows_without_them(form):
     rows = Dataset.from_dict({"prompt": ["a", "b"], "solution": [None, "5"]})
     check_dataset(rows, form, needs_solution=False)
     check_dataset(rows.remove_columns("solution"), form, needs_solution=False)
-    with pytest.raises(ValueError, match="row 0: `solution` is empty"):
-        check_rows([{"prompt": "a", "solution": ""}], form, needs_solution=False)
+    check_rows([{"prompt": "a", "solution": text} for text in ("", " \n", None)], form, needs_solution=False)
+    with pytest.raises(ValueError, match="row 0: `solution` is of type int"):
+        check_rows([{"prompt": "a", "solution": 5}], form, needs_solution=False)
 
 
 @streams

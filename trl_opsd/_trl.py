@@ -150,8 +150,8 @@ class RolloutTrainer(GRPOTrainer):
     def load_extra_state(self, checkpoint: str) -> None:
         """Read it back when a run is resumed."""
 
-    def count_loss_items(self, batch: dict[str, Any]) -> torch.Tensor:
-        """0-d number of items of a micro-batch that the loss averages over."""
+    def count_loss_items(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """0-d numbers of items of a micro-batch that its losses average over, by the key that gets the global count."""
         raise NotImplementedError
 
     # What the hooks may ask for
@@ -165,6 +165,11 @@ class RolloutTrainer(GRPOTrainer):
     def mode(self) -> str:
         """ "train" or "eval"."""
         return "train" if self.model.training else "eval"
+
+    @property
+    def end_token_ids(self) -> set[int]:
+        """Tokens that end a rollout; one that was cut at the limit has none of them at its end."""
+        return set(getattr(self, "eos_token_ids", [self._tokenizer.eos_token_id]))  # later TRL
 
     def render_kwargs(self) -> dict[str, Any]:
         """What TRL passes to `apply_chat_template` beside the user's arguments."""
@@ -249,11 +254,12 @@ class RolloutTrainer(GRPOTrainer):
         return batch
 
     def _count_window(self, batches):
-        """Give the micro-batches of one optimizer step the count, over all ranks, that their loss is divided by."""
-        count = torch.stack([self.count_loss_items(batch).float() for batch in batches]).sum()
-        count = self.accelerator.reduce(count, reduction="sum")
+        """Give the micro-batches of one optimizer step the counts, over all ranks, that their losses are divided by."""
+        counts = [self.count_loss_items(batch) for batch in batches]
+        sums = torch.stack([torch.stack(list(count.values())).float() for count in counts]).sum(0)
+        sums = self.accelerator.reduce(sums, reduction="sum")
         for batch in batches:
-            batch["num_loss_items"] = count
+            batch.update(zip(counts[0], sums, strict=True))
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)

@@ -42,12 +42,16 @@ class Rollout:
         solution: the reference solution, or None where the row has none.
         completion: the sampled text.
         reward: its reward, or None if it has none.
+        num_tokens: its length.
+        finished: it ended by itself, not at the limit.
     """
 
     prompt: Prompt
     solution: str | None
     completion: str
     reward: float | None = None
+    num_tokens: int = 0
+    finished: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,11 @@ class TeacherContext:
 
 Contexts = tuple[TeacherContext, ...]
 ContextRule = Callable[[Sequence[Rollout], Any, Any], list[Contexts]]
+
+
+def is_missing(solution: Any) -> bool:
+    """Whether a row has no reference solution: None, or blank text."""
+    return solution is None or (isinstance(solution, str) and not solution.strip())
 
 
 def check_template(name: str, template: str, *slots: str) -> None:

@@ -128,6 +128,11 @@ def head_shape(model: nn.Module) -> tuple[int, int]:
     return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
+def caps_logits(model: nn.Module) -> bool:
+    """Whether the output head is not linear, so that the mean of logits is not the head of a mean hidden state."""
+    return _logit_transform(causal_lm(model).config)[1] is not None
+
+
 def _forward_and_capture(model, original, request, args, kwargs):
     captured = []
     hook = model.base_model.register_forward_hook(lambda module, inputs, output: captured.append(output))

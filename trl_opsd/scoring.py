@@ -1,36 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Teacher hidden states of every context over its rollout, added up to targets: no logits, no gradients.
 
-Each view adds its hidden states, with its weights, to the rollout's anchor and direction, which is all that a target
-`W a + shape(W d)` needs: H numbers a position instead of V.
+Each view adds its hidden states, with its weights, to the rollout's anchor and direction (see `states`), which is all
+that a target `W a + shape(W d)` needs: H numbers a position instead of V.
 """
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from .forwards import Run, TeacherForward, score_plain, score_shared
 from .jobs import ScoringJob, SharedBatch, group_by_context, plan_forwards, plan_shared
+from .states import TargetStates, empty_targets
 
 # Of the norm: bfloat16 in other batch shapes differs by about 0.01, a context unread by far more.
 _TOLERANCE = 0.05
-
-
-@dataclass
-class TargetStates:
-    """Hidden states of a batch's targets.
-
-    Attributes:
-        anchor: (B, D, H).
-        direction: (B, D, H), or None where no context has a direction weight.
-        num_tokens: tokens the teacher computed, padding left out.
-    """
-
-    anchor: torch.Tensor
-    direction: torch.Tensor | None
-    num_tokens: int
 
 
 class ContextSharing:
@@ -80,6 +65,7 @@ def score_contexts(
     pad_id: int,
     tokens_per_forward: int,
     with_direction: bool,
+    linear_head: bool = True,
     max_over_ranks: Callable[[int], int] = lambda count: count,
     sharing: ContextSharing | None = None,
 ) -> TargetStates:
@@ -95,6 +81,7 @@ def score_contexts(
         pad_id: padding token.
         tokens_per_forward: tokens, padding and cached ones included, that one forward holds.
         with_direction: whether the result has a direction.
+        linear_head: whether views may be summed as hidden states; False keeps them apart.
         max_over_ranks: makes every rank run the same number of forwards, which sharded engines need; a rank that
             has fewer runs empty ones.
         sharing: whether contexts that jobs share can be run once; None runs every job on its own.
@@ -103,8 +90,9 @@ def score_contexts(
         The anchor and direction; positions behind a rollout's end and rows without a context are zero.
     """
     # Added up in float32 (float64 for a float64 model): a target of one view keeps the model's own numbers.
-    anchor = torch.zeros(*shape, device=device, dtype=dtype)
-    direction = torch.zeros_like(anchor) if with_direction else None
+    target = empty_targets(
+        jobs, shape, with_direction=with_direction, linear_head=linear_head, device=device, dtype=dtype
+    )
     share = sharing is not None and sharing.check(run, jobs, pad_id, device, max_over_ranks)
     shared, alone = plan_shared(jobs, tokens_per_forward) if share else ([], jobs)
     plain = plan_forwards(alone, tokens_per_forward)
@@ -113,10 +101,9 @@ def score_contexts(
     for batch in sorted([*shared, *plain], key=_longest, reverse=True):
         score = score_shared if isinstance(batch, SharedBatch) else score_plain
         for job, hidden in score(run, batch, pad_id, device):
-            for total, weight in ((anchor, job.anchor), (direction, job.direction)):
-                if weight:
-                    total[job.row, : len(job.rollout)] += weight * hidden
-    return TargetStates(anchor, direction, sum(batch.num_tokens for batch in shared) + sum(map(len, alone)))
+            target.add(job, hidden)
+    target.num_tokens = sum(batch.num_tokens for batch in shared) + sum(map(len, alone))
+    return target
 
 
 def _empty_job(pad_id: int) -> ScoringJob:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
-from .contexts import check_prompt
+from .contexts import check_prompt, is_missing
 
 IMAGE_COLUMNS = ("image", "images")
 
@@ -43,13 +43,14 @@ def check_rows(rows: Iterable[Mapping[str, Any]], name: str, *, needs_solution: 
     """Check prompts and solutions row by row; the message names the row's index.
 
     Raises:
-        ValueError: a prompt that the teacher could not be shown, or a missing or empty solution.
+        ValueError: a prompt that the teacher could not be shown, a solution that is no text, or a missing or blank one
+            that the method needs.
     """
     for index, row in enumerate(rows):
         place = f"{name} row {index}"
         check_prompt(row.get("prompt"), place)
         solution = row.get("solution")
-        if solution is None and not needs_solution:
+        if not needs_solution and is_missing(solution):
             continue
         if not isinstance(solution, str) or not solution.strip():
             raise ValueError(

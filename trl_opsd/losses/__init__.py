@@ -8,6 +8,7 @@ from .divergences import CLIPS, DIVERGENCES, Divergence, sampled_token_loss, tok
 from .fused import fused_divergence
 from .reduction import REDUCTIONS, token_weights, weighted_sum
 from .targets import BoundedShape, LinearShape, Shape, purified_logits, steered_logits
+from .token_nll import fused_token_nll
 from .top_k import REMAINDERS, SUPPORTS, top_k_divergence
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "decompose_signal",
     "dense_divergence_from_hidden",
     "fused_divergence",
+    "fused_token_nll",
     "purified_logits",
     "sampled_token_loss",
     "steered_logits",

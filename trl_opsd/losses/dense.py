@@ -12,14 +12,14 @@ from .closed_form import FusedDiagnostics
 from .divergences import Divergence, clip_and_sum, compute_dtype, divergence_terms
 from .reduction import weighted_sum
 from .targets import Shape
-from .views import Direction
+from .views import Views
 
 
 def dense_divergence_from_hidden(
     student_hidden: torch.Tensor,
     head_weight: torch.Tensor,
-    anchor_hidden: torch.Tensor,
-    direction_hidden: Direction = None,
+    anchor_hidden: Views,
+    direction_hidden: Views | None = None,
     *,
     token_weights: torch.Tensor,
     divergence: Divergence,
@@ -45,13 +45,14 @@ def dense_divergence_from_hidden(
     with torch.no_grad():
         if target_head_weight is None:
             target_head_weight, target_head_bias = head_weight, head_bias
-        target = project(anchor_hidden, target_head_weight, target_head_bias)
+
+        def add_up(views, bias):
+            pairs = [(1.0, views)] if torch.is_tensor(views) else views
+            return sum(_column(weight) * project(hidden, target_head_weight, bias) for weight, hidden in pairs)
+
+        target = add_up(anchor_hidden, target_head_bias)
         if shape.uses_direction:
-            pairs = [(1.0, direction_hidden)] if torch.is_tensor(direction_hidden) else direction_hidden
-            bias = None if logit_softcap is None else target_head_bias
-            target = target + shape(
-                sum(_column(weight) * project(hidden, target_head_weight, bias) for weight, hidden in pairs)
-            )
+            target = target + shape(add_up(direction_hidden, None if logit_softcap is None else target_head_bias))
         log_p = target.log_softmax(-1)
     terms = divergence_terms(log_q, log_p, divergence)
     loss = clip_and_sum(terms, divergence)

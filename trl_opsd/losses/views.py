@@ -13,7 +13,7 @@ from .projection import Projection
 from .targets import LinearShape, Shape
 
 WeightedViews = Sequence[tuple[float | torch.Tensor, torch.Tensor]]
-Direction = torch.Tensor | WeightedViews | None
+Views = torch.Tensor | WeightedViews
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class TargetViews:
 
     Attributes:
         projection: the frozen output head.
-        anchor: (N, H).
+        anchor: (N, H), or under a capped head weighted views.
         direction: (N, H) for a linear head, signed views for a capped one, None where the shape reads none.
         shape: how the direction enters.
     """
 
     projection: Projection
-    anchor: torch.Tensor
-    direction: Direction
+    anchor: Views
+    direction: Views | None
     shape: Shape
 
     @property
@@ -40,9 +40,8 @@ class TargetViews:
     @property
     def num_tiles(self) -> int:
         """Tiles (n, V) that `write` needs: the anchor, a direction to be shaped, and a view to be capped."""
-        if not self.shape.uses_direction or self.folds:
-            return 1
-        return 2 if self.projection.softcap is None else 3
+        shaped = self.shape.uses_direction and not self.folds
+        return 1 + shaped + any(isinstance(views, list) for views in (self.anchor, self.direction))
 
     def write(self, rows: slice, tiles: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Anchor logits (n, V) and direction logits (n, V), or None where only the anchor counts.
@@ -51,44 +50,42 @@ class TargetViews:
             rows: the n positions of this tile.
             tiles: `num_tiles` tensors (n, V) to write into, float32 or float64.
         """
-        anchor = self.anchor[rows]
         if self.folds:
             dtype = tiles[0].dtype
-            anchor = torch.add(anchor.to(dtype), self.direction[rows].to(dtype), alpha=self.shape.strength)
-        anchor_logits = self.projection.write_logits(anchor, tiles[0])
-        if self.folds or not self.shape.uses_direction:
+            anchor, direction = self.anchor[rows].to(dtype), self.direction[rows].to(dtype)
+            return self.projection.write_logits(anchor.add(direction, alpha=self.shape.strength), tiles[0]), None
+        anchor_logits = self._write(self.anchor, rows, tiles[0], tiles[-1])
+        if not self.shape.uses_direction:
             return anchor_logits, None
-        if self.projection.softcap is None:
+        if torch.is_tensor(self.direction):
             return anchor_logits, self.projection.write_logits(self.direction[rows], tiles[1], with_bias=False)
-        return anchor_logits, self._capped_direction(rows, tiles[1].zero_(), tiles[2])
+        return anchor_logits, self._write(self.direction, rows, tiles[1], tiles[-1])
 
-    def _capped_direction(self, rows: slice, total: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
-        for weight, hidden in self.direction:
-            self.projection.write_logits(hidden[rows], view)
-            total.add_(view.mul_(weight[rows].unsqueeze(-1) if torch.is_tensor(weight) else weight))
+    def _write(self, views: Views, rows: slice, total: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+        """Logits of the views, each capped and then added up in `total` (n, V)."""
+        if torch.is_tensor(views):
+            return self.projection.write_logits(views[rows], total)
+        total.zero_()
+        for weight, hidden in views:
+            if not torch.is_tensor(weight):
+                total.add_(self.projection.write_logits(hidden[rows], view), alpha=weight)
+            elif weight[rows].any():  # rows have unequal numbers of views: a projection costs more than the question
+                logits = self.projection.write_logits(hidden[rows], view)
+                total.addcmul_(logits, weight[rows].unsqueeze(-1).to(total.dtype))
         return total
 
 
-def select_direction(direction: Direction, positions: torch.Tensor, *, linear_head: bool) -> Direction:
-    """The direction at `positions`, signed views being summed to one hidden state where the head is linear.
-
-    Raises:
-        ValueError: for a single tensor with a capped head, whose views must be capped one by one.
-    """
-    if direction is None:
+def select_views(views: Views | None, positions: torch.Tensor, *, linear_head: bool) -> Views | None:
+    """Anchor or direction at `positions`; weighted views are summed to one hidden state where the head is linear."""
+    if views is None:
         return None
-    if torch.is_tensor(direction):
-        if not linear_head:
-            raise ValueError(
-                "direction_hidden is one tensor, but with a logit_softcap the head is not linear; pass the "
-                "views it was made of as pairs (weight, hidden)."
-            )
-        return direction.detach()[positions]
-    views = [
+    if torch.is_tensor(views):
+        return views.detach()[positions]
+    chosen = [
         (weight[positions] if torch.is_tensor(weight) else weight, hidden.detach()[positions])
-        for weight, hidden in direction
+        for weight, hidden in views
     ]
-    return sum_views(views) if linear_head else views
+    return sum_views(chosen) if linear_head else chosen
 
 
 def sum_views(views: WeightedViews) -> torch.Tensor:

@@ -8,9 +8,10 @@ that what showing any solution does cancels.
 
 import re
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
-from ..contexts import Contexts, Rollout, TeacherContext
+from ..contexts import Contexts, Rollout, TeacherContext, is_missing
 from ..losses import LinearShape, Shape
 from .base import Method
 
@@ -28,7 +29,7 @@ def steering_contexts(group: Sequence[Rollout], settings: Any, draw: Any) -> lis
     """
     right, wrong = split_by_reward(group, settings.reward_threshold)
     positives = [_inserted(group[index], settings) for index in right]
-    solution = next((rollout.solution for rollout in group if rollout.solution), None)
+    solution = next((rollout.solution for rollout in group if not is_missing(rollout.solution)), None)
     if solution is not None:
         positives.append((solution, None))
     contexts: list[Contexts] = [()] * len(group)
@@ -62,6 +63,19 @@ def split_by_reward(group: Sequence[Rollout], threshold: float) -> tuple[list[in
     return [i for i, reward in scored if reward >= threshold], [i for i, reward in scored if reward < threshold]
 
 
+def short_right_tails(group: Sequence[Rollout], settings: Any) -> list[int]:
+    """Last tokens of each rollout that version 2's anchor trains on; 0 for all but short right rollouts.
+
+    What counts as short is ours, a third party's note on version 2 does not say: right, finished rollouts no longer than
+    the median of the group's right, finished ones. A group need not be distilled to have some.
+    """
+    right, _ = split_by_reward(group, settings.reward_threshold)
+    lengths = {index: group[index].num_tokens for index in right if group[index].finished}
+    longest = median(lengths.values()) if lengths else 0
+    short = {index: length for index, length in lengths.items() if length <= longest}
+    return [min(short.get(index, 0), settings.tail_anchor_length) for index in range(len(group))]
+
+
 def group_label(group: Sequence[Rollout], settings: Any) -> str:
     """Kind of a group: mixed, all_right, all_wrong (with a solution: usable), all_wrong_without_solution, unscored."""
     right, wrong = split_by_reward(group, settings.reward_threshold)
@@ -71,7 +85,8 @@ def group_label(group: Sequence[Rollout], settings: Any) -> str:
         return "all_right"
     if right:
         return "mixed"
-    return "all_wrong" if any(rollout.solution for rollout in group) else "all_wrong_without_solution"
+    without = all(is_missing(rollout.solution) for rollout in group)
+    return "all_wrong_without_solution" if without else "all_wrong"
 
 
 def steering_shape(settings: Any, step: int) -> Shape:
@@ -100,6 +115,7 @@ OGLS_SD = Method(
     needs_solution=False,
     needs_group=True,
     needs_reward=True,
+    tail_lengths=short_right_tails,
     label=group_label,
     paper={
         "title": "OGLS-SD: On-Policy Self-Distillation with Outcome-Guided Logit Steering",

@@ -14,13 +14,15 @@ from transformers import TrainerCallback
 from ..card import append_method_section, describe_run
 from ..collators import TeacherCollator, positions_from_mask
 from ..config import OPSDConfig
-from ..diagnostics import Diagnostics
+from ..diagnostics import Diagnostics, log_values
 from ..heads import OutputHead, attach_head_function, head_function, head_shape
 from ..losses import fused_divergence, token_weights
 from ..scoring import ContextSharing
+from ..states import read_views
 from ..teacher import Teacher
 from ..validation import check_model_config, check_vocabulary
 from .checks import check_inputs, check_prompts, choose_reward
+from .tail_anchor import count_tail_tokens, student_length, tail_loss
 from .targets import TargetTrainer
 
 
@@ -100,10 +102,8 @@ class SelfDistillationTrainer(TargetTrainer):
         self.diagnostics = {"train": Diagnostics(), "eval": Diagnostics()}
         self._head_checked = False
         self._sharing = ContextSharing() if args.share_contexts else None
-        self._target_heads: dict[str, OutputHead | None] = {
-            "train": None,
-            "eval": None,
-        }  # an evaluation must not change a pending batch's
+        # One for each mode: an evaluation must not change a pending batch's.
+        self._target_heads: dict[str, OutputHead | None] = {"train": None, "eval": None}
         self._losses: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._prompt_texts: list[str] = []
         self._group_labels: Counter[str] = Counter()
@@ -129,9 +129,10 @@ class SelfDistillationTrainer(TargetTrainer):
 
     # Hooks of RolloutTrainer
 
-    def count_loss_items(self, batch: dict[str, Any]) -> torch.Tensor:
+    def count_loss_items(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         mask = batch["distillation_mask"]
-        return mask.sum() if self.args.loss_reduction == "token" else mask.any(dim=1).sum()
+        items = mask.sum() if self.args.loss_reduction == "token" else mask.any(dim=1).sum()
+        return {"num_loss_items": items, **count_tail_tokens(batch)}
 
     def step_loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         diagnostics = self.diagnostics[self.mode]
@@ -141,9 +142,9 @@ class SelfDistillationTrainer(TargetTrainer):
                 loss, stats = self._mixed_loss(model, batch)
             else:
                 loss, stats = self._distillation_loss(model, batch)
-        mask = batch["distillation_mask"]
+        mask, tail = batch["distillation_mask"], stats.pop("tail", None)
         values = {name: value.view(mask.shape) for name, value in stats.items()}
-        diagnostics.add(values, mask, batch["rollout_index"])
+        diagnostics.add(values, mask, batch["rollout_index"], tail)
         if self.mode == "train":
             self._losses.append((loss.detach(), batch["rollout_index"]))
         return loss
@@ -166,15 +167,14 @@ class SelfDistillationTrainer(TargetTrainer):
             denominator=batch["num_loss_items"].clamp(min=1) / self.accelerator.num_processes,
         )
         first = batch["prompt_ids"].size(1) - 1
-        direction = batch.get("direction_hidden")
 
         def function(hidden: torch.Tensor, head: OutputHead):
-            states = hidden[:, first : first + mask.size(1)]
-            return fused_divergence(
-                states.flatten(0, 1),
+            states = hidden[:, first:]
+            loss, stats = fused_divergence(
+                states[:, : mask.size(1)].flatten(0, 1),
                 head.weight,
-                batch["anchor_hidden"].flatten(0, 1),
-                None if direction is None else direction.flatten(0, 1),
+                read_views(batch, "anchor"),
+                read_views(batch, "direction"),
                 token_weights=weights.flatten(),
                 divergence=self.divergence,
                 shape=self.method.shape(self.args, self.state.global_step),
@@ -185,17 +185,22 @@ class SelfDistillationTrainer(TargetTrainer):
                 logit_softcap=head.logit_softcap,
                 num_tokens=self.num_tokens,
             )
+            stats = log_values(stats)
+            if "tail_mask" in batch:
+                tail, stats["tail"] = tail_loss(states, head, batch, self.accelerator.num_processes)
+                loss = loss + self.args.tail_anchor_weight * tail
+            return loss, stats
 
         return function
 
     def _distillation_loss(self, model: torch.nn.Module, batch: dict[str, Any]):
-        length = batch["distillation_mask"].size(1)
+        length = student_length(batch)
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"][:, :length]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"][:, :length]], dim=1)
         with head_function(self.model, self._loss_from_states(batch)) as request:
             output = model(input_ids=ids, attention_mask=mask, position_ids=positions_from_mask(mask))
         # The loss that came through the engine's forward, not the one inside it: output hooks may have wrapped it.
-        return output["loss"], _named(request.result[1])
+        return output["loss"], request.result[1]
 
     def _mixed_loss(self, model: torch.nn.Module, batch: dict[str, Any]):
         """Distillation plus TRL's policy-gradient loss (and a router's loss) from one student forward."""
@@ -207,7 +212,7 @@ class SelfDistillationTrainer(TargetTrainer):
         elif cached[2] is not None:
             steps = self.current_gradient_accumulation_steps if self.mode == "train" else 1
             loss = loss + self.router_aux_loss_coef * cached[2] / steps
-        return loss, _named(stats)
+        return loss, stats
 
     def check_finite_loss(self) -> None:
         """Stop on NaN or inf in the loss of the current step.
@@ -263,14 +268,3 @@ class _StepHooks(TrainerCallback):
             lost = self.trainer.teacher.update()
             if args.teacher_model_kind == "ema":
                 self.trainer.add_metrics({"teacher/ema_rank_loss": lost})
-
-
-def _named(stats) -> dict[str, torch.Tensor]:
-    """The kernel's diagnostics under the names of the log."""
-    return {
-        "divergence": stats.unclipped,
-        "clipped_share": stats.clipped_share,
-        "student_entropy": stats.student_entropy,
-        "target_entropy": stats.target_entropy,
-        "top_token_agreement": stats.top_agreement,
-    }

@@ -34,14 +34,7 @@ def check_inputs(
     check_dataset(train_dataset, "train_dataset", needs_solution=method.needs_solution)
     if eval_dataset is not None:
         check_dataset(eval_dataset, "eval_dataset", needs_solution=method.needs_solution)
-    config = _load_config(model, args) if isinstance(model, str) else model.config
-    check_model_config(config)
-    text_config = config.get_text_config()
-    if method.shape(args, 0).uses_direction and getattr(text_config, "final_logit_softcapping", None):
-        raise ValueError(
-            f"model: {text_config.model_type} caps its logits, so {method.name}'s views cannot be added as hidden "
-            "states yet. Use OPSD with this model, or a model without a cap."
-        )
+    check_model_config(_load_config(model, args) if isinstance(model, str) else model.config)
 
 
 def choose_reward(method: Method, reward_funcs: Any, dataset: Any) -> Any:

@@ -13,7 +13,7 @@ from .._trl import RolloutTrainer
 from ..contexts import Contexts, Rollout, TeacherContext, fill_template, rewrite_last_turn
 from ..diagnostics import sum_decompositions
 from ..forwards import TeacherForward
-from ..heads import check_output_head, whole_head
+from ..heads import caps_logits, check_output_head, whole_head
 from ..jobs import ScoringJob
 from ..losses import SignalDecomposition
 from ..markers import count_markers
@@ -21,6 +21,7 @@ from ..methods import Method
 from ..scoring import score_contexts
 from ..teacher import Teacher
 from ..validation import check_rows
+from .tail_anchor import tail_mask
 
 _BATCHES_TO_WARN = 10
 _DECOMPOSED_ROLLOUTS = 8  # per process
@@ -47,43 +48,48 @@ class TargetTrainer(RolloutTrainer):
         first = self.accelerator.process_index * batch_size
         texts = self.tokenizer.batch_decode(self._completion_lists(batch), skip_special_tokens=True)
         prompts = [row["prompt"] for row in rows] if self.args.prompt_template is None else self._raw_prompts
+        self.add_metrics({"rewards/missing": rewards.isnan().all(dim=1).float().mean().item()})
+        rewards = self._scalar_rewards(rewards)[first : first + batch_size]
         rollouts = [
-            Rollout(prompt, row.get("solution"), text, reward)
-            for prompt, row, text, reward in zip(
-                prompts, rows, texts, self._scalar_rewards(rewards)[first : first + batch_size], strict=True
+            Rollout(prompt, row.get("solution"), text, reward, len(ids), bool(ids) and ids[-1] in self.end_token_ids)
+            for prompt, row, text, reward, ids in zip(
+                prompts, rows, texts, rewards, self._completion_lists(batch), strict=True
             )
         ]
-        contexts = self._contexts(rollouts)
+        groups, own = self._groups(rollouts)
+        contexts = self._contexts(groups)[own]
+        if self.method.tail_lengths is not None and self.args.tail_anchor_weight > 0:
+            lengths = [length for group in groups for length in self.method.tail_lengths(group, self.args)]
+            batch["tail_mask"] = tail_mask(batch, lengths[own])
+            self.add_metrics({"tail_anchor/rollouts": sum(length > 0 for length in lengths) / len(lengths)})
         mask = self._distilled_mask(batch, contexts)
         target, shortened = self._score(rows, rollouts, contexts, batch, mask.size(1))
         if self._decomposition_is_due():
             self._log_decomposition(rows, rollouts, batch, mask.size(1))
-        batch["anchor_hidden"], batch["distillation_mask"] = target.anchor, mask
-        if target.direction is not None:
-            batch["direction_hidden"] = target.direction
+        batch |= target.columns() | {"distillation_mask": mask}
         batch["rollout_index"] = torch.arange(first, first + batch_size, device=mask.device)
         if self.mode == "train":
             self._prompt_texts = [str(prompt)[:80] for prompt in prompts]
         self._log_rollouts(batch, texts, shortened, target.num_tokens)
         return batch
 
-    def _contexts(self, rollouts: list[Rollout]) -> list[Contexts]:
-        """Teacher contexts of the local rollouts; a group may have members on several ranks."""
+    def _groups(self, rollouts: list[Rollout]) -> tuple[list[list[Rollout]], slice]:
+        """Rollouts by prompt, of all ranks as a group may straddle them, and which of the flat list are this rank's."""
+        if not self.method.needs_group:
+            return [[rollout] for rollout in rollouts], slice(len(rollouts))
         size = self.num_generations if self.mode == "train" else self.num_generations_eval
-        own = range(len(rollouts))
-        if self.method.needs_group:
-            own = range(
-                len(rollouts) * self.accelerator.process_index, len(rollouts) * (self.accelerator.process_index + 1)
-            )
-            rollouts = gather_object(rollouts)
-        else:
-            size = 1
+        first = len(rollouts) * self.accelerator.process_index
+        own = slice(first, first + len(rollouts))
+        rollouts = gather_object(rollouts)
+        return [rollouts[start : start + size] for start in range(0, len(rollouts), size)], own
+
+    def _contexts(self, groups: list[list[Rollout]]) -> list[Contexts]:
+        """Teacher contexts of all rollouts of the groups."""
         draw = random.Random(f"{self.args.seed}/{self.state.global_step}")  # the same on every rank
-        groups = [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
         contexts = [views for group in groups for views in self.method.contexts(group, self.args, draw)]
         if self.method.label is not None:
-            self._log_groups([self.method.label(group, self.args) for group in groups], contexts, size)
-        return [contexts[index] for index in own]
+            self._log_groups([self.method.label(group, self.args) for group in groups], contexts, len(groups[0]))
+        return contexts
 
     def _log_groups(self, labels: list[str], contexts: list[Contexts], size: int) -> None:
         """Shares of the kinds of groups and of those used; warn when rewards split none for long."""
@@ -164,6 +170,7 @@ class TargetTrainer(RolloutTrainer):
                 pad_id=self.tokenizer.pad_token_id,
                 tokens_per_forward=self.args.teacher_tokens_per_forward,
                 with_direction=with_direction,
+                linear_head=not caps_logits(self.model),
                 max_over_ranks=max_over_ranks,
                 sharing=self._sharing,
             )

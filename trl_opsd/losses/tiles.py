@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine under the fused losses: tiles of logits, swept once for value, diagnostics and gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .closed_form import FusedDiagnostics, sweep
+from .divergences import Divergence, compute_dtype, require_positive
+from .projection import Projection, product_dtype
+
+# Bytes of one tile, and of the part of it that the elementwise work handles at a time. On a CPU 1 MiB is
+# fastest on one idle core; 8 MiB costs a few percent there and makes far fewer thread barriers, which are
+# slow on a busy machine.
+TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+BLOCK_BYTES = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
+MIN_TILE_TOKENS = 16
+
+Head = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def fused_loss(
+    student_hidden: torch.Tensor,
+    head: Head,
+    target_at: Callable[[torch.Tensor], Any],
+    token_weights: torch.Tensor,
+    divergence: Divergence,
+    tile_tokens: int | None,
+    **logit_settings: Any,
+) -> tuple[torch.Tensor, FusedDiagnostics]:
+    """The loss to any target, which has `num_tiles` and `write` as `TargetViews` has.
+
+    Args:
+        student_hidden, token_weights, divergence, tile_tokens: as in [`fused_divergence`].
+        head: the student's, from `whole_head`.
+        target_at: from the positions (n,) of weight other than 0 to their target.
+        **logit_settings: `logit_scale` and `softcap` of the student's logits.
+    """
+    if logit_settings["softcap"] is not None:
+        require_positive("logit_softcap", logit_settings["softcap"], hint=", or None for a linear head")
+    if tile_tokens is not None and tile_tokens < 1:
+        raise ValueError(
+            f"tile_tokens={tile_tokens} is below 1; set a number of positions, or None for a size by bytes."
+        )
+    positions = token_weights.nonzero().squeeze(-1)
+    work = _Work(
+        student=head_projection(head, student_hidden, divergence, logit_settings),
+        target=target_at(positions),
+        divergence=divergence,
+        weights=token_weights.detach()[positions].to(compute_dtype(student_hidden.dtype)),
+        tile_tokens=tile_tokens,
+    )
+    loss, stats = _FusedDivergence.apply(
+        student_hidden.index_select(0, positions), *head, work, torch.is_grad_enabled()
+    )
+    full = stats.new_zeros(len(stats), len(token_weights))
+    return loss, FusedDiagnostics(*full.index_copy_(1, positions, stats).unbind(0))
+
+
+def whole_head(weight: torch.Tensor, bias: torch.Tensor | None, count: int) -> Head:
+    """The first `count` rows of a head's weight and bias, gathered if they are sharded."""
+    return _first_rows(weight, count), _first_rows(bias, count)
+
+
+def head_projection(head: Head, hidden: torch.Tensor, divergence: Divergence, logit_settings: dict) -> Projection:
+    """The head as the loss projects `hidden` with it: detached, at the divergence's temperature."""
+    return Projection.of(*head, temperature=divergence.temperature, dtype=product_dtype(hidden), **logit_settings)
+
+
+def _first_rows(tensor: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    if tensor is None:
+        return None
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor if len(tensor) == count else tensor[:count]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """All that is constant in the loss of n positions, those whose weight is not 0."""
+
+    student: Projection
+    target: Any  # TargetViews, or another with `num_tiles` and `write`
+    divergence: Divergence
+    weights: torch.Tensor  # (n,)
+    tile_tokens: int | None
+
+    def tiles(self) -> tuple[list[slice], list[torch.Tensor]]:
+        """Slices of positions and the buffers (tile, V) they share: the student's, then the target's."""
+        size, device = len(self.weights), self.weights.device.type
+        row_bytes = len(self.student.weight) * self.weights.element_size()
+        budget = TILE_BYTES.get(device, TILE_BYTES["cpu"])
+        step = max(1, min(self.tile_tokens or max(MIN_TILE_TOKENS, budget // row_bytes), size))
+        shape = (step, len(self.student.weight))
+        rows = [slice(start, min(start + step, size)) for start in range(0, size, step)]
+        return rows, [self.weights.new_empty(shape) for _ in range(1 + self.target.num_tiles)]
+
+    def sweep_tile(self, student_logits, target_logits, direction_logits, *, with_gradient: bool) -> torch.Tensor:
+        """Diagnostics (6, n) of a tile; with a gradient, `student_logits` (n, V) holds it afterwards."""
+        row_bytes = student_logits.shape[1] * student_logits.element_size()
+        budget = BLOCK_BYTES.get(student_logits.device.type, BLOCK_BYTES["cpu"])
+        diagnostics = []
+        for start in range(0, len(student_logits), max(1, budget // row_bytes)):
+            rows = slice(start, start + max(1, budget // row_bytes))
+            logits, target = student_logits[rows], target_logits[rows]
+            if direction_logits is not None:
+                target = target.add_(self.target.shape(direction_logits[rows]))
+            stats, gradient = sweep(logits, target, self.divergence, with_gradient=with_gradient)
+            diagnostics.append(stats)
+            if with_gradient:
+                logits.copy_(self.student.through_softcap(gradient, logits))
+        return torch.cat(diagnostics, dim=1)
+
+
+class _FusedDivergence(torch.autograd.Function):
+    """Loss and diagnostics of n positions; hidden (n, H), weight (V, H), bias (V,) or None."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, work: _Work, grad_enabled: bool):
+        accumulated = [
+            torch.zeros_like(x, dtype=work.weights.dtype) if x is not None and needed and grad_enabled else None
+            for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+        ]
+        with torch.autocast(hidden.device.type, enabled=False):
+            stats = _run(hidden, work, *accumulated)
+        ctx.save_for_backward(*accumulated)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(stats)
+        return (stats[0] * work.weights).sum(), stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _):
+        grads = [
+            None if total is None else (total * grad_loss).to(dtype)
+            for total, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*grads, None, None)
+
+
+def _run(hidden, work: _Work, grad_hidden, grad_weight, grad_bias) -> torch.Tensor:
+    """Diagnostics (6, n); adds the gradients to those of the three that are given."""
+    with_head = grad_weight is not None or grad_bias is not None
+    with_gradient = with_head or grad_hidden is not None
+    diagnostics = [work.weights.new_zeros(len(FusedDiagnostics._fields), 0)]
+    slices, buffers = work.tiles()
+    for rows in slices:
+        student, *target = (buffer[: rows.stop - rows.start] for buffer in buffers)
+        work.student.write_logits(hidden[rows], student)
+        views = work.target.write(rows, target)
+        diagnostics.append(work.sweep_tile(student, *views, with_gradient=with_gradient))
+        if grad_hidden is not None:
+            work.student.write_hidden_gradient(student, work.weights[rows], grad_hidden[rows])
+        if with_head:
+            work.student.add_head_gradient(student, work.weights[rows], hidden[rows], grad_weight, grad_bias)
+    return torch.cat(diagnostics, dim=1)
