@@ -5,10 +5,9 @@ import copy
 
 import pytest
 import torch
-from conftest import REASON
 from peft import LoraConfig
 
-pytest.importorskip("vllm", reason=REASON)
+pytest.importorskip("vllm", reason="vllm is not installed; `make test-vllm` makes an environment that has it")
 
 from transformers import AutoModelForCausalLM
 from trl.generation import vllm_generation
