@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
-OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,contract config validation collators contexts heads scoring sharing teacher trl_surface))
+VLLM := .venv-vllm/bin
+OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,contract config validation collators contexts heads scoring sharing teacher trl_surface vllm_boundary))
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 # Tiny models: a second thread costs more in barriers than it saves.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-oldest lint build benchmark clean
+.PHONY: demo test test-oldest test-vllm lint build benchmark clean
 
 demo: .venv/ready
 	$(BIN)/trl-opsd demo
@@ -19,6 +20,11 @@ test: .venv/ready lint
 # The fast tests that touch TRL, on the oldest versions that pyproject.toml allows.
 test-oldest: .venv-oldest/ready
 	$(OLDEST)/python -m pytest -q $(OLDEST_TESTS)
+
+# The trainers over a real vLLM engine on CPU; optional, needs a processor with AVX-512 (docs/vllm.md). vLLM and what it
+# imports warn freely, so here warnings are no errors.
+test-vllm: .venv-vllm/ready
+	$(VLLM)/python -m pytest -q -W default tests/vllm_engine
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -31,7 +37,7 @@ benchmark: .venv/ready
 	$(BIN)/python benchmarks/loss_head.py
 
 clean:
-	rm -rf .venv .venv-oldest build dist outputs *.egg-info
+	rm -rf .venv .venv-oldest .venv-vllm build dist outputs *.egg-info
 
 # torch first and alone, so that a pinned build already chosen is not replaced by a dependency's wish.
 .venv/ready: pyproject.toml constraints.txt
@@ -44,4 +50,11 @@ clean:
 	$(PYTHON) -m venv .venv-oldest
 	$(OLDEST)/pip install -q -c constraints-oldest.txt torch
 	$(OLDEST)/pip install -q -c constraints-oldest.txt -e . pytest rich
+	touch $@
+
+# The list is whole, so nothing is resolved: vLLM's own metadata asks for more than it needs here.
+.venv-vllm/ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM)/pip install -q --no-deps -r constraints-vllm.txt
+	$(VLLM)/pip install -q --no-deps -e .
 	touch $@
