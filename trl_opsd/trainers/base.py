@@ -21,6 +21,7 @@ from ..config import OPSDConfig
 from ..diagnostics import Diagnostics
 from ..heads import OutputHead, attach_head_function, head_function, head_shape
 from ..losses import fused_divergence, token_weights
+from ..rewards import guard_rewards
 from ..scoring import ContextSharing
 from ..teacher import Teacher
 from ..validation import check_model_config, check_vocabulary
@@ -63,9 +64,11 @@ class SelfDistillationTrainer(TargetTrainer):
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args or self.config_class(f"{name.rstrip('/').split('/')[-1] or 'model'}-{self.method.name}")
         check_inputs(self.method, self.config_class, model, args, train_dataset, eval_dataset)
+        self._reward_errors: Counter[str] = Counter()
+        rewards = choose_reward(self.method, reward_funcs, train_dataset)
         super().__init__(
             model=model,
-            reward_funcs=choose_reward(self.method, reward_funcs, train_dataset),
+            reward_funcs=guard_rewards(rewards, args.reward_errors, self._reward_errors),
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -154,6 +157,15 @@ class SelfDistillationTrainer(TargetTrainer):
             warnings.warn(text, stacklevel=4)
 
     # Hooks of RolloutTrainer
+
+    def add_targets(self, rows: list[dict], batch: dict[str, Any], rewards: torch.Tensor) -> dict[str, Any]:
+        if self.args.reward_errors == "skip":
+            counts = torch.tensor([float(self._reward_errors[name]) for name in self.reward_func_names])
+            counts = self.accelerator.reduce(counts.to(self.accelerator.device), reduction="sum").tolist()
+            names = [f"rewards/{name}/errors" for name in self.reward_func_names]
+            self.add_metrics(dict(zip(names, counts, strict=True)))
+            self._reward_errors.clear()
+        return super().add_targets(rows, batch, rewards)
 
     def count_loss_items(self, batch: dict[str, Any]) -> torch.Tensor:
         mask = batch["distillation_mask"]
