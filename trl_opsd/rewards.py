@@ -116,7 +116,7 @@ def _attempts(name: str, skip: bool, errors: Counter, columns: dict) -> Generato
             raised[row] = one
             if not skip:
                 break
-        rewards.append(None if row in raised else list(one)[0])
+        rewards.append(None if row in raised else next(iter(one)))
         log.end_row()
     if not skip:
         batch = next(iter(raised.values()), batch)
