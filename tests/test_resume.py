@@ -247,6 +247,23 @@ def test_with_a_limit_of_one_the_old_checkpoint_stays_until_the_new_one_is_compl
     assert complete_steps(tmp_path / "run") == {3: whole} and trainer.args.save_total_limit == 1
 
 
+def test_the_settings_saved_with_a_checkpoint_hold_the_limit_as_it_was_given(build, tmp_path):
+    trained(build, max_steps=1, save_total_limit=2)
+    saved = torch.load(tmp_path / "run" / "checkpoint-1" / "training_args.bin", weights_only=False)
+    assert saved.save_total_limit == 2 and type(saved.save_total_limit) is int
+
+
+def test_a_checkpoint_is_pushed_when_it_is_complete(build, tmp_path, monkeypatch):
+    pushed = []
+    push = "transformers.Trainer._push_from_checkpoint"
+    monkeypatch.setattr(push, lambda self, folder: pushed.append((folder, checkpoint_state(folder))))
+    trainer = build(max_steps=1)
+    trainer.args.push_to_hub = True
+    trainer.hub_model_id = "someone/model"
+    trainer.train()
+    assert pushed == [(str(tmp_path / "run" / "checkpoint-1"), "complete")]
+
+
 def test_a_checkpoint_written_again_counts_as_half_written_until_its_end(tmp_path):
     folder, states = tmp_path / "checkpoint-1", []
     for _ in range(2):

@@ -32,6 +32,7 @@ _METHODS = {
     "_prepare_inputs": ("generation_batch",),
     "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep"),
     "_save_checkpoint": ("model", "trial"),
+    "_push_from_checkpoint": ("checkpoint_folder",),
     "_load_optimizer_and_scheduler": ("checkpoint",),
     "_get_output_dir": ("trial",),
     "_get_train_sampler": ("dataset",),
@@ -99,6 +100,16 @@ class _One(int):
         return False if other == 2 else int.__lt__(self, other)
 
 
+class _LaterLimit(int):
+    """A number of checkpoints to keep that removes none yet; it is saved as the plain number."""
+
+    def __le__(self, other: Any) -> bool:
+        return True
+
+    def __reduce__(self) -> tuple:
+        return int, (int(self),)
+
+
 @contextmanager
 def allow_single_rollout(config: GRPOConfig) -> Iterator[None]:
     """Let `GRPOConfig.__post_init__` accept `num_generations=1`; every other check of it still runs."""
@@ -134,6 +145,7 @@ class RolloutTrainer(GRPOTrainer):
         check_trl(instance=self)
         self._rewards: torch.Tensor | None = None
         self._cached_logps = None
+        self._unpushed: str | None = None
         self._resumed_interval: dict[str, Any] | None = None
 
     # Hooks
@@ -271,7 +283,8 @@ class RolloutTrainer(GRPOTrainer):
     def _save_checkpoint(self, model, trial):
         args, run = self.args, Path(self._get_output_dir(trial=trial))
         folder = run / f"checkpoint-{self.state.global_step}"
-        limit, args.save_total_limit = args.save_total_limit, None
+        limit, self._unpushed = args.save_total_limit, None
+        args.save_total_limit = None if limit is None else _LaterLimit(limit)
         try:
             with writing_checkpoint(folder, marks=args.should_save, wait=self.accelerator.wait_for_everyone):
                 super()._save_checkpoint(model, trial)
@@ -280,8 +293,14 @@ class RolloutTrainer(GRPOTrainer):
                     self._save_pending(folder)
         finally:
             args.save_total_limit = limit
-        if args.should_save:  # not before the new one is complete: with a limit of 1 there would be none for a while
+        # Not before the new one is complete: with a limit of 1 there would be none for a while.
+        if args.should_save:
             rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
+        if self._unpushed is not None:
+            super()._push_from_checkpoint(self._unpushed)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        self._unpushed = checkpoint_folder  # with our files and the mark that it is complete
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -70,7 +70,7 @@ def checkpoint_state(folder: str | Path) -> str:
     """ "complete", "half-written" or "unmarked"; see `complete_steps`."""
     marker = Path(folder) / MARKER
     if marker.exists():
-        return "complete" if json.loads(marker.read_text()).get("complete") else "half-written"
+        return "complete" if '"complete": true' in marker.read_text() else "half-written"
     return "unmarked" if (Path(folder) / "trainer_state.json").exists() else "half-written"
 
 
