@@ -5,7 +5,9 @@ import argparse
 import copy
 import json
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"], os.environ["CI"] = "1", "true"
@@ -14,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
 from trl_opsd.demo.tokenizer import build_tokenizer
 from trl_opsd.train import TRAINERS, finish
@@ -74,6 +76,51 @@ def reward_all(completions, **kwargs):
     return [1.0] * len(completions)
 
 
+class Fault(TrainerCallback):
+    """Something goes wrong on the last rank in the fourth step, or while its checkpoint is saved; two steps share a batch."""
+
+    STEP = 4
+
+    def __init__(self, trainer, kind):
+        self.trainer, self.kind = trainer, kind
+        own_rank = trainer.accelerator.process_index == trainer.accelerator.num_processes - 1
+        if kind is not None and own_rank:
+            trainer.add_callback(self)
+            method = {
+                "kill-weights-saved": "_save_optimizer_and_scheduler",
+                "kill-almost-saved": "save_extra_state",
+                "raise-in-reward": "_calculate_rewards",
+                "raise-in-teacher": "_run_teacher",
+                "raise-in-save": "save_extra_state",
+            }.get(kind)
+            if method is not None:
+                self.inject(method)
+
+    def inject(self, method):
+        original = getattr(self.trainer, method)
+
+        def faulty(*args, **kwargs):
+            if self.trainer.state.global_step == self.STEP:
+                self.happen()
+            return original(*args, **kwargs)
+
+        setattr(self.trainer, method, faulty)
+
+    def happen(self):
+        print(f"\nfault at {time.time()}", file=sys.stderr, flush=True)
+        if self.kind.startswith("kill"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError(f"injected: {self.kind}")
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if self.kind == "kill-in-step" and state.global_step == self.STEP - 1:
+            self.happen()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.kind == "kill-after-step" and state.global_step == self.STEP:
+            self.happen()
+
+
 def engine_of(trainer):
     if trainer.is_deepspeed_enabled:
         return f"zero{trainer.accelerator.state.deepspeed_plugin.zero_stage}"
@@ -90,6 +137,9 @@ def main():
     parser.add_argument("--tail-anchor", action="store_true", help="train on the ends of short right rollouts too")
     parser.add_argument("--all-right", action="store_true", help="leave OGLS-SD nothing to train on")
     parser.add_argument("--generate", action="store_true", help="sample rollouts instead of the given ones")
+    parser.add_argument("--fault", help="see `Fault`")
+    parser.add_argument("--save", action="store_true", help="save every step of six, two steps a generation batch")
+    parser.add_argument("--resume", action="store_true", help="from the newest complete checkpoint")
     options = parser.parse_args()
     world = int(os.environ.get("WORLD_SIZE", 1))
     tokenizer = build_tokenizer()
@@ -102,12 +152,14 @@ def main():
         output_dir=str(options.output / "out"),
         per_device_train_batch_size=GLOBAL_BATCH // world // 2,
         gradient_accumulation_steps=2,
-        max_steps=3,
+        max_steps=6 if options.save else 3,
+        steps_per_generation=4 if options.save else 2,
         learning_rate=1e-2,
         max_grad_norm=1.0,
         max_completion_length=8,
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="steps" if options.save else "no",
+        save_steps=1,
         bf16=False,
         use_cpu=True,
         gradient_checkpointing=False,
@@ -126,7 +178,8 @@ def main():
     )
     if not options.generate:
         give_rollouts(trainer)
-    trainer.train()
+    Fault(trainer, options.fault)
+    trainer.train(resume_from_checkpoint=options.resume)
     trainer.save_model(str(options.output / "model"))
     keys = ("loss", "grad_norm", "divergence", "student_entropy", "target_entropy")
     history = [{key: entry[key] for key in keys} for entry in trainer.state.log_history if "divergence" in entry]

@@ -21,15 +21,19 @@ LAUNCHERS = {
 }
 
 
-def run(engine, folder, *options):
-    folder.mkdir(parents=True)
+def launch(engine, folder, *options):
+    folder.mkdir(parents=True, exist_ok=True)
     # With ACCELERATE_USE_CPU set, accelerate would take DDP whatever the DeepSpeed file says.
     cpu = {"DS_ACCELERATOR": "cpu"} if engine.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | cpu
     # DeepSpeed builds its CPU operators with the environment's ninja.
     environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
     command = [*LAUNCHERS[engine], WORKER, "--output", str(folder), *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=folder)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=folder)
+
+
+def run(engine, folder, *options):
+    done = launch(engine, folder, *options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return json.loads((folder / "numbers.json").read_text())
 

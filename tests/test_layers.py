@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "trl_opsd"
 
 # From the ground up; a module that is not named stands on the roof.
 FLOORS = (
-    {"losses", "markers", "sharding", "verification"},
+    {"checkpoints", "losses", "markers", "sharding", "verification"},
     {"contexts", "heads"},
     {"collators", "teacher", "validation", "diagnostics", "rewards"},
     {"forwards", "jobs", "methods", "scoring", "states"},

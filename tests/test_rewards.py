@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers are verified by math-verify, and nothing a model may write stops a run."""
 
+import asyncio
+import functools
+import inspect
 import threading
+from collections import Counter
 
 import pytest
+from torch import nn
 
 from trl_opsd import verification
-from trl_opsd.rewards import accuracy_reward, no_reward
+from trl_opsd.rewards import accuracy_reward, guard_rewards, no_reward
 from trl_opsd.verification import parse_answer, verifies, verify
 
 SOLUTION = "2 and 3 make \\boxed{5}"
@@ -122,3 +127,117 @@ def test_a_parser_that_raises_found_no_answer(monkeypatch):
     parse_answer.cache_clear()
     monkeypatch.setattr(math_verify, "parse", fail)
     assert parse_answer("\\boxed{5}") == () and not verifies("\\boxed{5}")
+
+
+def fragile(completions, prompts, answers, log_extra=None, scale=1.0, **columns):
+    """Logs a column, then trips over an answer that is no number."""
+    if log_extra is not None:
+        log_extra("length", [len(text) for text in completions])
+    return [scale * float(answer) for answer in answers]
+
+
+async def fragile_async(**columns):
+    await asyncio.sleep(0)
+    return fragile(**columns)
+
+
+class Fragile:
+    def __call__(self, **columns):
+        return fragile(**columns)
+
+
+class AsyncFragile:
+    async def __call__(self, **columns):
+        return await fragile_async(**columns)
+
+
+FORMS = {
+    "function": (fragile, "fragile"),
+    "async": (fragile_async, "fragile_async"),
+    "partial": (functools.partial(fragile, scale=1.0), "fragile"),
+    "object": (Fragile(), "Fragile"),
+    "async-object": (AsyncFragile(), "AsyncFragile"),
+}
+
+
+def call(reward, answers, **more):
+    size = len(answers)
+    prompts, completions = [f"p{i}" for i in range(size)], [f"c{i}" for i in range(size)]
+    result = reward(prompts=prompts, completions=completions, answers=answers, **more)
+    return asyncio.run(result) if inspect.iscoroutine(result) else result
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_guarded_reward_keeps_its_name_its_kind_and_its_values(form):
+    reward, name = FORMS[form]
+    guarded = guard_rewards(reward, "raise", Counter())
+    assert guarded.__name__ == name and inspect.iscoroutinefunction(guarded) == ("async" in form)
+    assert call(guarded, ["1", "2.5"]) == [1.0, 2.5]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_reward_that_raises_is_named_with_the_first_row_that_raises(form):
+    guarded = guard_rewards(FORMS[form][0], "raise", Counter())
+    with pytest.raises(ValueError, match="could not convert") as raised:
+        call(guarded, ["1", "x", "y"])
+    (note,) = raised.value.__notes__
+    for text in (FORMS[form][1], "on row 1", "'p1'", "'c1'", "reward_errors='skip'"):
+        assert text in note
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_skipped_rows_have_no_reward_and_are_counted_and_told(form):
+    reward, name = FORMS[form]
+    errors = Counter()
+    guarded = guard_rewards(reward, "skip", errors)
+    told = rf"'{name}' raised ValueError.* on row 1 .*2 of 4 rows.*rewards/{name}/errors"
+    with pytest.warns(UserWarning, match=told):
+        assert call(guarded, ["1", "x", "3", None]) == [1.0, None, 3.0, None]
+    assert errors == {name: 2}
+
+
+def test_a_skipped_row_leaves_what_the_others_log_in_its_place():
+    logged, metrics = {}, []
+
+    def reward(completions, answers, log_extra, log_metric, **columns):
+        values = [float(answer) for answer in answers]
+        log_metric("mean", sum(values) / len(values))
+        log_extra("answer", values)
+        log_extra("text", completions)
+        return values
+
+    def log_extra(name, values):
+        logged.setdefault(name, []).extend(values)
+
+    guarded = guard_rewards(reward, "skip", Counter())
+    with pytest.warns(UserWarning, match="row 0"):
+        call(guarded, ["x", "2", "y", "4"], log_extra=log_extra, log_metric=lambda *pair: metrics.append(pair))
+    assert logged == {"answer": [None, 2.0, None, 4.0], "text": [None, "c1", None, "c3"]}
+    assert metrics == [("mean", 2.0), ("mean", 4.0)]
+
+
+def test_a_reward_that_raises_on_a_batch_but_on_no_row_says_so_or_is_taken_row_by_row():
+    def reward(completions, **columns):
+        if len(completions) > 1:
+            raise RuntimeError("one at a time")
+        return [7.0]
+
+    with pytest.raises(RuntimeError, match="one at a time") as raised:
+        call(guard_rewards(reward, "raise", Counter()), ["1", "2"])
+    assert "on no row alone" in raised.value.__notes__[0]
+    errors = Counter()
+    assert call(guard_rewards(reward, "skip", errors), ["1", "2"]) == [7.0, 7.0] and not errors
+
+
+def test_reward_models_and_their_names_are_not_wrapped():
+    model = nn.Linear(1, 1)
+    wrapped = guard_rewards([model, "org/model", fragile], "skip", Counter())
+    assert wrapped[:2] == [model, "org/model"] and wrapped[2].__wrapped__ is fragile
+
+
+def test_an_interrupt_is_no_error_of_a_row():
+    def reward(**columns):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        call(guard_rewards(reward, "skip", Counter()), ["1"])

@@ -33,6 +33,7 @@ def test_the_wrapped_names_are_a_frozen_set():
         "_get_train_sampler",
         "_load_optimizer_and_scheduler",
         "_prepare_inputs",
+        "_push_from_checkpoint",
         "_save_checkpoint",
     }
     assert set(seam._ATTRIBUTES) == {"_buffered_inputs", "_logs", "_metrics", "_step", "_tokenizer"}

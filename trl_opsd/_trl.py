@@ -7,15 +7,20 @@ when TRL has moved.
 """
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import trl
 from accelerate.utils import gather_object
+from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer
+
+from .checkpoints import load_state, save_state, writing_checkpoint
 
 SUPPORTED_TRL = ">=1.0.0,<1.17"
 
@@ -27,6 +32,7 @@ _METHODS = {
     "_prepare_inputs": ("generation_batch",),
     "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep"),
     "_save_checkpoint": ("model", "trial"),
+    "_push_from_checkpoint": ("checkpoint_folder",),
     "_load_optimizer_and_scheduler": ("checkpoint",),
     "_get_output_dir": ("trial",),
     "_get_train_sampler": ("dataset",),
@@ -94,6 +100,16 @@ class _One(int):
         return False if other == 2 else int.__lt__(self, other)
 
 
+class _LaterLimit(int):
+    """A number of checkpoints to keep that removes none yet; it is saved as the plain number."""
+
+    def __le__(self, other: Any) -> bool:
+        return True
+
+    def __reduce__(self) -> tuple:
+        return int, (int(self),)
+
+
 @contextmanager
 def allow_single_rollout(config: GRPOConfig) -> Iterator[None]:
     """Let `GRPOConfig.__post_init__` accept `num_generations=1`; every other check of it still runs."""
@@ -129,6 +145,8 @@ class RolloutTrainer(GRPOTrainer):
         check_trl(instance=self)
         self._rewards: torch.Tensor | None = None
         self._cached_logps = None
+        self._unpushed: str | None = None
+        self._resumed_interval: dict[str, Any] | None = None
 
     # Hooks
 
@@ -149,6 +167,13 @@ class RolloutTrainer(GRPOTrainer):
 
     def load_extra_state(self, checkpoint: str) -> None:
         """Read it back when a run is resumed."""
+
+    def pending_values(self) -> dict[str, Any]:
+        """What this rank keeps between optimizer steps, as JSON: for the batch and logging interval it is in."""
+        return {}
+
+    def restore_pending_values(self, values: dict[str, Any]) -> None:
+        """Take over what `pending_values` gave; called before the first step of a resumed run."""
 
     def count_loss_items(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """0-d numbers of items of a micro-batch that its losses average over, by the key that gets the global count."""
@@ -262,11 +287,91 @@ class RolloutTrainer(GRPOTrainer):
             batch.update(zip(counts[0], sums, strict=True))
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        folder = f"checkpoint-{self.state.global_step}"
-        self.save_extra_state(f"{self._get_output_dir(trial=trial)}/{folder}")
+        args, run = self.args, Path(self._get_output_dir(trial=trial))
+        folder = run / f"checkpoint-{self.state.global_step}"
+        limit, self._unpushed = args.save_total_limit, None
+        args.save_total_limit = None if limit is None else _LaterLimit(limit)
+        try:
+            with writing_checkpoint(folder, marks=args.should_save, wait=self.accelerator.wait_for_everyone):
+                super()._save_checkpoint(model, trial)
+                self.save_extra_state(str(folder))
+                if not args.save_only_model:
+                    self._save_pending(folder)
+        finally:
+            args.save_total_limit = limit
+        # Not before the new one is complete: with a limit of 1 there would be none for a while.
+        if args.should_save:
+            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
+        if self._unpushed is not None:
+            super()._push_from_checkpoint(self._unpushed)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        self._unpushed = checkpoint_folder  # with our files and the mark that it is complete
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.load_extra_state(checkpoint)
+            self._load_pending(checkpoint)
+
+    # The middle of a generation batch and of a logging interval
+
+    def has_pending_batch(self) -> bool:
+        """Whether micro-batches of the last generation batch are still to come."""
+        return bool(self._buffered_inputs) and self._step % self._batches_per_generation() > 0
+
+    def restore_interval(self) -> None:
+        """Continue the logging interval of the checkpoint; once the parent has begun an empty one."""
+        interval, self._resumed_interval = self._resumed_interval, None
+        if interval is not None:
+            self._tr_loss.fill_(interval["loss"])
+            self._globalstep_last_logged = interval["last_logged"]
+            for name, values in interval["metrics"].items():
+                self._metrics["train"][name] = values
+
+    def _batches_per_generation(self) -> int:
+        return self.args.steps_per_generation * self.args.num_iterations
+
+    def _pending_batches(self) -> list:
+        """The micro-batches still to come, None in place of those that no iteration will read again."""
+        if not self.has_pending_batch():
+            return []
+        done, size = self._step % self._batches_per_generation(), self.args.steps_per_generation
+        used = max(0, done - (self._batches_per_generation() - size))
+        return [None] * used + list(self._buffered_inputs[used:])
+
+    def _shape_of_run(self) -> dict[str, int]:
+        names = ("steps_per_generation", "num_iterations", "gradient_accumulation_steps", "per_device_train_batch_size")
+        return {name: getattr(self.args, name) for name in names}
+
+    def _save_pending(self, folder: Path) -> None:
+        values = {
+            "run": self._shape_of_run(),
+            "step": self._step,
+            "interval": {
+                "loss": self._tr_loss.item(),
+                "last_logged": self._globalstep_last_logged,
+                "metrics": dict(self._metrics["train"]),
+            },
+            "own": self.pending_values(),
+        }
+        accelerator = self.accelerator
+        save_state(folder, accelerator.process_index, accelerator.num_processes, values, self._pending_batches())
+
+    def _load_pending(self, checkpoint: str) -> None:
+        accelerator = self.accelerator
+        state = load_state(checkpoint, accelerator.process_index, accelerator.num_processes, accelerator.device)
+        self._buffered_inputs = None
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        if state is not None and state[0]["run"] == self._shape_of_run():
+            values, batches = state
+            self._step, self._buffered_inputs = values["step"], batches or None
+            self._resumed_interval = values["interval"]
+            self.restore_pending_values(values["own"])
+        elif self._step % self._batches_per_generation():
+            warnings.warn(
+                f"{checkpoint} stands in the middle of a generation batch and does not hold the rest of it for this "
+                "number of processes, steps_per_generation, num_iterations, gradient_accumulation_steps and "
+                "per_device_train_batch_size: the rest is sampled anew, so the run is not the uninterrupted one.",
+                stacklevel=2,
+            )

@@ -20,6 +20,7 @@ from .contexts import (
 )
 from .losses import Divergence
 from .markers import REFLECTION_MARKERS
+from .rewards import REWARD_ERRORS
 from .teacher import TEACHER_KINDS
 
 # What only TRL's policy-gradient loss reads: without a reward in the loss these do nothing.
@@ -153,6 +154,12 @@ class OPSDConfig(GRPOConfig):
         0.0, "Weight of TRL's policy-gradient loss beside the distillation; 0 leaves rewards to the log."
     )
 
+    reward_errors: str = option(
+        "raise",
+        "When a reward function raises: `raise` stops the run and names the row, `skip` leaves such rows without a "
+        "reward and counts them in the log as `rewards/NAME/errors`.",
+    )
+
     # Diagnostics.
     decomposition_steps: int = option(
         0,
@@ -199,6 +206,7 @@ class OPSDConfig(GRPOConfig):
         self.loss_divergence()
         require(self.loss_reduction in ("token", "sequence"), self, "loss_reduction", "'token' or 'sequence'")
         require(self.reward_weight >= 0, self, "reward_weight", "0 or more")
+        require(self.reward_errors in REWARD_ERRORS, self, "reward_errors", f"one of {REWARD_ERRORS}")
         require(self.num_loss_tokens_to_skip >= 0, self, "num_loss_tokens_to_skip", "0 or more")
         length, longest = self.distillation_length, self.max_completion_length
         require(length is None or length > 0, self, "distillation_length", "a positive number of tokens, or None")

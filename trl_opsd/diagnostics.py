@@ -76,6 +76,15 @@ class Diagnostics:
         self._sums = sums if self._sums is None else self._sums + sums
         self._rows.append((rows, (values["divergence"] * mask).sum(1) / mask.sum(1).clamp(min=1)))
 
+    def state(self) -> list[float] | None:
+        """The sums so far, for a checkpoint; clocks and rows start anew."""
+        return None if self._sums is None else self._sums.tolist()
+
+    def restore(self, state: list[float] | None, device: torch.device) -> None:
+        """Continue from `state`."""
+        self.reset()
+        self._sums = None if state is None else torch.tensor(state, dtype=torch.float64, device=device)
+
     @contextmanager
     def clock(self, name: str, device: torch.device) -> Iterator[None]:
         """Measure the time a block takes, without waiting for the device until the numbers are read."""

@@ -1,9 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reward functions in TRL's form, used where the user gives none: they monitor, the distillation needs no reward."""
+"""Reward functions in TRL's form: those used where the user gives none, and a guard around those the user gives."""
 
+import functools
+import inspect
+import warnings
+from collections import Counter
+from collections.abc import Callable, Generator
 from typing import Any
 
+from torch import nn
+
 from .verification import verifies, verify
+
+REWARD_ERRORS = ("raise", "skip")
 
 
 def accuracy_reward(completions: list, solution: list[str | None], **kwargs: Any) -> list[float | None]:
@@ -27,3 +36,143 @@ def accuracy_reward(completions: list, solution: list[str | None], **kwargs: Any
 def no_reward(completions: list, **kwargs: Any) -> list[float]:
     """Zero for every completion: for data whose solutions hold no answer to verify."""
     return [0.0] * len(completions)
+
+
+def guard_rewards(rewards: Any, on_error: str, errors: Counter) -> Any:
+    """Wrap reward functions so that one that raises is named, or its rows skipped; names and `async` are kept.
+
+    A function that raises on a whole batch is called again row by row.
+
+    Args:
+        rewards: what a GRPO trainer takes; models and their names are not wrapped.
+        on_error: "raise" raises the function's exception with a note that names it and the first row that raises;
+            "skip" gives such rows no reward.
+        errors: gains, under the function's name, the number of rows skipped.
+    """
+    if isinstance(rewards, list):
+        return [guard_rewards(reward, on_error, errors) for reward in rewards]
+    if not callable(rewards) or isinstance(rewards, nn.Module):
+        return rewards
+    inner = rewards
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    name = getattr(inner, "__name__", type(inner).__name__)
+    attempts = functools.partial(_attempts, name, on_error == "skip", errors)
+    is_async = inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(inner.__call__)
+    guard = (_guard_async if is_async else _guard)(rewards, attempts)
+    guard.__name__ = name
+    return guard
+
+
+def _guard(reward: Callable, attempts: Callable) -> Callable:
+    @functools.wraps(reward)
+    def guarded(**columns):
+        tries = attempts(columns)
+        arguments = next(tries)
+        while True:
+            try:
+                outcome = reward(**arguments)
+            except Exception as error:
+                outcome = error
+            try:
+                arguments = tries.send(outcome)
+            except StopIteration as done:
+                return done.value
+
+    return guarded
+
+
+def _guard_async(reward: Callable, attempts: Callable) -> Callable:
+    @functools.wraps(reward)
+    async def guarded(**columns):
+        tries = attempts(columns)
+        arguments = next(tries)
+        while True:
+            try:
+                outcome = await reward(**arguments)
+            except Exception as error:
+                outcome = error
+            try:
+                arguments = tries.send(outcome)
+            except StopIteration as done:
+                return done.value
+
+    return guarded
+
+
+def _attempts(name: str, skip: bool, errors: Counter, columns: dict) -> Generator[dict, Any, list]:
+    """Yields the arguments of each call, is sent its result or exception, returns one reward a row."""
+    size = len(columns["completions"])
+    log = _HeldLog(columns)
+    batch = yield log.arguments(columns)
+    if not isinstance(batch, Exception):
+        log.pass_on()
+        return batch
+    rewards, raised = [], {}
+    log = _HeldLog(columns)
+    for row in range(size):
+        one = yield log.arguments({key: _cell(value, row, size) for key, value in columns.items()})
+        if isinstance(one, Exception):
+            raised[row] = one
+            if not skip:
+                break
+        rewards.append(None if row in raised else next(iter(one)))
+        log.end_row()
+    if not skip:
+        batch = next(iter(raised.values()), batch)
+        batch.add_note(
+            f"Raised by the reward function {name!r} on {_place(raised, columns, size)}. reward_errors='skip' would give "
+            "such rows no reward and count them."
+        )
+        raise batch
+    if raised:
+        errors[name] += len(raised)
+        warnings.warn(
+            f"The reward function {name!r} raised {next(iter(raised.values()))!r} on {_place(raised, columns, size)}, "
+            f"and on {len(raised)} of {size} rows in all. They have no reward; the log counts such rows as "
+            f"rewards/{name}/errors.",
+            stacklevel=2,
+        )
+    log.pass_on()
+    return rewards
+
+
+def _cell(value: Any, row: int, size: int) -> Any:
+    return value[row : row + 1] if isinstance(value, list) and len(value) == size else value
+
+
+def _place(raised: dict[int, Exception], columns: dict, size: int) -> str:
+    """The first row that raised, with what stands in it."""
+    if not raised:
+        return f"a batch of {size} rows, but on no row alone"
+    row = next(iter(raised))
+    prompt, completion = (str(columns[name][row])[:80] for name in ("prompts", "completions"))
+    return f"row {row} (prompt {prompt!r}, completion {completion!r})"
+
+
+class _HeldLog:
+    """Holds what a reward function logs until its call has worked: TRL's columns must have one value a row."""
+
+    def __init__(self, columns: dict):
+        self.to = {key: columns[key] for key in ("log_extra", "log_metric") if key in columns}
+        self.metrics: list[tuple] = []
+        self.extra: dict[str, list] = {}
+        self.rows = 0
+
+    def arguments(self, columns: dict) -> dict:
+        own = {"log_extra": self._add_extra, "log_metric": lambda *args, **kwargs: self.metrics.append((args, kwargs))}
+        return columns | {key: own[key] for key in self.to}
+
+    def end_row(self) -> None:
+        self.rows += 1
+        for values in self.extra.values():
+            values += [None] * (self.rows - len(values))
+
+    def pass_on(self) -> None:
+        for name, values in self.extra.items():
+            self.to["log_extra"](name, values)
+        for args, kwargs in self.metrics:
+            self.to["log_metric"](*args, **kwargs)
+
+    def _add_extra(self, column: str, values: list) -> None:
+        self.extra.setdefault(column, [None] * self.rows).extend(values)

@@ -5,18 +5,23 @@ One generation batch: rows -> rollouts and rewards (TRL) -> contexts (`method`) 
 TRL shuffles and splits -> micro-batches -> student hidden states -> fused loss. No formula stands here.
 """
 
+import warnings
 from collections import Counter
+from dataclasses import fields
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from ..card import append_method_section, describe_run
+from ..checkpoints import fingerprint, load_head, resolve_checkpoint, save_head
 from ..collators import TeacherCollator, positions_from_mask
 from ..config import OPSDConfig
 from ..diagnostics import Diagnostics, log_values
 from ..heads import OutputHead, attach_head_function, head_function, head_shape
 from ..losses import fused_divergence, token_weights
+from ..rewards import guard_rewards
 from ..scoring import ContextSharing
 from ..states import read_views
 from ..teacher import Teacher
@@ -61,9 +66,11 @@ class SelfDistillationTrainer(TargetTrainer):
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args or self.config_class(f"{name.rstrip('/').split('/')[-1] or 'model'}-{self.method.name}")
         check_inputs(self.method, self.config_class, model, args, train_dataset, eval_dataset)
+        self._reward_errors: Counter[str] = Counter()
+        rewards = choose_reward(self.method, reward_funcs, train_dataset)
         super().__init__(
             model=model,
-            reward_funcs=choose_reward(self.method, reward_funcs, train_dataset),
+            reward_funcs=guard_rewards(rewards, args.reward_errors, self._reward_errors),
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -97,6 +104,8 @@ class SelfDistillationTrainer(TargetTrainer):
             update_rate=args.teacher_update_rate,
             keep_head=self._updates_per_generation() > 1,
         )
+        # Of what has to be the run's initial weights; empty where the adapter is switched off instead.
+        self._base_fingerprint = fingerprint(self.teacher.values) if args.teacher_model_kind == "base" else None
         self.num_tokens = len(self.tokenizer) if getattr(args, "real_tokens_only", False) else None
         self.divergence = args.loss_divergence()
         self.diagnostics = {"train": Diagnostics(), "eval": Diagnostics()}
@@ -127,7 +136,36 @@ class SelfDistillationTrainer(TargetTrainer):
         args = self.args
         return args.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """Train as TRL does; a run resumes from complete checkpoints only.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the newest complete one of `output_dir`.
+            *args: TRL's.
+            **kwargs: TRL's.
+
+        Raises:
+            ValueError: there is no complete checkpoint, or the one given is half-written.
+        """
+        folder = resolve_checkpoint(
+            resume_from_checkpoint, self.args.output_dir, self._tell, lambda steps: set.intersection(*_of_all(steps))
+        )
+        return super().train(folder, *args, **kwargs)
+
+    def _tell(self, text: str) -> None:
+        if self.is_world_process_zero():
+            warnings.warn(text, stacklevel=4)
+
     # Hooks of RolloutTrainer
+
+    def add_targets(self, rows: list[dict], batch: dict[str, Any], rewards: torch.Tensor) -> dict[str, Any]:
+        if self.args.reward_errors == "skip":
+            counts = torch.tensor([float(self._reward_errors[name]) for name in self.reward_func_names])
+            counts = self.accelerator.reduce(counts.to(self.accelerator.device), reduction="sum").tolist()
+            names = [f"rewards/{name}/errors" for name in self.reward_func_names]
+            self.add_metrics(dict(zip(names, counts, strict=True)))
+            self._reward_errors.clear()
+        return super().add_targets(rows, batch, rewards)
 
     def count_loss_items(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         mask = batch["distillation_mask"]
@@ -151,9 +189,35 @@ class SelfDistillationTrainer(TargetTrainer):
 
     def save_extra_state(self, checkpoint: str) -> None:
         self.teacher.save(checkpoint)
+        head = self._target_heads["train"]
+        if head is not None and self.has_pending_batch() and self.args.should_save:  # the same on every rank
+            save_head(checkpoint, {field.name: getattr(head, field.name) for field in fields(head)})
 
     def load_extra_state(self, checkpoint: str) -> None:
         self.teacher.load(checkpoint)
+        head = load_head(checkpoint, self.accelerator.device)
+        self._target_heads["train"] = None if head is None else OutputHead(**head)
+
+    def pending_values(self) -> dict[str, Any]:
+        return {
+            "prompt_texts": self._prompt_texts,
+            "group_labels": self._group_labels,
+            "unsplit_batches": self._unsplit_batches,
+            "diagnostics": self.diagnostics["train"].state(),
+            "base_teacher": self._base_fingerprint,
+        }
+
+    def restore_pending_values(self, values: dict[str, Any]) -> None:
+        if values["base_teacher"] != self._base_fingerprint:
+            raise ValueError(
+                "teacher_model_kind='base': the model given to the trainer has other weights than the one the run "
+                "started from, and they would become the teacher. Give the original model; the checkpoint's weights "
+                "are loaded over it."
+            )
+        self._prompt_texts = values["prompt_texts"]
+        self._group_labels = Counter(values["group_labels"])
+        self._unsplit_batches = values["unsplit_batches"]
+        self.diagnostics["train"].restore(values["diagnostics"], self.accelerator.device)
 
     # Loss
 
@@ -258,6 +322,7 @@ class _StepHooks(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.accelerator.print(describe_run(args, self.trainer.method))
+        self.trainer.restore_interval()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.check_finite_loss()
@@ -268,3 +333,8 @@ class _StepHooks(TrainerCallback):
             lost = self.trainer.teacher.update()
             if args.teacher_model_kind == "ema":
                 self.trainer.add_metrics({"teacher/ema_rank_loss": lost})
+
+
+def _of_all(steps: set[int]) -> list[set[int]]:
+    """The sets of all ranks: on folders that are not shared, one may hold what another does not."""
+    return gather_object([steps])
