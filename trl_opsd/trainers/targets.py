@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import gather_object
 
 from .._trl import RolloutTrainer
-from ..contexts import Contexts, Rollout, TeacherContext, fill_template, rewrite_last_turn
+from ..contexts import Contexts, Rollout, TeacherContext, fill_template, is_missing, rewrite_last_turn
 from ..diagnostics import sum_decompositions
 from ..forwards import TeacherForward
 from ..heads import caps_logits, check_output_head, whole_head
@@ -183,7 +183,7 @@ class TargetTrainer(RolloutTrainer):
     def _log_decomposition(self, rows, rollouts, batch, length) -> None:
         """Log how much of the teacher's signal on some rollouts the solution alone explains; costs three views of them."""
         ids = [completion[:length] for completion in self._completion_lists(batch)]
-        picked = [row for row, rollout in enumerate(rollouts) if ids[row] and rollout.solution][:_DECOMPOSED_ROLLOUTS]
+        picked = [row for row, rollout in enumerate(rollouts) if ids[row] and not is_missing(rollout.solution)][:_DECOMPOSED_ROLLOUTS]
 
         def states(teacher: Teacher, template: str) -> torch.Tensor:
             jobs = []
