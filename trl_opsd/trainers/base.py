@@ -19,7 +19,7 @@ from ..heads import OutputHead, attach_head_function, head_function, head_shape
 from ..losses import fused_divergence, token_weights
 from ..scoring import ContextSharing
 from ..teacher import Teacher
-from ..validation import check_model_config, check_vocabulary
+from ..validation import check_model_config, check_vocabulary, room_for_prompt
 from .checks import check_inputs, check_prompts, choose_reward
 from .targets import TargetTrainer
 
@@ -59,6 +59,8 @@ class SelfDistillationTrainer(TargetTrainer):
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args or self.config_class(f"{name.rstrip('/').split('/')[-1] or 'model'}-{self.method.name}")
         check_inputs(self.method, self.config_class, model, args, train_dataset, eval_dataset)
+        if isinstance(model, str):  # a pickle can run code when it is read
+            args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
         super().__init__(
             model=model,
             reward_funcs=choose_reward(self.method, reward_funcs, train_dataset),
@@ -121,6 +123,7 @@ class SelfDistillationTrainer(TargetTrainer):
             max_length=args.max_teacher_prompt_length,
             shorten=args.solution_shortening,
             render_kwargs=self.render_kwargs(),
+            max_positions=room_for_prompt(self.model.config, args.max_completion_length),
         )
 
     def _updates_per_generation(self) -> int:

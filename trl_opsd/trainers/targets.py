@@ -10,14 +10,15 @@ import torch
 from accelerate.utils import gather_object
 
 from .._trl import RolloutTrainer
-from ..contexts import Contexts, Rollout, fill_template, rewrite_last_turn
+from ..contexts import Contexts, Rollout, as_text_turns, fill_template, rewrite_last_turn
 from ..forwards import TeacherForward
 from ..heads import check_output_head
 from ..jobs import ScoringJob
 from ..markers import count_markers
 from ..methods import Method
 from ..scoring import score_contexts
-from ..validation import check_rows
+from ..validation import check_rows, without_special_tokens
+from .checks import named_place
 
 _BATCHES_TO_WARN = 10
 
@@ -28,7 +29,13 @@ class TargetTrainer(RolloutTrainer):
     method: Method
 
     def prepare_rows(self, rows: list[dict]) -> list[dict]:
-        check_rows(rows, "generation batch", needs_solution=self.method.needs_solution)
+        name = "generation batch"
+        tokens = self.collator.special_tokens
+        check_rows(rows, name, needs_solution=self.method.needs_solution, special_tokens=tokens)
+        rows = [{**row, "prompt": as_text_turns(row["prompt"])} for row in rows]
+        for index, row in enumerate(rows):
+            with named_place(f"{name} row {index}: `prompt`"):
+                self.collator.check_renders(row["prompt"])
         template = self.args.prompt_template
         if template is None:
             return rows
@@ -44,7 +51,8 @@ class TargetTrainer(RolloutTrainer):
         texts = self.tokenizer.batch_decode(self._completion_lists(batch), skip_special_tokens=True)
         prompts = [row["prompt"] for row in rows] if self.args.prompt_template is None else self._raw_prompts
         rollouts = [
-            Rollout(prompt, row.get("solution"), text, reward)
+            # Decoding left out the control tokens it met; one that the model spelled out would end the teacher's turn.
+            Rollout(prompt, row.get("solution"), without_special_tokens(text, self.collator.special_tokens), reward)
             for prompt, row, text, reward in zip(
                 prompts, rows, texts, self._scalar_rewards(rewards)[first : first + batch_size], strict=True
             )
@@ -122,7 +130,8 @@ class TargetTrainer(RolloutTrainer):
                 prompt = rows[row]["prompt"] if view.template == "plain" else rollouts[row].prompt
                 key = (str(prompt), view.template, view.slot, view.slot_tokens)
                 if key not in encoded:
-                    encoded[key] = self.collator.encode(prompt, view)
+                    with named_place(f"generation batch row {row}"):
+                        encoded[key] = self.collator.encode(prompt, view)
                 shortened[row] |= encoded[key].shortened
                 jobs.append(ScoringJob(encoded[key].ids, ids[row], row, view.anchor, view.direction))
         with self.diagnostics[self.mode].clock("teacher_forward", self.accelerator.device):
