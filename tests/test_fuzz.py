@@ -431,7 +431,7 @@ def test_think_marks_are_no_control_tokens(tokenizer):
 
 def test_a_solution_longer_than_the_models_positions_is_refused_before_training(make_model, make_args, chat_tokenizer):
     rows = [GOOD, {**GOOD, "solution": HUGE}]
-    with pytest.raises(ValueError, match=r"train_dataset row 1: .*positions for 32764 .*max_teacher_prompt_length"):
+    with pytest.raises(ValueError, match=r"train_dataset row 1: .*positions for 32768.*max_teacher_prompt_length"):
         OPSDTrainer(
             model=make_model(vocab_size=len(chat_tokenizer)),
             args=make_args(max_completion_length=4),

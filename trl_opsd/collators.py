@@ -38,7 +38,7 @@ class TeacherCollator:
         max_length: budget of a privileged prompt in tokens; the slot's text is shortened to it, the template never.
         shorten: where the slot's text is cut, "middle" or "end".
         render_kwargs: passed to `apply_chat_template` for every context (tools, another chat template).
-        max_positions: tokens that the model has positions for, less the rollout; None for no limit.
+        max_positions: tokens that the model has positions for; None for no limit.
     """
 
     tokenizer: Any
@@ -86,9 +86,8 @@ class TeacherCollator:
     def _within_positions(self, ids: list[int]) -> list[int]:
         if self.max_positions is not None and len(ids) > self.max_positions:
             raise ValueError(
-                f"A prompt has {len(ids)} tokens, but the model has positions for {self.max_positions} before the "
-                f"rollout. Set max_teacher_prompt_length to at most {self.max_positions} to shorten the solution, or "
-                "drop the row."
+                f"A prompt has {len(ids)} tokens, but the model has positions for {self.max_positions}. Set "
+                f"max_teacher_prompt_length below {self.max_positions} to shorten the solution, or drop the row."
             )
         return ids
 

@@ -157,8 +157,8 @@ def check_model_config(config: Any) -> None:
         )
 
 
-def room_for_prompt(config: Any, max_completion_length: int | None) -> int | None:
-    """Tokens that the model has positions for, less the longest rollout; None where its config names no limit."""
+def num_positions(config: Any) -> int | None:
+    """Tokens that the model has positions for; None where its config names no limit."""
     config = config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None:
@@ -166,7 +166,7 @@ def room_for_prompt(config: Any, max_completion_length: int | None) -> int | Non
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if rope.get("factor"):  # YaRN and its like reach further than the config's own number says
         positions = max(positions, int(rope["factor"] * rope.get("original_max_position_embeddings", positions)))
-    return positions - (max_completion_length or 0)
+    return positions
 
 
 def check_vocabulary(config: Any, head_rows: int, num_tokens: int) -> None:

@@ -19,7 +19,7 @@ from ..heads import OutputHead, attach_head_function, head_function, head_shape
 from ..losses import fused_divergence, token_weights
 from ..scoring import ContextSharing
 from ..teacher import Teacher
-from ..validation import check_model_config, check_vocabulary, room_for_prompt
+from ..validation import check_model_config, check_vocabulary, num_positions
 from .checks import check_inputs, check_prompts, choose_reward
 from .targets import TargetTrainer
 
@@ -123,7 +123,7 @@ class SelfDistillationTrainer(TargetTrainer):
             max_length=args.max_teacher_prompt_length,
             shorten=args.solution_shortening,
             render_kwargs=self.render_kwargs(),
-            max_positions=room_for_prompt(self.model.config, args.max_completion_length),
+            max_positions=num_positions(self.model.config),
         )
 
     def _updates_per_generation(self) -> int:
