@@ -22,7 +22,7 @@ from .train import TRAINERS, parse
 NUM_GPUS = (1, 4, 8, 64)
 LORA = LoraConfig(r=64, lora_alpha=128, lora_dropout=0.05, target_modules="all-linear")
 _FOOTPRINTS: dict[tuple, Footprint] = {}
-_ARGUMENTS: dict[tuple, Any] = {}
+_ARGUMENTS: dict[str, Any] = {}
 _MARKS = ("<!-- table of `trl-opsd plan --write-docs` begins -->\n", "<!-- table ends -->\n")
 
 
@@ -220,11 +220,11 @@ def paper_run(shape: str, method: str, num_gpus: int, *, lora: bool) -> Planned:
     """A paper's setting on a shape of `SHAPES`: 32 rollouts a step over all GPUs, at least one on each."""
     rollouts = max(1, 32 // num_gpus)
     size = min(4, rollouts)
-    key = (method, rollouts)
-    if key not in _ARGUMENTS:
-        sizes = [f"--per_device_train_batch_size={size}", f"--gradient_accumulation_steps={rollouts // size}"]
-        _ARGUMENTS[key] = _run_arguments(method, sizes)[0]
-    args = _ARGUMENTS[key]
+    if method not in _ARGUMENTS:
+        _ARGUMENTS[method] = _run_arguments(method, [])[0]
+    steps = rollouts // size
+    args = copy.copy(_ARGUMENTS[method])  # set afterwards: on one process TRL would want whole groups
+    args.per_device_train_batch_size, args.gradient_accumulation_steps, args.steps_per_generation = size, steps, steps
     dtype = "bfloat16" if lora else "float32"
     return Planned(load_config(shape), args, method, LORA if lora else None, dtype, True, Workload())
 
