@@ -21,11 +21,16 @@ def main(arguments: list[str] | None = None) -> None:
     demo.add_argument("--samples", type=int, default=4, help="samples a problem, the k of avg@k")
     for method in METHODS:
         commands.add_parser(method, help=f"train with {method}; see `trl-opsd {method} --help`", add_help=False)
+    commands.add_parser("plan", help="print what a run needs on each GPU and whether it fits", add_help=False)
     options, rest = parser.parse_known_args(arguments)
     if options.command == "demo":
         from .demo.run import run_demo
 
         run_demo(options.output_dir, options.seeds, options.problems, options.samples, rest)
+    elif options.command == "plan":
+        from .plan import main as plan
+
+        plan(rest)
     else:
         from .train import main as train
 

@@ -6,11 +6,13 @@ The rollout's ids are appended as they were sampled. Nothing here decodes and re
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from .contexts import Prompt, TeacherContext, fill_template, rewrite_last_turn
+from .contexts import Prompt, TeacherContext, as_text_turns, fill_template, rewrite_last_turn
+from .validation import check_no_special_token
 
 _CUT = " [...] "
 
@@ -36,6 +38,7 @@ class TeacherCollator:
         max_length: budget of a privileged prompt in tokens; the slot's text is shortened to it, the template never.
         shorten: where the slot's text is cut, "middle" or "end".
         render_kwargs: passed to `apply_chat_template` for every context (tools, another chat template).
+        max_positions: tokens that the model has positions for; None for no limit.
     """
 
     tokenizer: Any
@@ -46,21 +49,29 @@ class TeacherCollator:
     max_length: int | None = None
     shorten: str = "middle"
     render_kwargs: dict[str, Any] = field(default_factory=dict)
+    max_positions: int | None = None
+
+    @cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Control tokens that a text must not spell out; `<think>` and its like are tokens of their own but no control."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        return tuple(dict.fromkeys([*self.tokenizer.all_special_tokens, *(t.content for t in added if t.special)]))
 
     def encode(self, prompt: Prompt, context: TeacherContext) -> EncodedContext:
         """Token ids of `context` for a row's `prompt`, the slot shortened to the budget if it must be.
 
         Raises:
-            ValueError: the template and the problem alone exceed `max_teacher_prompt_length`, or the chat template
-                refuses its arguments.
+            ValueError: the template and the problem alone exceed `max_teacher_prompt_length`, the chat template
+                refuses its arguments, the slot's text spells out a control token, or the model has fewer positions.
         """
         if context.template == "plain":
-            return EncodedContext(self._render(prompt, self.student_kwargs))
+            return EncodedContext(self._within_positions(self._render(prompt, self.student_kwargs)))
+        check_no_special_token({"prompt": "", "solution": context.slot}, "teacher context", self.special_tokens)
         slot, cut = self._within_slot_budget(context)
         context = replace(context, slot=slot)
         ids = self._privileged_ids(prompt, context.template, slot)
         if self.max_length is None or len(ids) <= self.max_length:
-            return EncodedContext(ids, shortened=cut)
+            return EncodedContext(self._within_positions(ids), shortened=cut)
         return EncodedContext(self._shortened_ids(prompt, context), shortened=True)
 
     def _within_slot_budget(self, context: TeacherContext) -> tuple[str, bool]:
@@ -72,13 +83,21 @@ class TeacherCollator:
             return context.slot, False
         return shorten_text(context.slot, ends, context.slot_tokens, self.shorten), True
 
+    def _within_positions(self, ids: list[int]) -> list[int]:
+        if self.max_positions is not None and len(ids) > self.max_positions:
+            raise ValueError(
+                f"A prompt has {len(ids)} tokens, but the model has positions for {self.max_positions}. Set "
+                f"max_teacher_prompt_length below {self.max_positions} to shorten the solution, or drop the row."
+            )
+        return ids
+
     def check_renders(self, prompt: Prompt) -> None:
         """Render a prompt for the student and for every template.
 
         Raises:
-            ValueError: the chat template refuses.
+            ValueError: the chat template refuses, or the model has fewer positions than the student's prompt has tokens.
         """
-        self._render(prompt, self.student_kwargs)
+        self._within_positions(self._render(prompt, self.student_kwargs))
         for template in self.templates:
             self._privileged_ids(prompt, template, _CUT)
 
@@ -115,7 +134,7 @@ class TeacherCollator:
             return self.tokenizer(text=prompt)["input_ids"]
         try:
             encoded = self.tokenizer.apply_chat_template(
-                prompt,
+                as_text_turns(prompt),
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,

@@ -13,6 +13,9 @@ from typing import Any
 Prompt = str | list[dict[str, Any]]
 
 SHORTEN_CHOICES = ("middle", "end")
+ROLES = ("system", "user", "assistant", "tool")
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 TEACHER_PROMPT_TEMPLATE = """{prompt}
 
@@ -102,6 +105,23 @@ def fill_template(template: str, *, prompt: str = "", solution: str = "") -> str
     return re.sub(r"\{prompt\}|\{solution\}", lambda match: texts[match.group()], template)
 
 
+def check_text(text: Any, place: str, *, may_be_empty: bool = False) -> None:
+    """Check that `text` is a string that a tokenizer can read.
+
+    Raises:
+        ValueError: it is no string, blank, or holds half of a surrogate pair; the message starts with `place`.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"{place} is not text but {type(text).__name__}. Give a string, or remove the row.")
+    if not may_be_empty and not text.strip():
+        raise ValueError(f"{place} is empty. Remove the row or give it a text.")
+    if (broken := _SURROGATE.search(text)) is not None:
+        raise ValueError(
+            f"{place} is not valid Unicode: half of a surrogate pair ({broken.group()!r}) at character "
+            f"{broken.start()}. Repair how the file was decoded, or remove the row."
+        )
+
+
 def check_prompt(prompt: Any, row: str) -> None:
     """Check that a dataset prompt is text or a text-only conversation that ends with a user turn.
 
@@ -109,8 +129,7 @@ def check_prompt(prompt: Any, row: str) -> None:
         ValueError: it is not; the message starts with `row`, which names the place.
     """
     if isinstance(prompt, str):
-        if not prompt.strip():
-            raise ValueError(f"{row}: `prompt` is empty. Remove the row or give it a problem.")
+        check_text(prompt, f"{row}: `prompt`")
         return
     if not isinstance(prompt, list) or not prompt or not all(isinstance(m, dict) for m in prompt):
         raise ValueError(
@@ -119,22 +138,29 @@ def check_prompt(prompt: Any, row: str) -> None:
         )
     if prompt[-1].get("role") != "user":
         raise ValueError(
-            f"{row}: `prompt` ends with a {prompt[-1].get('role')!r} turn, but the model answers a user. End it with a "
-            "message of role 'user' and move an answer to `solution`."
+            f"{row}: `prompt` ends with a {repr(prompt[-1].get('role'))[:40]} turn, but the model answers a user. End "
+            "it with a message of role 'user' and move an answer to `solution`."
         )
-    for message in prompt:
-        _check_text_parts(message, row)
+    for index, message in enumerate(prompt):
+        _check_message(message, f"{row}: `prompt`", index)
     message_text(prompt[-1], row)
 
 
-def _check_text_parts(message: dict[str, Any], row: str) -> None:
-    content = message.get("content")
-    for part in content if isinstance(content, list) else ():
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise ValueError(
-                f"{row}: `prompt` holds a part that is not text: {str(part)[:80]!r}. Images are not carried into the "
-                "teacher's prompt; remove the row or the part."
-            )
+def _check_message(message: dict[str, Any], place: str, index: int) -> None:
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:  # a chat template may leave out a turn whose role it does not know
+        raise ValueError(f"{place} message {index} has the role {repr(role)[:40]}. Use one of {ROLES}.")
+    if content is None and role == "assistant" and isinstance(message.get("tool_calls"), list):
+        return
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(content, list):
+            if not isinstance(part, dict) or part.get("type") != "text":
+                raise ValueError(
+                    f"{place} holds a part that is not text: {str(part)[:80]!r}. Images are not carried into the "
+                    "teacher's prompt; remove the row or the part."
+                )
+            part = part.get("text")
+        check_text(part, f"{place} message {index} `content`", may_be_empty=True)
 
 
 def message_text(message: dict[str, Any], row: str = "prompt") -> str:
@@ -143,15 +169,27 @@ def message_text(message: dict[str, Any], row: str = "prompt") -> str:
     Raises:
         ValueError: the content is empty or holds something other than text.
     """
-    content = message.get("content")
-    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-        content = "".join(str(part.get("text")) for part in content)
+    content = joined_parts(message).get("content")
     if not isinstance(content, str) or not content.strip():
         raise ValueError(
-            f"{row}: the last message's content is not text: {str(content)[:80]!r}. Only non-empty text prompts can be "
-            "shown to the teacher."
+            f"{row}: the last message's content is not text: {str(content)[:80]!r}. Only non-empty text in "
+            "`prompt` can be shown to the teacher."
         )
     return content
+
+
+def joined_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with a list of text parts as one string: templates of text models leave lists out or fail on them."""
+    content = message.get("content")
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return message
+    texts = [part.get("text") if part.get("type") == "text" else None for part in content]
+    return {**message, "content": "".join(texts)} if all(isinstance(text, str) for text in texts) else message
+
+
+def as_text_turns(prompt: Prompt) -> Prompt:
+    """The prompt with every message's text parts joined; one without parts is returned as it is."""
+    return prompt if isinstance(prompt, str) else [joined_parts(message) for message in prompt]
 
 
 def rewrite_last_turn(prompt: Prompt, rewrite: Callable[[str], str]) -> Prompt:

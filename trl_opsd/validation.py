@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is checked before any training: the dataset's rows and the model, each with an error that names the fix."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-from .contexts import check_prompt, is_missing
+from .contexts import check_prompt, check_text, is_missing, joined_parts
 
 IMAGE_COLUMNS = ("image", "images")
+# Keyword arguments that TRL's trainer passes to every reward function beside the dataset's columns.
+TRL_COLUMNS = ("prompts", "completions", "trainer_state", "log_extra", "log_metric", "environments")
 
 
 def check_dataset(dataset: Any, name: str, *, needs_solution: bool) -> None:
@@ -39,24 +43,100 @@ def check_dataset(dataset: Any, name: str, *, needs_solution: bool) -> None:
     check_rows(rows, name, needs_solution=needs_solution)
 
 
-def check_rows(rows: Iterable[Mapping[str, Any]], name: str, *, needs_solution: bool) -> None:
-    """Check prompts and solutions row by row; the message names the row's index.
+def check_rows(
+    rows: Iterable[Mapping[str, Any]], name: str, *, needs_solution: bool, special_tokens: Sequence[str] = ()
+) -> None:
+    """Check rows one by one; the message names the row's index and the field.
+
+    Args:
+        rows: of a dataset or a generation batch.
+        name: of the dataset, for the message.
+        needs_solution: see `check_dataset`.
+        special_tokens: control tokens that no text may spell out, see `check_no_special_token`.
 
     Raises:
-        ValueError: a prompt that the teacher could not be shown, a solution that is no text, or a missing or blank one
-            that the method needs.
+        ValueError: a prompt that the teacher could not be shown, a missing, blank or unreadable solution, an image, a
+            column name that TRL takes, or a row unlike the first.
     """
+    first = None
     for index, row in enumerate(rows):
         place = f"{name} row {index}"
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{place} is {type(row).__name__}. Give a dict with `prompt` and `solution`.")
         check_prompt(row.get("prompt"), place)
-        solution = row.get("solution")
-        if not needs_solution and is_missing(solution):
-            continue
-        if not isinstance(solution, str) or not solution.strip():
+        _check_solution(row.get("solution"), place, needs_solution)
+        _check_other_columns(row, place)
+        first = row if first is None else first
+        _check_alike(row, first, place)
+        check_no_special_token(row, place, special_tokens)
+
+
+def check_no_special_token(row: Mapping[str, Any], place: str, special_tokens: Sequence[str]) -> None:
+    """Check that no text of a row spells out a control token such as `<|im_end|>`.
+
+    A tokenizer turns it into the token itself: it would end the user's turn within the text, and the rest would be read
+    as another speaker's.
+
+    Raises:
+        ValueError: names the row, the field and the token.
+    """
+    if not special_tokens:
+        return
+    pattern = _any_of(tuple(special_tokens))
+    prompt = row["prompt"]
+    messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
+    texts = [("prompt", joined_parts(message).get("content")) for message in messages]
+    for field, text in [*texts, ("solution", row.get("solution"))]:
+        if isinstance(text, str) and (found := pattern.search(text)) is not None:
             raise ValueError(
-                f"{place}: `solution` is {_describe(solution)}, but the teacher reads it. Remove the row or give it a "
-                "reference solution as text."
+                f"{place}: `{field}` spells out {found.group()!r}, a control token of the tokenizer, which would end or "
+                "open a turn within the text. Take it out of the text, or remove the row; give turns as messages."
             )
+
+
+def without_special_tokens(text: str, special_tokens: Sequence[str]) -> str:
+    """`text` without spelled out control tokens, those that removing one brings together too."""
+    while special_tokens and (shorter := _any_of(tuple(special_tokens)).sub("", text)) != text:
+        text = shorter
+    return text
+
+
+@lru_cache(maxsize=32)
+def _any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+
+
+def _check_solution(solution: Any, place: str, needs_solution: bool) -> None:
+    if not needs_solution and is_missing(solution):
+        return
+    if not isinstance(solution, str) or not solution.strip():
+        raise ValueError(
+            f"{place}: `solution` is {_describe(solution)}, but the teacher reads it. Remove the row or give it a "
+            "reference solution as text."
+        )
+    check_text(solution, f"{place}: `solution`")
+
+
+def _check_other_columns(row: Mapping[str, Any], place: str) -> None:
+    for column in row:
+        if not isinstance(column, str):
+            raise ValueError(f"{place} has the column name {column!r} ({type(column).__name__}). Give columns names.")
+        if column in IMAGE_COLUMNS and row[column] is not None:
+            raise ValueError(f"{place}: `{column}`: images are not carried into the teacher's prompt. Remove it.")
+        if column in TRL_COLUMNS:
+            raise ValueError(f"{place}: `{column}` is a name that TRL gives to reward functions itself. Rename it.")
+
+
+def _check_alike(row: Mapping[str, Any], first: Mapping[str, Any], place: str) -> None:
+    """TRL decides by the first row of a batch what columns there are and whether prompts are conversations."""
+    if row.keys() != first.keys():
+        other = sorted(row.keys() ^ first.keys())
+        raise ValueError(f"{place}: the columns {other} are in this row or in row 0 but not in both. Give all or none.")
+    if isinstance(row["prompt"], str) != isinstance(first["prompt"], str):
+        raise ValueError(
+            f"{place}: `prompt` is {'text' if isinstance(row['prompt'], str) else 'a conversation'}, unlike row 0's. Give "
+            "every prompt in one form."
+        )
 
 
 def check_model_config(config: Any) -> None:
@@ -75,6 +155,18 @@ def check_model_config(config: Any) -> None:
             f"model: {config.model_type} reads images or audio, which are not carried into the teacher's prompt. Use "
             "its text-only checkpoint."
         )
+
+
+def num_positions(config: Any) -> int | None:
+    """Tokens that the model has positions for; None where its config names no limit."""
+    config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("factor"):  # YaRN and its like reach further than the config's own number says
+        positions = max(positions, int(rope["factor"] * rope.get("original_max_position_embeddings", positions)))
+    return positions
 
 
 def check_vocabulary(config: Any, head_rows: int, num_tokens: int) -> None:
@@ -104,6 +196,7 @@ def _check_columns(columns: list[str], name: str, needs_solution: bool) -> None:
                 f"{'problem' if column == 'prompt' else 'reference solution'} with "
                 f"`dataset.rename_column(..., {column!r})`."
             )
+    _check_other_columns(dict.fromkeys(columns), name)
     images = [column for column in IMAGE_COLUMNS if column in columns]
     if images:
         raise ValueError(

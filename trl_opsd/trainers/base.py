@@ -25,7 +25,7 @@ from ..rewards import guard_rewards
 from ..scoring import ContextSharing
 from ..states import read_views
 from ..teacher import Teacher
-from ..validation import check_model_config, check_vocabulary
+from ..validation import check_model_config, check_vocabulary, num_positions
 from .checks import check_inputs, check_prompts, choose_reward
 from .tail_anchor import count_tail_tokens, student_length, tail_loss
 from .targets import TargetTrainer
@@ -66,6 +66,8 @@ class SelfDistillationTrainer(TargetTrainer):
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args or self.config_class(f"{name.rstrip('/').split('/')[-1] or 'model'}-{self.method.name}")
         check_inputs(self.method, self.config_class, model, args, train_dataset, eval_dataset)
+        if isinstance(model, str):  # a pickle can run code when it is read
+            args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
         self._reward_errors: Counter[str] = Counter()
         rewards = choose_reward(self.method, reward_funcs, train_dataset)
         super().__init__(
@@ -130,6 +132,7 @@ class SelfDistillationTrainer(TargetTrainer):
             max_length=args.max_teacher_prompt_length,
             shorten=args.solution_shortening,
             render_kwargs=self.render_kwargs(),
+            max_positions=num_positions(self.model.config),
         )
 
     def _updates_per_generation(self) -> int:

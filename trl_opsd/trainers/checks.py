@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a trainer refuses before any training, beyond what its config can know."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 from transformers import AutoConfig
 
 from .._trl import trusts_remote_code
 from ..collators import TeacherCollator
+from ..contexts import TeacherContext
 from ..methods import Method
 from ..rewards import accuracy_reward, no_reward
-from ..validation import check_dataset, check_model_config
+from ..validation import check_dataset, check_model_config, check_no_special_token
 from ..verification import verifies
 
 _ROWS_TO_VERIFY = 32
@@ -31,6 +34,10 @@ def check_inputs(
         )
     if train_dataset is None:
         raise ValueError("train_dataset is None; give a dataset with the columns `prompt` and `solution`.")
+    if isinstance(train_dataset, Mapping):
+        raise ValueError(
+            f"train_dataset is a dict of {sorted(train_dataset)}; give one of them, for instance its 'train'."
+        )
     check_dataset(train_dataset, "train_dataset", needs_solution=method.needs_solution)
     if eval_dataset is not None:
         check_dataset(eval_dataset, "eval_dataset", needs_solution=method.needs_solution)
@@ -57,17 +64,53 @@ def choose_reward(method: Method, reward_funcs: Any, dataset: Any) -> Any:
 
 
 def check_prompts(collator: TeacherCollator, train_dataset: Any, eval_dataset: Any) -> None:
-    """Render a row of each dataset with every template, and every row whose problem could exhaust the budget.
+    """Render a row of each dataset with every template, and every row that could exhaust the budget or the positions.
 
     Raises:
-        ValueError: the chat template refuses, or the budget leaves nothing of the solution.
+        ValueError: the chat template refuses, a text spells out a control token, the budget leaves nothing of the
+            solution, or the model has too few positions.
     """
-    parts = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-    for dataset in (train_dataset, *(part for part in parts if part is not None)):
+    named = (
+        {f"eval_dataset[{key!r}]": part for key, part in eval_dataset.items()} if isinstance(eval_dataset, dict) else {}
+    )
+    named = named or ({} if eval_dataset is None else {"eval_dataset": eval_dataset})
+    for name, dataset in {"train_dataset": train_dataset, **named}.items():
         collator.check_renders(next(iter(dataset))["prompt"])
+        for index, row in _readable_rows(dataset):
+            with named_place(f"{name} row {index}"):
+                check_no_special_token(row, f"{name} row {index}", collator.special_tokens)
+                _check_positions(collator, row)
         for row in _long_rows(collator, dataset):
             for template in collator.templates:
                 collator.check_budget(row["prompt"], template)
+
+
+@contextmanager
+def named_place(place: str) -> Iterator[None]:
+    """Within the context, a ValueError that does not name `place` gets it in front."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith(place):
+            raise
+        raise ValueError(f"{place}: {error}") from error
+
+
+def _readable_rows(dataset: Any) -> Iterator[tuple[int, dict]]:
+    """Prompts and solutions of a dataset that can be read before training; of a stream the first row."""
+    columns = [column for column in ("prompt", "solution") if column in (dataset.column_names or ())]
+    rows = dataset.select_columns(columns) if columns else dataset
+    return enumerate(rows if hasattr(dataset, "__len__") else islice(rows, 1))
+
+
+def _check_positions(collator: TeacherCollator, row: dict) -> None:
+    """Encode what is long enough to exceed the model's positions: a token is at least one byte."""
+    limit, solution = collator.max_positions, row.get("solution") or ""
+    if limit is None or len(f"{row['prompt']}{solution}".encode()) <= limit - collator.template_length():
+        return
+    collator.check_renders(row["prompt"])
+    if solution:
+        collator.encode(row["prompt"], TeacherContext("teacher", solution))
 
 
 def _long_rows(collator: TeacherCollator, dataset: Any) -> Iterator[dict]:

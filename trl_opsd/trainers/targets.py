@@ -10,7 +10,15 @@ import torch
 from accelerate.utils import gather_object
 
 from .._trl import RolloutTrainer
-from ..contexts import Contexts, Rollout, TeacherContext, fill_template, is_missing, rewrite_last_turn
+from ..contexts import (
+    Contexts,
+    Rollout,
+    TeacherContext,
+    as_text_turns,
+    fill_template,
+    is_missing,
+    rewrite_last_turn,
+)
 from ..diagnostics import sum_decompositions
 from ..forwards import TeacherForward
 from ..heads import caps_logits, check_output_head, whole_head
@@ -20,7 +28,8 @@ from ..markers import count_markers
 from ..methods import Method
 from ..scoring import score_contexts
 from ..teacher import Teacher
-from ..validation import check_rows
+from ..validation import check_rows, without_special_tokens
+from .checks import named_place
 from .tail_anchor import tail_mask
 
 _BATCHES_TO_WARN = 10
@@ -33,7 +42,13 @@ class TargetTrainer(RolloutTrainer):
     method: Method
 
     def prepare_rows(self, rows: list[dict]) -> list[dict]:
-        check_rows(rows, "generation batch", needs_solution=self.method.needs_solution)
+        name = "generation batch"
+        tokens = self.collator.special_tokens
+        check_rows(rows, name, needs_solution=self.method.needs_solution, special_tokens=tokens)
+        rows = [{**row, "prompt": as_text_turns(row["prompt"])} for row in rows]
+        for index, row in enumerate(rows):
+            with named_place(f"{name} row {index}: `prompt`"):
+                self.collator.check_renders(row["prompt"])
         template = self.args.prompt_template
         if template is None:
             return rows
@@ -51,7 +66,15 @@ class TargetTrainer(RolloutTrainer):
         self.add_metrics({"rewards/missing": rewards.isnan().all(dim=1).float().mean().item()})
         rewards = self._scalar_rewards(rewards)[first : first + batch_size]
         rollouts = [
-            Rollout(prompt, row.get("solution"), text, reward, len(ids), bool(ids) and ids[-1] in self.end_token_ids)
+            # Decoding left out the control tokens it met; one that the model spelled out would end the teacher's turn.
+            Rollout(
+                prompt,
+                row.get("solution"),
+                without_special_tokens(text, self.collator.special_tokens),
+                reward,
+                len(ids),
+                bool(ids) and ids[-1] in self.end_token_ids,
+            )
             for prompt, row, text, reward, ids in zip(
                 prompts, rows, texts, rewards, self._completion_lists(batch), strict=True
             )
@@ -134,7 +157,8 @@ class TargetTrainer(RolloutTrainer):
                 prompt = rows[row]["prompt"] if view.template == "plain" else rollouts[row].prompt
                 key = (str(prompt), view.template, view.slot, view.slot_tokens)
                 if key not in encoded:
-                    encoded[key] = self.collator.encode(prompt, view)
+                    with named_place(f"generation batch row {row}"):
+                        encoded[key] = self.collator.encode(prompt, view)
                 shortened[row] |= encoded[key].shortened
                 jobs.append(ScoringJob(encoded[key].ids, ids[row], row, view.anchor, view.direction))
         with self.diagnostics[self.mode].clock("teacher_forward", self.accelerator.device):

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Planned against measured peak memory of a training run, each in a process of its own.
+
+`python benchmarks/memory.py` prints one JSON line a run and a table. On a CPU the peak is the resident memory above what was
+there before the model was made, sampled every 2 ms; on a GPU `torch.cuda.max_memory_allocated`.
+"""
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from itertools import product
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CI", "true")
+
+MODELS = ("demo", "100M")
+
+
+def config_of(name):
+    from transformers import AutoConfig, Qwen3Config
+
+    from trl_opsd.demo import model_path
+
+    if name == "demo":
+        return AutoConfig.from_pretrained(model_path())
+    return Qwen3Config(
+        hidden_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        intermediate_size=3072,
+        vocab_size=65_536,
+        tie_word_embeddings=False,
+    )
+
+
+class ResidentPeak(threading.Thread):
+    """Samples the resident memory of this process; glibc gives freed blocks back at once (see `run`)."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.most = self.start_bytes = self.now()
+        self.phases, self.phase, self.stopped = {}, "start", False
+
+    @staticmethod
+    def now():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def run(self):
+        while not self.stopped:
+            held = self.now() - self.start_bytes
+            self.phases[self.phase] = max(self.phases.get(self.phase, 0), held)
+            time.sleep(0.002)
+
+
+def measure(case):
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from trl_opsd import OPSDConfig, OPSDTrainer
+    from trl_opsd.demo import model_path
+    from trl_opsd.footprint import measure_footprint
+    from trl_opsd.memory import Workload, plan_memory
+    from trl_opsd.methods import OPSD
+
+    cuda = torch.cuda.is_available()
+    config, tokenizer = config_of(case["model"]), AutoTokenizer.from_pretrained(model_path())
+    peft_config = LoraConfig(r=64, lora_alpha=128, lora_dropout=0.05, target_modules="all-linear")
+    peft_config = peft_config if case["lora"] else None
+    rows = [{"prompt": "1" * 60, "solution": "2" * 20} for _ in range(16)]
+    args = OPSDConfig(
+        tempfile.mkdtemp(),
+        per_device_train_batch_size=case["batch"],
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        max_completion_length=case["completion"],
+        gradient_checkpointing=case["checkpointing"],
+        bf16=cuda,
+        use_cpu=not cuda,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    footprint = measure_footprint(config, torch.float32, autocast=cuda, peft_config=peft_config)
+    planned = plan_memory(
+        footprint,
+        args,
+        OPSD,
+        workload=Workload(prompt=60, solution=480 - 60),
+        autocast=cuda,
+        device="cuda" if cuda else "cpu",
+    )
+    torch.manual_seed(0)
+    warm_up(torch)
+    gc.collect()
+    watch = ResidentPeak()
+    watch.start()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    trainer = OPSDTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    del model
+    follow_phases(trainer, watch)
+    trainer.generation_config.eos_token_id, trainer.generation_config.min_new_tokens = None, case["completion"]
+    trainer.train()
+    watch.stopped = True
+    watch.join()
+    phases = {name: round(held / 2**20, 1) for name, held in watch.phases.items()}
+    measured = torch.cuda.max_memory_allocated() if cuda else max(watch.phases.values())
+    parts = {f"{part.phase}: {part.name}": round(part.bytes / 2**20, 1) for part in planned.parts}
+    line = {**case, "planned_mb": round(planned.total / 2**20, 1), "measured_mb": round(measured / 2**20, 1)}
+    line |= {
+        "ratio": round(planned.total / measured, 2),
+        "peak_phase": planned.peak_phase,
+        "parts": parts,
+        "phases": phases,
+    }
+    print(json.dumps(line), flush=True)
+
+
+def warm_up(torch):
+    """Load what the first step of any model loads, so that it does not count."""
+    layer = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.randn(4, 64)).sum().backward()
+    optimizer.step()
+    import torch._dynamo
+    from trl import GRPOTrainer  # noqa: F401
+
+
+def follow_phases(trainer, watch):
+    def within(owner, name, phase):
+        original = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            before, watch.phase = watch.phase, phase
+            try:
+                return original(*args, **kwargs)
+            finally:
+                watch.phase = before
+
+        setattr(owner, name, call)
+
+    within(trainer, "_generate_single_turn", "sampling")
+    within(trainer, "_run_teacher", "scoring")
+    within(trainer, "training_step", "training")
+    watch.phase = "step and rest"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--trained", nargs="+", default=("all", "lora"), choices=("all", "lora"))
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        return measure(json.loads(options.case))
+    lines = []
+    for model, lora, checkpointing in product(
+        options.models, [name == "lora" for name in options.trained], (False, True)
+    ):
+        case = {"model": model, "lora": lora, "checkpointing": checkpointing}
+        case |= {"batch": 8, "completion": 128} if model == "demo" else {"batch": 1, "completion": 32}
+        lines.append(run(case))
+    print(
+        "| model | trained | checkpointing | planned MB | measured MB | planned / measured |\n|---|---|---|---|---|---|"
+    )
+    for line in lines:
+        trained = "LoRA r64" if line["lora"] else "all"
+        flag = "on" if line["checkpointing"] else "off"
+        print(
+            f"| {line['model']} | {trained} | {flag} | {line['planned_mb']:,.0f} | {line['measured_mb']:,.0f} | {line['ratio']} |"
+        )
+
+
+def run(case):
+    # Without a threshold glibc keeps freed blocks and the resident memory never falls.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    command = [sys.executable, __file__, "--case", json.dumps(case)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    if done.returncode:
+        raise SystemExit(done.stderr[-4000:])
+    line = next(line for line in done.stdout.splitlines() if line.startswith('{"model"'))
+    print(line, flush=True)
+    return json.loads(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model of a config weighs and what its forwards hold, without weights.
+
+Parameters are counted on the meta device; what a forward keeps for the backward, and what it holds while it runs, is read from
+fake tensors. Both are done with one and two layers, the latter on two lengths, which gives the part of a layer and of a
+token, exactly where a model is the same layer many times over.
+"""
+
+import copy
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
+
+from .heads import causal_lm
+
+# The published shapes: hidden size, layers, heads, key-value heads, intermediate size, tied embeddings.
+_QWEN3 = {
+    "Qwen3-1.7B": (2048, 28, 16, 8, 6144, True),
+    "Qwen3-4B": (2560, 36, 32, 8, 9728, True),
+    "Qwen3-8B": (4096, 36, 32, 8, 12288, False),
+    "Qwen3-32B": (5120, 64, 64, 8, 25600, False),
+}
+SHAPES = tuple(_QWEN3)
+_LENGTHS = (128, 256)
+
+
+def load_config(name: str) -> Any:
+    """The config of a shape of `SHAPES` (also "Qwen/..."), or of a model folder or Hub id."""
+    shape = _QWEN3.get(name.removeprefix("Qwen/"))
+    if shape is None:
+        return AutoConfig.from_pretrained(name)
+    hidden, layers, heads, kv_heads, intermediate, tied = shape
+    return Qwen3Config(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=128,
+        intermediate_size=intermediate,
+        vocab_size=151_936,
+        max_position_embeddings=40_960,
+        tie_word_embeddings=tied,
+    )
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Counts and bytes of one model in one precision.
+
+    Attributes:
+        parameters: all of them, tied ones once, adapters included.
+        trainable: those that train.
+        layer_parameters: of one layer.
+        head: entries (V, H) of the output head.
+        head_trains: whether the head is among the trainable.
+        num_layers: decoder layers.
+        parameter_bytes: of one parameter of the base.
+        adapter_bytes: of one trainable parameter.
+        hidden_bytes: of one element of the hidden states.
+        saved_fixed: bytes kept for the backward whatever the number of tokens, all layers.
+        saved_layer: bytes a token that one layer keeps for its backward.
+        saved_rest: bytes a token that the rest keeps.
+        running: bytes a token that a forward without gradients holds at its peak.
+        running_fixed: bytes it holds whatever the number of tokens, such as weights cast by autocast.
+        cache: bytes a token of the KV cache, all layers.
+    """
+
+    parameters: int
+    trainable: int
+    layer_parameters: int
+    head: tuple[int, int]
+    head_trains: bool
+    num_layers: int
+    parameter_bytes: int
+    adapter_bytes: int
+    hidden_bytes: int
+    saved_fixed: float
+    saved_layer: float
+    saved_rest: float
+    running: float
+    running_fixed: float
+    cache: float
+
+
+def measure_footprint(config: Any, dtype: torch.dtype, *, autocast: bool = True, peft_config: Any = None) -> Footprint:
+    """Read a config's footprint.
+
+    Args:
+        config: of a dense decoder-only model.
+        dtype: of its parameters.
+        autocast: whether it runs under bfloat16 autocast.
+        peft_config: of the adapter that trains; None trains every parameter.
+
+    Raises:
+        ValueError: the model cannot be traced, as one that routes tokens by their values cannot.
+    """
+    layers = config.get_text_config().num_hidden_layers
+    one, two = (_meta_model(_with_layers(config, count), dtype, peft_config) for count in (1, 2))
+    try:
+        traces = [[_trace(model, length, autocast) for length in _LENGTHS] for model in (one, two)]
+    except RuntimeError as error:
+        raise ValueError(f"model: {config.model_type} cannot be planned without its weights ({error}).") from error
+    (a1, b1), (a2, b2) = [[trace.saved for trace in row] for row in traces]
+    step = _LENGTHS[1] - _LENGTHS[0]
+    slope, layer_slope = (b1 - a1) / step, ((b2 - a2) - (b1 - a1)) / step
+    fixed, layer_fixed = a1 - slope * _LENGTHS[0], (a2 - a1) - layer_slope * _LENGTHS[0]
+    running = (traces[0][1].running - traces[0][0].running) / step
+    casts = [row[0].running - running * _LENGTHS[0] for row in traces]
+    total, trainable = (
+        _count(one, trained) + (layers - 1) * (_count(two, trained) - _count(one, trained)) for trained in (False, True)
+    )
+    head = causal_lm(one).get_output_embeddings().weight
+    return Footprint(
+        parameters=total,
+        trainable=trainable,
+        layer_parameters=_count(two, False) - _count(one, False),
+        head=tuple(head.shape),
+        head_trains=head.requires_grad,
+        num_layers=layers,
+        parameter_bytes=dtype.itemsize,
+        adapter_bytes=next(p for p in one.parameters() if p.requires_grad).dtype.itemsize,
+        hidden_bytes=traces[0][0].hidden_bytes,
+        saved_fixed=fixed + (layers - 1) * layer_fixed,
+        saved_layer=layer_slope,
+        saved_rest=slope - layer_slope,
+        running=running,
+        running_fixed=max(0.0, casts[0] + (layers - 1) * (casts[1] - casts[0])),
+        cache=layers * traces[0][0].cache / _LENGTHS[0],
+    )
+
+
+def _with_layers(config: Any, count: int) -> Any:
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = count
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:count]
+    return config
+
+
+def _meta_model(config: Any, dtype: torch.dtype, peft_config: Any) -> nn.Module:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, copy.deepcopy(peft_config))
+    return model.train()
+
+
+def _count(model: nn.Module, trained_only: bool) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained_only)
+
+
+class _Backbone(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor, use_cache: bool):
+        return causal_lm(self.model).base_model(input_ids=ids, use_cache=use_cache)
+
+
+@dataclass(frozen=True)
+class _Trace:
+    saved: int
+    running: int
+    cache: int
+    hidden_bytes: int
+
+
+def _trace(model: nn.Module, length: int, autocast: bool) -> _Trace:
+    """Bytes of one forward over `length` tokens on fake tensors."""
+    with FakeTensorMode():
+        state = {
+            f"model.{name}": torch.empty(t.shape, dtype=t.dtype, device="cpu").requires_grad_(t.requires_grad)
+            for name, t in [*model.named_parameters(), *model.named_buffers()]
+        }
+        own = {tensor.untyped_storage()._cdata for tensor in state.values()}
+        ids = torch.zeros(1, length, dtype=torch.long)
+        saved: dict[int, Any] = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                saved[storage._cdata] = storage  # kept, so that its address is not given away
+            return tensor
+
+        def run(use_cache):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                return functional_call(_Backbone(model), state, (ids, use_cache))
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = run(False)
+        with torch.no_grad(), _PeakMode() as peak:
+            layer = run(True).past_key_values.layers[0]
+        cache = sum(getattr(layer, name).untyped_storage().nbytes() for name in ("keys", "values"))
+        hidden = output.last_hidden_state.element_size()
+        return _Trace(sum(s.nbytes() for s in saved.values()), peak.most, cache, hidden)
+
+
+class _PeakMode(TorchDispatchMode):
+    """Most bytes that tensors made within it held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in known:
+                self._add(storage)
+        self.most = max(self.most, self.now)
+        return output
+
+    def _add(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._alive:
+            self._alive.add(key)
+            self.now += size
+            weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key, size):
+        self._alive.discard(key)
+        self.now -= size
