@@ -207,7 +207,8 @@ class TargetTrainer(RolloutTrainer):
     def _log_decomposition(self, rows, rollouts, batch, length) -> None:
         """Log how much of the teacher's signal on some rollouts the solution alone explains; costs three views of them."""
         ids = [completion[:length] for completion in self._completion_lists(batch)]
-        picked = [row for row, rollout in enumerate(rollouts) if ids[row] and not is_missing(rollout.solution)][:_DECOMPOSED_ROLLOUTS]
+        picked = [row for row, rollout in enumerate(rollouts) if ids[row] and not is_missing(rollout.solution)]
+        picked = picked[:_DECOMPOSED_ROLLOUTS]
 
         def states(teacher: Teacher, template: str) -> torch.Tensor:
             jobs = []
