@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ..callbacks import CollapseGuard
 from ..card import append_method_section, describe_run
 from ..collators import TeacherCollator, positions_from_mask
 from ..config import OPSDConfig
@@ -109,19 +110,11 @@ class SelfDistillationTrainer(TargetTrainer):
         self._group_labels: Counter[str] = Counter()
         self._unsplit_batches = 0
         self.add_callback(_StepHooks(self))
+        if args.guard != "off":
+            self.add_callback(CollapseGuard(args.guard))
 
     def _make_collator(self) -> TeacherCollator:
-        args = self.args
-        return TeacherCollator(
-            tokenizer=self.tokenizer,
-            templates={"teacher": args.teacher_prompt_template, "reference": args.reference_prompt_template},
-            student_kwargs=args.chat_template_kwargs or {},
-            teacher_kwargs=args.teacher_chat_template_kwargs or {},
-            prefix=args.teacher_prefix,
-            max_length=args.max_teacher_prompt_length,
-            shorten=args.solution_shortening,
-            render_kwargs=self.render_kwargs(),
-        )
+        return TeacherCollator.from_settings(self.tokenizer, self.args, self.render_kwargs())
 
     def _updates_per_generation(self) -> int:
         args = self.args
