@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM = false
 # Tiny models: a second thread costs more in barriers than it saves.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-oldest lint build benchmark clean
+.PHONY: demo test test-oldest test-browser lint build benchmark clean
 
 demo: .venv/ready
 	$(BIN)/trl-opsd demo
@@ -19,6 +19,11 @@ test: .venv/ready lint
 # The fast tests that touch TRL, on the oldest versions that pyproject.toml allows.
 test-oldest: .venv-oldest/ready
 	$(OLDEST)/python -m pytest -q $(OLDEST_TESTS)
+
+# The inspector's page in a headless Chromium, which must be installed (Debian: apt-get install chromium-driver).
+test-browser: .venv/ready
+	$(BIN)/pip install -q -c constraints.txt -e '.[browser]'
+	REQUIRE_BROWSER=1 $(BIN)/python -m pytest -q tests/test_browser.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

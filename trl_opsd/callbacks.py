@@ -122,11 +122,9 @@ class CollapseGuard(TrainerCallback):
         if self.action == "stop":
             control.should_training_stop = True
         if state.is_world_process_zero:
-            ending = " Training stops here (guard='stop')." if self.action == "stop" else ""
-            warnings.warn(
-                f"Collapse guard at step {now['step']}: {' '.join(seen)}{ending} Set guard='off' to silence it.",
-                stacklevel=2,
-            )
+            ending = "Training stops after this step (guard='stop')." if self.action == "stop" else ""
+            lines = [f"Collapse guard at step {now['step']}, against step {start['step']}:", *seen, ending]
+            warnings.warn("\n- ".join(filter(None, lines)), stacklevel=2)
 
     def _entries(self, history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """Training logs over enough tokens; `num_tokens` in them counts from the start of the run."""
@@ -148,4 +146,4 @@ class CollapseGuard(TrainerCallback):
         if advice is None or (limit.key, advice) in self._told:
             return None
         self._told.add((limit.key, advice))
-        return f"{limit.name} is {value:.3g} after {before:.3g} at step {start['step']}. Try: {advice}"
+        return f"{limit.name}: {value:.3g}, was {before:.3g}. Try: {advice}"

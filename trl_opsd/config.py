@@ -90,7 +90,9 @@ class OPSDConfig(GRPOConfig):
     temperature: float = option(1.1, "Sampling temperature of the rollouts.")
     top_p: float = option(0.95, "Nucleus sampling: probability mass kept, in (0, 1].")
     top_k: int = option(20, "Sampling among the k likeliest tokens; 0 for all.")
-    logging_first_step: bool = option(True, "Log the first step too: the untrained model's, which the guard compares with.")
+    logging_first_step: bool = option(
+        True, "Log the first step too: the untrained model's, which the guard compares with."
+    )
     chat_template_kwargs: dict | str | None = option(
         {"enable_thinking": False}, "Keyword arguments of the chat template for the student's prompt."
     )
@@ -158,7 +160,8 @@ class OPSDConfig(GRPOConfig):
     # Diagnostics.
     reflection_markers: list[str] = option(list(REFLECTION_MARKERS), "Whole words counted per 1,000 tokens of rollout.")
     guard: str = option(
-        "warn", f"When length, entropy, divergence, markers or repetition leave the range of the start, one of {GUARDS}."
+        "warn",
+        f"When length, entropy, divergence, markers or repetition leave the range of the start, one of {GUARDS}.",
     )
 
     def __post_init__(self):

@@ -29,7 +29,9 @@ _PROMPTS_PER_ROLLOUT = 8
 class InspectArguments(DataArguments):
     """What to inspect, beside the data, the models and the method's settings."""
 
-    method: str = field(default="opsd", metadata={"help": "Whose contexts and target are shown.", "choices": [*TRAINERS]})
+    method: str = field(
+        default="opsd", metadata={"help": "Whose contexts and target are shown.", "choices": [*TRAINERS]}
+    )
     student_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint of the student. None: the base model, which teaches, itself."}
     )

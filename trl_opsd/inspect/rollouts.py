@@ -35,9 +35,7 @@ def sample_groups(inspector: Inspector, rows: Sequence[dict]) -> Iterator[list[S
             ]
 
 
-def saved_groups(
-    inspector: Inspector, path: str | Path, rows: Sequence[dict] | None
-) -> Iterator[list[SampledRollout]]:
+def saved_groups(inspector: Inspector, path: str | Path, rows: Sequence[dict] | None) -> Iterator[list[SampledRollout]]:
     """Rollouts of a file, those of one prompt and step together.
 
     Args:
