@@ -20,8 +20,8 @@ from .page import write_page
 from .records import RolloutRecord, SampledRollout
 from .rollouts import sample_groups, saved_groups
 
-# Training settings whose defaults a machine without a GPU refuses; nothing here reads them. Words of the user's win.
-_NEUTRAL = ("--bf16", "false", "--gradient_checkpointing", "false", "--report_to", "none")
+# A default of training that a machine without a GPU refuses; nothing here reads it, and words of the user's win.
+_NEUTRAL = ("--bf16", "false")
 _PROMPTS_PER_ROLLOUT = 8
 
 
