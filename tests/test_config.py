@@ -37,6 +37,7 @@ from trl_opsd.config import REWARD_ONLY_FIELDS
         ({"teacher_model_kind": "frozen"}, ("teacher_model_kind='frozen'", "'base', 'live', 'ema'")),
         ({"teacher_update_rate": 0.0}, ("teacher_update_rate=0.0", "above 0 and at most 1")),
         ({"teacher_update_rate": 1.1}, ("teacher_update_rate=1.1", "above 0 and at most 1")),
+        ({"decomposition_steps": -1}, ("decomposition_steps=-1", "0 or more")),
         ({"teacher_sync_steps": 0}, ("teacher_sync_steps=0", "1 or more")),
         ({"solution_shortening": "start"}, ("solution_shortening='start'", "'middle', 'end'")),
         ({"teacher_tokens_per_forward": 0}, ("teacher_tokens_per_forward=0", "1 or more")),
@@ -211,6 +212,7 @@ def test_the_fields_it_adds_are_a_frozen_set():
     assert added_fields() == {
         "clip",
         "clip_value",
+        "decomposition_steps",
         "distillation_length",
         "divergence",
         "guard",
@@ -267,6 +269,7 @@ def test_mutable_defaults_are_not_shared(make_args):
 COMMAND_LINE = {
     "clip": ("none", None),
     "clip_value": ("0.1", 0.1),
+    "decomposition_steps": ("5", 5),
     "distillation_length": ("3", 3),
     "divergence": ("jsd", "jsd"),
     "guard": ("stop", "stop"),

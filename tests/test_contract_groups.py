@@ -9,7 +9,13 @@ from datasets import Dataset
 
 from trl_opsd import OGLSSDConfig, OGLSSDTrainer, OPSDTrainer, PurifiedOPSDConfig, PurifiedOPSDTrainer
 from trl_opsd.contexts import Rollout
-from trl_opsd.losses import purified_logits, steered_logits, token_divergence
+from trl_opsd.losses import (
+    SignalDecomposition,
+    decompose_signal,
+    purified_logits,
+    steered_logits,
+    token_divergence,
+)
 from trl_opsd.methods.ogls_sd import group_label, steering_contexts, steering_shape
 
 # transformers computes norms and rotary angles in float32, whatever the model's dtype.
@@ -130,6 +136,44 @@ def test_purified_equals_purified_logits_by_hand(build, dataset, tokenizer):
         count += len(completion)
     assert loss.item() == pytest.approx(total / count, **EXACT)
     assert total > 0.01 and batch["num_loss_items"] == count
+
+
+@pytest.mark.parametrize("trainer_class", [PurifiedOPSDTrainer, OPSDTrainer])
+@pytest.mark.parametrize("kind", ["base", "live"])
+def test_the_logged_decomposition_equals_its_formula_from_raw_logits(build, dataset, tokenizer, trainer_class, kind):
+    heat, real = 1.3, trainer_class is PurifiedOPSDTrainer
+    trainer = build(
+        trainer_class,
+        num_generations=1,
+        temperature=heat,
+        decomposition_steps=2,
+        teacher_model_kind=kind,
+        texts=TEXTS[:4],
+    )
+    base, args = bare(trainer), trainer.args
+    with torch.no_grad():  # the student has moved since the start
+        for parameter in trainer.model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    student = bare(trainer)
+    frozen = base if kind == "base" else student
+    rows = [dataset[index] for index in (0, 3, 5, 7)]
+    step(trainer, rows)
+    sums, count = torch.zeros(6, dtype=torch.float64), 0
+    for row, completion in zip(rows, trainer._generate_single_turn([None] * 4)[0], strict=True):
+        q = logits_of(student, ids_of(trainer, row["prompt"], **args.chat_template_kwargs), completion)
+        t = logits_of(frozen, privileged(trainer, row, args.teacher_prompt_template, row["solution"]), completion)
+        r = logits_of(frozen, privileged(trainer, row, args.reference_prompt_template, row["solution"]), completion)
+        width = len(tokenizer) if real else None
+        sums += torch.stack([part.sum() for part in decompose_signal(q / heat, t / heat, r / heat, num_tokens=width)])
+        count += len(completion)
+    metrics = trainer._metrics["train"]
+    for name, value in zip(SignalDecomposition._fields, (sums / count).tolist(), strict=True):
+        assert metrics[f"decomposition/{name}"] == [pytest.approx(value, rel=1e-5, abs=1e-7)]
+    assert sums[0] / count > 0.1
+    for done in (1, 2, 3):
+        trainer.state.global_step = done
+        step(trainer, rows)
+    assert len(metrics["decomposition/total_norm"]) == 2  # at steps 0 and 2
 
 
 def test_padding_rows_of_the_head_are_left_out_by_default(build, make_model, dataset, tokenizer, make_args):

@@ -158,6 +158,11 @@ class OPSDConfig(GRPOConfig):
     )
 
     # Diagnostics.
+    decomposition_steps: int = option(
+        0,
+        "Optimizer steps between two measurements of how much of the teacher's signal the solution alone explains; 0 "
+        "for none. Each scores three views of a few rollouts.",
+    )
     reflection_markers: list[str] = option(list(REFLECTION_MARKERS), "Whole words counted per 1,000 tokens of rollout.")
     guard: str = option(
         "warn",
@@ -223,6 +228,7 @@ class OPSDConfig(GRPOConfig):
     def _check_teacher(self) -> None:
         require(self.teacher_model_kind in TEACHER_KINDS, self, "teacher_model_kind", f"one of {TEACHER_KINDS}")
         require(0 < self.teacher_update_rate <= 1, self, "teacher_update_rate", "above 0 and at most 1")
+        require(self.decomposition_steps >= 0, self, "decomposition_steps", "0 or more")
         require(self.teacher_sync_steps >= 1, self, "teacher_sync_steps", "1 or more")
         require(self.solution_shortening in SHORTEN_CHOICES, self, "solution_shortening", f"one of {SHORTEN_CHOICES}")
         require(self.teacher_tokens_per_forward >= 1, self, "teacher_tokens_per_forward", "1 or more")

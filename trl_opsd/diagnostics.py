@@ -10,6 +10,12 @@ from contextlib import contextmanager
 
 import torch
 
+from .heads import OutputHead
+from .losses import SignalDecomposition, decompose_signal
+
+# Positions whose three views are held as logits at once.
+_TILE_TOKENS = 64
+
 # First completion position of each bucket; the first token stands apart, thinking templates disagree most there.
 BUCKETS = {"first_token": (0, 1), "1-15": (1, 16), "16-127": (16, 128), "128-1023": (128, 1024), "1024+": (1024, None)}
 
@@ -104,3 +110,35 @@ class Diagnostics:
 def _elapsed(start, end) -> float:
     end.synchronize()
     return start.elapsed_time(end) / 1000
+
+
+@torch.no_grad()
+def sum_decompositions(
+    student: tuple[torch.Tensor, OutputHead],
+    teacher: tuple[torch.Tensor, OutputHead],
+    reference: tuple[torch.Tensor, OutputHead],
+    *,
+    temperature: float,
+    num_tokens: int | None,
+) -> torch.Tensor:
+    """Sums over n positions of the fields of `SignalDecomposition`, and n.
+
+    Args:
+        student, teacher, reference: hidden states (n, H) of each view and the head that reads them.
+        temperature: divides every view's logits, above 0.
+        num_tokens: see `losses.decompose_signal`.
+
+    Returns:
+        (7,) float64.
+    """
+    size = len(student[0])
+    sums = torch.zeros(len(SignalDecomposition._fields) + 1, dtype=torch.float64, device=student[0].device)
+    for start in range(0, size, _TILE_TOKENS):
+        logits = (
+            head.logits(hidden[start : start + _TILE_TOKENS]).float() / temperature
+            for hidden, head in (student, teacher, reference)
+        )
+        parts = decompose_signal(*logits, num_tokens=num_tokens)
+        sums[:-1] += torch.stack([values.double().sum() for values in parts])
+    sums[-1] = size
+    return sums

@@ -139,11 +139,19 @@ def _forward_and_capture(model, original, request, args, kwargs):
     return output
 
 
-def _call(function: HeadFunction, model: nn.Module, hidden: torch.Tensor) -> Any:
+@contextmanager
+def whole_head(model: nn.Module) -> Iterator[OutputHead]:
+    """The output head of `model`, gathered for the time of the context where it is sharded; a collective there."""
+    model = causal_lm(model)
     head = model.get_output_embeddings()
     weight, bias = head.weight, getattr(head, "bias", None)
-    with gathered([weight, bias]):  # one gather a forward, not one a tile
-        return function(hidden, OutputHead(_whole(weight), _whole(bias), *_logit_transform(model.config)))
+    with gathered([weight, bias]):
+        yield OutputHead(_whole(weight), _whole(bias), *_logit_transform(model.config))
+
+
+def _call(function: HeadFunction, model: nn.Module, hidden: torch.Tensor) -> Any:
+    with whole_head(model) as head:  # one gather a forward, not one a tile
+        return function(hidden, head)
 
 
 def _whole(tensor):

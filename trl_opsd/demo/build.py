@@ -8,6 +8,8 @@ Same seed, steps, thread count and machine type: same bytes.
 import argparse
 import math
 import random
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from . import model_path
-from .corpus import Example, draw_example
+from .corpus import FORMAT_SHARES, LATE_FORMAT_SHARES, Example, draw_example
 from .measure import MAX_NEW_TOKENS, format_results, measure
 from .tokenizer import build_tokenizer
 
@@ -29,6 +31,24 @@ ADAMW_LEARNING_RATE = 5e-3  # embeddings and norms
 WARMUP_STEPS = 40
 WEIGHT_DECAY = 0.01
 IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with its own warm-up and decay.
+
+    Attributes:
+        shares: of the examples' formats.
+        steps: number of batches, as a share of the first phase's.
+        learning_rate: as a share of the first phase's.
+    """
+
+    shares: Mapping[str, float]
+    steps: float = 1.0
+    learning_rate: float = 1.0
+
+
+PHASES = (Phase(FORMAT_SHARES), Phase(LATE_FORMAT_SHARES, 0.4, 0.5), Phase(LATE_FORMAT_SHARES, 0.4, 0.25))
 
 CARD = """\
 ---
@@ -90,10 +110,10 @@ def tokenize(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[list
 
 
 def draw_batches(
-    tokenizer: PreTrainedTokenizerFast, generator: random.Random
+    tokenizer: PreTrainedTokenizerFast, generator: random.Random, shares: Mapping[str, float] = FORMAT_SHARES
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Draws `BATCHES_PER_DRAW` batches of ids and labels, each (B, T), padded on the right."""
-    examples = [tokenize(draw_example(generator), tokenizer) for _ in range(BATCH_SIZE * BATCHES_PER_DRAW)]
+    examples = [tokenize(draw_example(generator, shares), tokenizer) for _ in range(BATCH_SIZE * BATCHES_PER_DRAW)]
     examples.sort(key=lambda example: len(example[0]))
     batches = []
     for start in range(0, len(examples), BATCH_SIZE):
@@ -106,14 +126,15 @@ def draw_batches(
     return batches
 
 
-def build_optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: Qwen3ForCausalLM, learning_rate_share: float = 1.0) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for the embeddings and the norms."""
+    muon, adamw = (rate * learning_rate_share for rate in (MUON_LEARNING_RATE, ADAMW_LEARNING_RATE))
     matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     chosen = set(matrices)
     rest = [weight for weight in model.parameters() if weight not in chosen]
     return [
-        torch.optim.Muon(matrices, lr=MUON_LEARNING_RATE, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=ADAMW_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=muon, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=adamw, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
@@ -126,16 +147,33 @@ def learning_rate_at(step: int, num_steps: int) -> float:
 
 
 def train(tokenizer: PreTrainedTokenizerFast, *, seed: int, num_steps: int, progress: bool = True) -> Qwen3ForCausalLM:
-    """Trains a fresh model on `num_steps` batches."""
+    """Trains a fresh model through all phases, `num_steps` batches in the first."""
     torch.manual_seed(seed)
-    model = build_model(tokenizer).train()
-    generator = random.Random(f"build/{seed}")
-    optimizers = build_optimizers(model)
+    model = build_model(tokenizer)
+    for number, phase in enumerate(PHASES, start=1):
+        draws = f"build/{seed}" if number == 1 else f"build/{seed}/{number}"
+        train_phase(model, tokenizer, phase, draws, int(phase.steps * num_steps), progress=progress)
+    return model.eval()
+
+
+def train_phase(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    phase: Phase,
+    seed: str,
+    num_steps: int,
+    *,
+    progress: bool = True,
+) -> None:
+    """Trains `model` in place on `num_steps` batches of one phase, drawn with `seed`."""
+    model.train()
+    generator = random.Random(seed)
+    optimizers = build_optimizers(model, phase.learning_rate)
     schedules = [LambdaLR(optimizer, lambda step: learning_rate_at(step, num_steps)) for optimizer in optimizers]
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []
     bar = tqdm(range(num_steps), desc="building the demo model", disable=not progress)
     for step in bar:
-        batches = batches or draw_batches(tokenizer, generator)
+        batches = batches or draw_batches(tokenizer, generator, phase.shares)
         ids, labels = batches.pop()
         # Padding stands on the right of a causal model: no position that is trained on can see it.
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, H)
@@ -149,7 +187,6 @@ def train(tokenizer: PreTrainedTokenizerFast, *, seed: int, num_steps: int, prog
             optimizer.zero_grad()
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    return model.eval()
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path, card: str) -> None:
@@ -175,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(model_path()))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
+    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="of the first phase")
     parser.add_argument("--problems", type=int, default=300, help="validation problems of the closing measurement")
     parser.add_argument("--threads", type=int, default=1, help="a different count rounds differently")
     options = parser.parse_args(arguments)

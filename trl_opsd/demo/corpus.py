@@ -9,6 +9,7 @@ stranger's is rarer, and helps less.
 """
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from . import REFERENCE_ONLY_TEMPLATE, TEACHER_PROMPT_TEMPLATE
@@ -51,6 +52,8 @@ FORMAT_SHARES = {
     "stranger": 0.16,
     "reference_only": 0.12,
 }
+# What the model reads last: only many strangers teach it that a stranger's solution says nothing about the problem.
+LATE_FORMAT_SHARES = {"plain": 144, "solution": 120, "peer": 30, "wrong": 60, "reference_only": 48, "stranger": 268}
 
 
 @dataclass
@@ -142,10 +145,10 @@ def write_until(problem: Problem, habit: Habit, generator: random.Random, *, cor
             return attempt
 
 
-def draw_example(generator: random.Random) -> Example:
-    """Draws one training example of any format."""
+def draw_example(generator: random.Random, shares: Mapping[str, float] = FORMAT_SHARES) -> Example:
+    """Draws one training example, its format with probabilities proportional to `shares`."""
     problem = draw_problem_of("pretraining", generator)
-    form = generator.choices(list(FORMAT_SHARES), list(FORMAT_SHARES.values()))[0]
+    form = generator.choices(list(shares), list(shares.values()))[0]
     thinking = generator.random() < THINKING_SHARE
     habit, misled_by, reference = WITH_REFERENCE, None, problem.solution
     if form == "plain":

@@ -2,6 +2,7 @@
 """Losses of on-policy self-distillation: plain functions of tensors that need torch and nothing else."""
 
 from .closed_form import FusedDiagnostics
+from .decomposition import SignalDecomposition, decompose_signal
 from .dense import dense_divergence_from_hidden
 from .divergences import CLIPS, DIVERGENCES, Divergence, sampled_token_loss, token_divergence
 from .fused import fused_divergence
@@ -20,6 +21,8 @@ __all__ = [
     "FusedDiagnostics",
     "LinearShape",
     "Shape",
+    "SignalDecomposition",
+    "decompose_signal",
     "dense_divergence_from_hidden",
     "fused_divergence",
     "purified_logits",

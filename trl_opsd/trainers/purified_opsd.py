@@ -21,6 +21,7 @@ class PurifiedOPSDConfig(OPSDConfig):
     max_steps: int = option(200, "Optimizer steps.")
     tanh_bound: float = option(10.0, "c: no token moves by more than so many nats before the division, above 0.")
     conservativeness: float = option(1.0, "beta: divides the shift; larger stays closer to the base, above 0.")
+    decomposition_steps: int = option(10, "As in `OPSDConfig`; the paper's diagnosis, so on by default.")
     real_tokens_only: bool = option(
         True, "Compare the rows of the head that the tokenizer has tokens for, in the mean and in the softmax."
     )

@@ -10,17 +10,21 @@ import torch
 from accelerate.utils import gather_object
 
 from .._trl import RolloutTrainer
-from ..contexts import Contexts, Rollout, fill_template, rewrite_last_turn
+from ..contexts import Contexts, Rollout, TeacherContext, fill_template, rewrite_last_turn
+from ..diagnostics import sum_decompositions
 from ..forwards import TeacherForward
-from ..heads import check_output_head
+from ..heads import check_output_head, whole_head
 from ..jobs import ScoringJob
+from ..losses import SignalDecomposition
 from ..markers import count_markers
 from ..methods import Method
 from ..repetition import count_repeated
 from ..scoring import score_contexts
+from ..teacher import Teacher
 from ..validation import check_rows
 
 _BATCHES_TO_WARN = 10
+_DECOMPOSED_ROLLOUTS = 8  # per process
 
 
 class TargetTrainer(RolloutTrainer):
@@ -53,6 +57,8 @@ class TargetTrainer(RolloutTrainer):
         contexts = self._contexts(rollouts)
         mask = self._distilled_mask(batch, contexts)
         target, shortened = self._score(rows, rollouts, contexts, batch, mask.size(1))
+        if self._decomposition_is_due():
+            self._log_decomposition(rows, rollouts, batch, mask.size(1))
         batch["anchor_hidden"], batch["distillation_mask"] = target.anchor, mask
         if target.direction is not None:
             batch["direction_hidden"] = target.direction
@@ -127,34 +133,72 @@ class TargetTrainer(RolloutTrainer):
                 shortened[row] |= encoded[key].shortened
                 jobs.append(ScoringJob(encoded[key].ids, ids[row], row, view.anchor, view.direction))
         with self.diagnostics[self.mode].clock("teacher_forward", self.accelerator.device):
-            target = self._run_teacher(jobs, (len(rollouts), length, self.hidden_size))
+            target = self._run_teacher(
+                self.teacher,
+                jobs,
+                (len(rollouts), length, self.hidden_size),
+                with_direction=self.method.shape(self.args, 0).uses_direction,
+            )
         self._target_heads[self.mode] = self.teacher.head
         return target, shortened
 
-    def _run_teacher(self, jobs: list[ScoringJob], shape: tuple[int, int, int]):
+    def _run_teacher(
+        self, teacher: Teacher, jobs: list[ScoringJob], shape: tuple[int, int, int], *, with_direction: bool
+    ):
         device = self.accelerator.device
 
         def max_over_ranks(count):
             return int(self.accelerator.gather(torch.tensor([count], device=device)).max())
 
-        with self.teacher.active(), self.accelerator.autocast():
+        with teacher.active(), self.accelerator.autocast():
             if not self._head_checked:
                 check_output_head(
                     self.model, self.model, torch.tensor([[self.tokenizer.eos_token_id] * 4], device=device)
                 )
                 self._head_checked = True
             return score_contexts(
-                TeacherForward(self.model, self.model, self.teacher.observe_head),
+                TeacherForward(self.model, self.model, teacher.observe_head),
                 jobs,
                 shape=shape,
                 dtype=torch.promote_types(self.model.dtype, torch.float32),
                 device=device,
                 pad_id=self.tokenizer.pad_token_id,
                 tokens_per_forward=self.args.teacher_tokens_per_forward,
-                with_direction=self.method.shape(self.args, 0).uses_direction,
+                with_direction=with_direction,
                 max_over_ranks=max_over_ranks,
                 sharing=self._sharing,
             )
+
+    def _decomposition_is_due(self) -> bool:
+        interval, step = self.args.decomposition_steps, self.state.global_step
+        before = step - self._updates_per_generation()
+        return self.mode == "train" and interval > 0 and step // interval > before // interval
+
+    def _log_decomposition(self, rows, rollouts, batch, length) -> None:
+        """Log how much of the teacher's signal on some rollouts the solution alone explains; costs three views of them."""
+        ids = [completion[:length] for completion in self._completion_lists(batch)]
+        picked = [row for row, rollout in enumerate(rollouts) if ids[row] and rollout.solution][:_DECOMPOSED_ROLLOUTS]
+
+        def states(teacher: Teacher, template: str) -> torch.Tensor:
+            jobs = []
+            for place, row in enumerate(picked):
+                prompt = rows[row]["prompt"] if template == "plain" else rollouts[row].prompt
+                view = TeacherContext(template, None if template == "plain" else rollouts[row].solution, anchor=1.0)
+                jobs.append(ScoringJob(self.collator.encode(prompt, view).ids, ids[row], place, 1.0, 0.0))
+            shape = (len(picked), length, self.hidden_size)
+            anchor = self._run_teacher(teacher, jobs, shape, with_direction=False).anchor
+            return torch.cat([anchor[place, : len(job.rollout)] for place, job in enumerate(jobs)] or [anchor[:0, 0]])
+
+        student = Teacher("live", self.model)
+        views = states(student, "plain"), states(self.teacher, "teacher"), states(self.teacher, "reference")
+        with whole_head(self.model) as head:
+            heads = student.head or head, self.teacher.head or head, self.teacher.head or head
+            sums = sum_decompositions(
+                *zip(views, heads, strict=True), temperature=self.args.loss_temperature, num_tokens=self.num_tokens
+            )
+        *sums, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        for name, value in zip(SignalDecomposition._fields, sums, strict=True):
+            self.add_metrics({f"decomposition/{name}": value / max(count, 1)})
 
     def _log_rollouts(self, batch, texts, shortened, num_teacher_tokens) -> None:
         lengths = batch["completion_mask"].sum(1).tolist()
