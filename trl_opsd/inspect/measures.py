@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..losses import Divergence, Shape
+from ..losses import Divergence, Shape, decompose_signal
 from ..losses.divergences import clip_and_sum, divergence_terms
 from .records import ViewRecord
 from .views import Views
@@ -90,9 +90,10 @@ def decompose(log_q: torch.Tensor, log_t: torch.Tensor, log_r: torch.Tensor, tok
         over the vocabulary, `norm_` and the name; and `cosine_reference_question` between the two parts.
     """
     parts = {"total": log_t - log_q, "reference_induced": log_r - log_q, "question_conditioned": log_t - log_r}
-    measured = {name: at(part, tokens) for name, part in parts.items()}
-    measured |= {f"norm_{name}": part.norm(dim=-1) for name, part in parts.items()}
-    measured["cosine_reference_question"] = torch.cosine_similarity(
-        parts["reference_induced"], parts["question_conditioned"], dim=-1
-    )
-    return measured
+    signal = decompose_signal(log_q, log_t, log_r)
+    return {name: at(part, tokens) for name, part in parts.items()} | {
+        "norm_total": signal.total_norm,
+        "norm_reference_induced": signal.reference_ratio * signal.total_norm,
+        "norm_question_conditioned": signal.question_ratio * signal.total_norm,
+        "cosine_reference_question": signal.parts_cosine,
+    }
