@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM = false
 # Tiny models: a second thread costs more in barriers than it saves.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-oldest test-vllm lint build benchmark clean
+.PHONY: demo test test-oldest test-vllm test-browser lint build benchmark clean
 
 demo: .venv/ready
 	$(BIN)/trl-opsd demo
@@ -25,6 +25,11 @@ test-oldest: .venv-oldest/ready
 # imports warn freely, so here warnings are no errors.
 test-vllm: .venv-vllm/ready
 	$(VLLM)/python -m pytest -q -W default tests/vllm_engine
+
+# The inspector's page in a headless Chromium, which must be installed (Debian: apt-get install chromium-driver).
+test-browser: .venv/ready
+	$(BIN)/pip install -q -c constraints.txt -e '.[browser]'
+	REQUIRE_BROWSER=1 $(BIN)/python -m pytest -q tests/test_browser.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

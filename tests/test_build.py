@@ -24,6 +24,7 @@ def test_wheel_and_sdist_hold_the_package_and_its_data(tmp_path):
         "demo/model/model.safetensors",
         "demo/model/tokenizer.json",
         "losses/fused.py",
+        "inspect/page.html",
     ):
         assert f"trl_opsd/{name}" in wheel
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in wheel)

@@ -18,9 +18,9 @@ PACKAGE = Path(__file__).parents[1] / "trl_opsd"
 
 # From the ground up; a module that is not named stands on the roof.
 FLOORS = (
-    {"checkpoints", "losses", "markers", "sharding", "verification"},
+    {"checkpoints", "losses", "markers", "repetition", "sharding", "verification"},
     {"contexts", "heads"},
-    {"collators", "teacher", "validation", "diagnostics", "rewards"},
+    {"collators", "teacher", "validation", "diagnostics", "rewards", "callbacks"},
     {"forwards", "jobs", "methods", "scoring", "states"},
     {"_trl", "card", "config"},
     {"trainers"},

@@ -57,6 +57,23 @@ class TeacherCollator:
         added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
         return tuple(dict.fromkeys([*self.tokenizer.all_special_tokens, *(t.content for t in added if t.special)]))
 
+    @classmethod
+    def from_settings(
+        cls, tokenizer: Any, settings: Any, render_kwargs: dict[str, Any] | None = None, **limits: int | None
+    ):
+        """The collator that an `OPSDConfig` describes, with further `limits` of the model."""
+        return cls(
+            tokenizer=tokenizer,
+            templates={"teacher": settings.teacher_prompt_template, "reference": settings.reference_prompt_template},
+            student_kwargs=settings.chat_template_kwargs or {},
+            teacher_kwargs=settings.teacher_chat_template_kwargs or {},
+            prefix=settings.teacher_prefix,
+            max_length=settings.max_teacher_prompt_length,
+            shorten=settings.solution_shortening,
+            render_kwargs=render_kwargs or {},
+            **limits,
+        )
+
     def encode(self, prompt: Prompt, context: TeacherContext) -> EncodedContext:
         """Token ids of `context` for a row's `prompt`, the slot shortened to the budget if it must be.
 

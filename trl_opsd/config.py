@@ -12,6 +12,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from ._trl import DICT_FIELDS, allow_single_rollout, installed_fields
+from .callbacks import GUARDS
 from .contexts import (
     REFERENCE_PROMPT_TEMPLATE,
     SHORTEN_CHOICES,
@@ -90,6 +91,9 @@ class OPSDConfig(GRPOConfig):
     temperature: float = option(1.1, "Sampling temperature of the rollouts.")
     top_p: float = option(0.95, "Nucleus sampling: probability mass kept, in (0, 1].")
     top_k: int = option(20, "Sampling among the k likeliest tokens; 0 for all.")
+    logging_first_step: bool = option(
+        True, "Log the first step too: the untrained model's, which the guard compares with."
+    )
     chat_template_kwargs: dict | str | None = option(
         {"enable_thinking": False}, "Keyword arguments of the chat template for the student's prompt."
     )
@@ -167,6 +171,10 @@ class OPSDConfig(GRPOConfig):
         "for none. Each scores three views of a few rollouts.",
     )
     reflection_markers: list[str] = option(list(REFLECTION_MARKERS), "Whole words counted per 1,000 tokens of rollout.")
+    guard: str = option(
+        "warn",
+        f"When length, entropy, divergence, markers or repetition leave the range of the start, one of {GUARDS}.",
+    )
 
     def __post_init__(self):
         require(self.num_generations and self.num_generations >= 1, self, "num_generations", "1 or more")
@@ -184,6 +192,7 @@ class OPSDConfig(GRPOConfig):
         self._check_loss()
         self._check_teacher()
         self._check_rollouts()
+        require(self.guard in GUARDS, self, "guard", f"one of {GUARDS}")
         self._warn_unused()
 
     def loss_divergence(self) -> Divergence:

@@ -13,6 +13,11 @@ def _pattern(markers: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, markers))})(?!\w)", re.IGNORECASE)
 
 
+def find_markers(text: str, markers: Sequence[str] = REFLECTION_MARKERS) -> list[tuple[int, int]]:
+    """Character spans of whole-word, case-blind occurrences of `markers` in `text`."""
+    return [match.span() for match in _pattern(tuple(markers)).finditer(text)] if markers else []
+
+
 def count_markers(text: str, markers: Sequence[str] = REFLECTION_MARKERS) -> int:
     """Number of whole-word, case-blind occurrences of `markers` in `text`."""
-    return len(_pattern(tuple(markers)).findall(text)) if markers else 0
+    return len(find_markers(text, markers))

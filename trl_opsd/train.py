@@ -105,6 +105,7 @@ def train(trainer: SelfDistillationTrainer, dataset_name: str | None = None) -> 
     """Train, save, push if asked, and leave no process group behind (a launcher would report a failure)."""
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model(trainer.args.output_dir)
+    trainer.save_state()  # the log, for `trl-opsd plot`
     if dataset_name is not None and Path(dataset_name).exists():
         dataset_name = None  # a card links to the Hub, where a local file is not
     trainer.create_model_card(model_name=Path(trainer.args.output_dir).name, dataset_name=dataset_name)

@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
+from ..callbacks import CollapseGuard
 from ..card import append_method_section, describe_run
 from ..checkpoints import fingerprint, load_head, resolve_checkpoint, save_head
 from ..collators import TeacherCollator, positions_from_mask
@@ -120,20 +121,12 @@ class SelfDistillationTrainer(TargetTrainer):
         self._group_labels: Counter[str] = Counter()
         self._unsplit_batches = 0
         self.add_callback(_StepHooks(self))
+        if args.guard != "off":
+            self.add_callback(CollapseGuard(args.guard))
 
     def _make_collator(self) -> TeacherCollator:
-        args = self.args
-        return TeacherCollator(
-            tokenizer=self.tokenizer,
-            templates={"teacher": args.teacher_prompt_template, "reference": args.reference_prompt_template},
-            student_kwargs=args.chat_template_kwargs or {},
-            teacher_kwargs=args.teacher_chat_template_kwargs or {},
-            prefix=args.teacher_prefix,
-            max_length=args.max_teacher_prompt_length,
-            shorten=args.solution_shortening,
-            render_kwargs=self.render_kwargs(),
-            max_positions=num_positions(self.model.config),
-        )
+        positions = num_positions(self.model.config)
+        return TeacherCollator.from_settings(self.tokenizer, self.args, self.render_kwargs(), max_positions=positions)
 
     def _updates_per_generation(self) -> int:
         args = self.args

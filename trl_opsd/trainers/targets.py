@@ -26,6 +26,7 @@ from ..jobs import ScoringJob
 from ..losses import SignalDecomposition
 from ..markers import count_markers
 from ..methods import Method
+from ..repetition import count_repeated
 from ..scoring import score_contexts
 from ..teacher import Teacher
 from ..validation import check_rows, without_special_tokens
@@ -234,12 +235,14 @@ class TargetTrainer(RolloutTrainer):
     def _log_rollouts(self, batch, texts, shortened, num_teacher_tokens) -> None:
         lengths = batch["completion_mask"].sum(1).tolist()
         markers = [count_markers(text, self.args.reflection_markers) for text in texts]
-        sums = [sum(markers), sum(lengths), sum(shortened), len(texts), num_teacher_tokens]
+        repeated = count_repeated(self._completion_lists(batch))
+        sums = [sum(markers), sum(lengths), sum(shortened), len(texts), num_teacher_tokens, *repeated]
         sums = torch.tensor(sums, dtype=torch.float64)
         sums = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum").tolist()
         self.add_metrics(
             {
                 "reflection_markers_per_1000": 1000 * sums[0] / max(sums[1], 1),
+                "completions/repetition": sums[5] / max(sums[6], 1),
                 "teacher/solution_shortened": sums[2] / sums[3],
                 "teacher/tokens_computed": sums[4],
             }

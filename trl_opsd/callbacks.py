@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guard against collapse: it compares what a run logs with what the run logged at its start.
+
+Long runs of self-distillation fall apart in a few ways that the loss does not show: rollouts run on or break off, the
+student's entropy explodes or vanishes, the divergence grows, reflection words flood or drain, text loops.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainerCallback
+
+GUARDS = ("off", "warn", "stop")
+
+# A log over fewer tokens is noise, and says nothing about a start either.
+MIN_TOKENS = 1000
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How far a logged number may move from the start, and what to try when it moved further.
+
+    Attributes:
+        key: of the log.
+        name: in words, with the unit.
+        above: alarm above so many times the start; None for no alarm upwards.
+        below: alarm below this share of the start; None for no alarm downwards.
+        margin: and only if it also moved by at least so much, in its unit: a multiple of nearly nothing is nothing.
+        advice_above, advice_below: what to try.
+    """
+
+    key: str
+    name: str
+    above: float | None
+    below: float | None
+    margin: float
+    advice_above: str = ""
+    advice_below: str = ""
+
+    def advice(self, start: float, value: float) -> str | None:
+        """What to try, or None while the number is within its limits."""
+        if abs(value - start) < self.margin:
+            return None
+        if self.above is not None and value > self.above * start:
+            return self.advice_above
+        if self.below is not None and value < self.below * start:
+            return self.advice_below
+        return None
+
+
+_SLOWER = "lower learning_rate or max_grad_norm, or go on from an earlier checkpoint with fewer max_steps"
+
+LIMITS = (
+    Limit("divergence", "unclipped divergence in nats per token", 3.0, None, 0.05, f"{_SLOWER}."),
+    Limit(
+        "completions/mean_length",
+        "completion length in tokens",
+        3.0,
+        0.25,
+        8.0,
+        f"rollouts no longer end: {_SLOWER}; look at completions/clipped_ratio and the completions table.",
+        f"rollouts break off: {_SLOWER}; check that the teacher's thinking mode is the one you mean "
+        "(teacher_chat_template_kwargs).",
+    ),
+    Limit(
+        "student_entropy",
+        "student's entropy in nats per token",
+        3.0,
+        0.05,
+        0.05,
+        f"the student comes apart: {_SLOWER}.",
+        "the student stops exploring: stop here, or raise temperature, or use divergence='forward_kl'.",
+    ),
+    Limit(
+        "reflection_markers_per_1000",
+        "reflection markers per 1,000 tokens",
+        8.0,
+        0.1,
+        4.0,
+        "the teacher's habit floods the student: set num_loss_tokens_to_skip or clip, use PurifiedOPSDTrainer, or stop "
+        "earlier.",
+        "the student stops reflecting: use PurifiedOPSDTrainer, let the teacher think (teacher_chat_template_kwargs), "
+        "or stop earlier.",
+    ),
+    # From any start: a text with half of its 4-grams repeated loops. A share has no useful multiple.
+    Limit("completions/repetition", "share of repeated 4-grams", 1.0, None, 0.25, f"rollouts loop: {_SLOWER}."),
+)
+
+
+class CollapseGuard(TrainerCallback):
+    """Warns, or stops the run, when its log leaves the range of its start.
+
+    The start is the first log over at least `min_tokens` tokens; with `logging_first_step` that is the untrained
+    model's. Each number is told once in each direction. A resumed run keeps its start, which is in its log history.
+
+    Args:
+        action: "warn", or "stop" to end training after the step too.
+        limits: what is watched.
+        min_tokens: logs over fewer tokens are passed over.
+
+    Raises:
+        ValueError: for another action.
+    """
+
+    def __init__(self, action: str = "warn", limits: Sequence[Limit] = LIMITS, min_tokens: int = MIN_TOKENS):
+        if action not in GUARDS[1:]:
+            raise ValueError(f"action={action!r} is not known; set one of {GUARDS[1:]}, or add no guard.")
+        self.action, self.limits, self.min_tokens = action, limits, min_tokens
+        self._told: set[tuple[str, str]] = set()
+
+    def on_log(self, args, state, control, **kwargs):
+        """Compare the newest log with the start."""
+        entries = self._entries(state.log_history)
+        if len(entries) < 2 or entries[-1] is not state.log_history[-1]:
+            return
+        start, now = entries[0], entries[-1]
+        seen = [text for limit in self.limits if (text := self._judge(limit, start, now)) is not None]
+        if not seen:
+            return
+        if self.action == "stop":
+            control.should_training_stop = True
+        if state.is_world_process_zero:
+            ending = "Training stops after this step (guard='stop')." if self.action == "stop" else ""
+            lines = [f"Collapse guard at step {now['step']}, against step {start['step']}:", *seen, ending]
+            warnings.warn("\n- ".join(filter(None, lines)), stacklevel=2)
+
+    def _entries(self, history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Training logs over enough tokens; `num_tokens` in them counts from the start of the run."""
+        entries, before = [], 0
+        for entry in history:
+            if "divergence" not in entry:
+                continue
+            tokens = entry.get("num_tokens", 0)
+            if tokens - before >= self.min_tokens:
+                entries.append(entry)
+            before = tokens
+        return entries
+
+    def _judge(self, limit: Limit, start: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+        before, value = start.get(limit.key), now.get(limit.key)
+        if before is None or value is None:
+            return None
+        advice = limit.advice(before, value)
+        if advice is None or (limit.key, advice) in self._told:
+            return None
+        self._told.add((limit.key, advice))
+        return f"{limit.name}: {value:.3g}, was {before:.3g}. Try: {advice}"

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much of a rollout says again what it said: the mark of a model that loops."""
+
+from collections.abc import Sequence
+
+
+def repeated_share(rollouts: Sequence[Sequence[int]], length: int = 4) -> float:
+    """Share of the `length`-grams of rollouts that stood in the same rollout before.
+
+    Args:
+        rollouts: token ids of each.
+        length: tokens of an n-gram, 1 or more.
+
+    Returns:
+        In [0, 1): 0 where nothing repeats or every rollout is shorter than `length`, near 1 for a loop.
+    """
+    repeated, total = count_repeated(rollouts, length)
+    return repeated / total if total else 0.0
+
+
+def count_repeated(rollouts: Sequence[Sequence[int]], length: int = 4) -> tuple[int, int]:
+    """Repeated n-grams and all n-grams, to be added up over processes; see [`repeated_share`]."""
+    repeated = total = 0
+    for ids in rollouts:
+        grams = [tuple(ids[start : start + length]) for start in range(len(ids) - length + 1)]
+        repeated += len(grams) - len(set(grams))
+        total += len(grams)
+    return repeated, total
