@@ -47,6 +47,20 @@ class TeacherCollator:
     shorten: str = "middle"
     render_kwargs: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def from_settings(cls, tokenizer: Any, settings: Any, render_kwargs: dict[str, Any] | None = None):
+        """The collator that an `OPSDConfig` describes."""
+        return cls(
+            tokenizer=tokenizer,
+            templates={"teacher": settings.teacher_prompt_template, "reference": settings.reference_prompt_template},
+            student_kwargs=settings.chat_template_kwargs or {},
+            teacher_kwargs=settings.teacher_chat_template_kwargs or {},
+            prefix=settings.teacher_prefix,
+            max_length=settings.max_teacher_prompt_length,
+            shorten=settings.solution_shortening,
+            render_kwargs=render_kwargs or {},
+        )
+
     def encode(self, prompt: Prompt, context: TeacherContext) -> EncodedContext:
         """Token ids of `context` for a row's `prompt`, the slot shortened to the budget if it must be.
 

@@ -111,17 +111,7 @@ class SelfDistillationTrainer(TargetTrainer):
         self.add_callback(_StepHooks(self))
 
     def _make_collator(self) -> TeacherCollator:
-        args = self.args
-        return TeacherCollator(
-            tokenizer=self.tokenizer,
-            templates={"teacher": args.teacher_prompt_template, "reference": args.reference_prompt_template},
-            student_kwargs=args.chat_template_kwargs or {},
-            teacher_kwargs=args.teacher_chat_template_kwargs or {},
-            prefix=args.teacher_prefix,
-            max_length=args.max_teacher_prompt_length,
-            shorten=args.solution_shortening,
-            render_kwargs=self.render_kwargs(),
-        )
+        return TeacherCollator.from_settings(self.tokenizer, self.args, self.render_kwargs())
 
     def _updates_per_generation(self) -> int:
         args = self.args
