@@ -35,7 +35,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", default="test", help="split of a Hub id")
     parser.add_argument("--dataset_format", choices=[*FORMATS], help="how rows of files and Hub ids are read")
     parser.add_argument("--problem_column", help="question of files and Hub ids; without it a `prompt` column is read")
-    parser.add_argument("--solution_column", default="solution", help="gold solution or answer of files and Hub ids")
+    parser.add_argument(
+        "--solution_column", default="solution", help="gold solution of files and Hub ids, answer boxed"
+    )
+    parser.add_argument("--answer_column", help="gold answer without a text around it, instead of a solution")
     parser.add_argument("--prompt_template", help="question in `{prompt}`; asks benchmarks for a boxed answer if unset")
     parser.add_argument("--num_questions", type=int, help="only the first so many of each set")
     parser.add_argument("--num_samples", type=int, default=12, help="samples a question, the k of avg@k")

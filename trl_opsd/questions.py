@@ -7,6 +7,7 @@ from typing import Any
 
 from .adapters import FORMATS, boxed, make_row, rewrite_prompt
 from .arguments import UsageError
+from .verification import verifies
 
 
 @dataclass(frozen=True)
@@ -42,25 +43,40 @@ PROMPT_TEMPLATE = "{prompt}\n\nReason step by step and put the final answer in \
 def load_questions(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of `prompt` and `solution` of a benchmark, a file or a Hub id.
 
+    Args:
+        name: a key of `BENCHMARKS`, a local file, or a Hub id.
+        options: of `trl-opsd eval`: columns, split, template and number of questions.
+
     Raises:
         ValueError: a column is missing, or the set is empty.
     """
     from datasets import load_dataset
-
-    from .train import DataArguments, load_rows
 
     benchmark = BENCHMARKS.get(name)
     if benchmark is not None:
         rows = load_dataset(benchmark.dataset, benchmark.config, split=benchmark.split)
         rows = [benchmark_row(row, benchmark) for row in rows]
     else:
-        columns = {name: getattr(options, name) for name in ("dataset_format", "problem_column", "solution_column")}
-        rows = list(load_rows(DataArguments(dataset_name=name, **columns), options.split))
+        rows = _load_own(name, options)
     template = options.prompt_template or (PROMPT_TEMPLATE if benchmark is not None else "{prompt}")
     rows = [{**row, **rewrite_prompt(row, template)} for row in rows[: options.num_questions]]
     if not rows:
         raise UsageError(f"--datasets {name}: no question.")
+    unread = sum(not verifies(row["solution"]) for row in rows)
+    if unread:
+        print(f"{name}: {unread} of {len(rows)} gold answers cannot be read and count as wrong; see --answer_column.")
     return rows
+
+
+def _load_own(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    from .train import DataArguments, load_rows
+
+    solution = options.answer_column or options.solution_column
+    columns = {"dataset_format": options.dataset_format, "problem_column": options.problem_column}
+    rows = list(load_rows(DataArguments(dataset_name=name, solution_column=solution, **columns), options.split))
+    if options.answer_column is None:
+        return rows
+    return [{**row, "solution": boxed(row["solution"])} for row in rows]
 
 
 def benchmark_row(row: dict[str, Any], benchmark: Benchmark) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ..train import TRAINERS, load_rows, parse
 from ..validation import check_model_config, check_rows
 from ..verification import verifies
 from . import mismatches
-from .facts import model_facts, num_processes, run_facts
+from .facts import as_one_process, model_facts, num_processes, run_facts
 from .views import View, row_lines, views_of
 
 # Settings that a machine without a GPU refuses; nothing here reads them. The last word of an option wins.
@@ -49,7 +49,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _report(name: str, arguments: Sequence[str], num_rows: int) -> list[str]:
-    script_args, args, model_args = parse(name, [*arguments, *_NEUTRAL])
+    processes = num_processes(arguments, name)
+    script_args, args, model_args = parse(name, [*arguments, *_NEUTRAL, *as_one_process(arguments, name, processes)])
     method = TRAINERS[name].method
     rows = load_rows(script_args, script_args.dataset_train_split)
     size = len(rows) if hasattr(rows, "__len__") else None
@@ -59,7 +60,6 @@ def _report(name: str, arguments: Sequence[str], num_rows: int) -> list[str]:
     check_model_config(config)
     collator = TeacherCollator.from_settings(tokenizer, args)
     views = [views_of(row, method, args, collator) for row in rows]
-    processes = num_processes(arguments, name)
     print(f"{method.name} on {model_args.model_name_or_path}, data {script_args.dataset_name}\n")
     for label, text in [*run_facts(args, processes, size), *model_facts(config, model_args, views, args)]:
         print(f"  {label:11}{text}")
@@ -82,7 +82,7 @@ def find_mismatches(
     method: Method, args: Any, collator: TeacherCollator, rows: list[dict], views: list[list[View]], config: Any
 ) -> list[str]:
     """Warnings about the set-up, in the order of what they spoil."""
-    found: list[str | None] = [mismatches.check_system_turn([row["prompt"] for row in rows])]
+    found: list[str | None] = [mismatches.check_prompt_kinds([row["prompt"] for row in rows])]
     if not isinstance(rows[0]["prompt"], str):
         student = mismatches.generation_tail(collator, collator.student_kwargs)
         teacher = mismatches.generation_tail(collator, collator.teacher_kwargs, collator.prefix)

@@ -9,10 +9,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from ..arguments import option_value, read_command_line
+from ..arguments import option_value, read_command_line, read_recipe
 from ..card import thinking_modes
 from ..launch import accelerate_config_path
-from ..train import argument_types
+from ..train import TRAINERS, argument_types
 from .views import View
 
 _THINKING = {True: "on", False: "off", None: "as the template has it"}
@@ -29,17 +29,26 @@ def num_processes(arguments: Sequence[str], name: str) -> int:
     return int(given or os.environ.get("WORLD_SIZE", 1))
 
 
+def as_one_process(arguments: Sequence[str], name: str, processes: int) -> list[str]:
+    """Words that make a parser in this one process see the batches of all of them: accumulation times processes."""
+    recipe = option_value(arguments, "config")
+    chosen = read_recipe(recipe) if recipe is not None else {}
+    words = []
+    for field in ("gradient_accumulation_steps", "steps_per_generation"):
+        default = TRAINERS[name].config_class.__dataclass_fields__[field].default
+        value = option_value(arguments, field) or chosen.get(field, default)
+        if value is not None:
+            words.append(f"--{field}={int(value) * processes}")
+    return words
+
+
 def run_facts(args: Any, processes: int, dataset_size: int | None) -> list[tuple[str, str]]:
     """Thinking, batch, steps and loss, a line each."""
     modes = {role: _THINKING[mode] for role, mode in thinking_modes(args).items()}
-    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
-    generated = args.per_device_train_batch_size * args.steps_per_generation * processes
-    if generated % args.num_generations:
-        raise ValueError(
-            f"num_generations={args.num_generations} does not divide the generation batch of {generated} rollouts "
-            f"({args.per_device_train_batch_size} per device x {args.steps_per_generation} x {processes} processes). Change "
-            "per_device_train_batch_size or gradient_accumulation_steps."
-        )
+    # The parser was shown one process with the batches of all (`as_one_process`).
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    generated = args.per_device_train_batch_size * args.steps_per_generation
+    accumulation = args.gradient_accumulation_steps // processes
     steps = f"{args.max_steps} optimizer steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     if args.max_steps > 0 and dataset_size:
         epochs = args.max_steps * step / args.num_generations / dataset_size
@@ -54,7 +63,7 @@ def run_facts(args: Any, processes: int, dataset_size: int | None) -> list[tuple
         (
             "batch",
             f"{step} rollouts a step = {args.per_device_train_batch_size} per device x "
-            f"{args.gradient_accumulation_steps} accumulation x {processes} process{'es' * (processes > 1)}",
+            f"{accumulation} accumulation x {processes} process{'es' * (processes > 1)}",
         ),
         ("groups", f"{generated // args.num_generations} prompts x {args.num_generations} rollouts a generation batch"),
         ("steps", steps),
@@ -70,6 +79,7 @@ def model_facts(config: Any, model_args: Any, views: list[list[View]], args: Any
     """Parameters and the longest prompts; the weights are counted, not loaded."""
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    size = f"{count / 1e9:.3g}B" if count > 1e9 else f"{count / 1e6:.3g}M"
     lora = model_args.use_peft
     copies = 1 if lora or args.teacher_model_kind == "live" else 2
     trained = "adapter and its optimizer on top" if lora else "gradients and AdamW on top, 12 to 16 bytes a parameter"
@@ -79,5 +89,5 @@ def model_facts(config: Any, model_args: Any, views: list[list[View]], args: Any
     weights = f"{2 * copies * count / 1e9:.3g} GB of weights in bf16 ({copies} cop{'y' if copies == 1 else 'ies'})"
     return [
         ("prompts", f"longest of {len(views)} rows: student {longest[True]} tokens, teacher {longest[False]}"),
-        ("memory", f"{count / 1e9:.3g}B parameters, {weights}; {trained}"),
+        ("memory", f"{size} parameters, {weights}; {trained}"),
     ]

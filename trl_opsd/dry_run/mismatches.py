@@ -142,7 +142,7 @@ def check_shortened(num_shortened: int, num_rows: int, budget: int | None) -> st
     )
 
 
-def check_system_turn(prompts: Sequence[Prompt]) -> str | None:
+def check_prompt_kinds(prompts: Sequence[Prompt]) -> str | None:
     """Some rows are text and some are conversations, so only some go through the chat template."""
     kinds = {type(prompt).__name__ for prompt in prompts}
     if len(kinds) < 2:
