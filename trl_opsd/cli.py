@@ -1,57 +1,97 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`trl-opsd METHOD --config recipe.yaml [overrides]` trains; `trl-opsd demo` runs the embedded default.
+"""The command `trl-opsd`: a table of commands, each a function of the words behind its name.
 
-`trl-opsd inspect` shows a method's signal token by token, `trl-opsd plot` a run's curves.
+Only the chosen command's module is imported, so that help does not wait for torch.
 """
 
-import argparse
 import sys
+from importlib import import_module
+from typing import Any
 
-# Written out, so that --help does not load torch; a test holds it to `train.TRAINERS`.
+from .arguments import UsageError
+
+# name -> help, and where the function is that takes the words behind the name.
+COMMANDS = {
+    "opsd": ("train: the teacher reads question and solution (arXiv 2601.18734)", "launch:run_training"),
+    "ogls-sd": ("train: logits steered by right against wrong rollouts (arXiv 2605.12400)", "launch:run_training"),
+    "purified-opsd": ("train: OPSD less what the solution alone says (arXiv 2607.02234)", "launch:run_training"),
+    "sft": ("baseline: TRL's SFT on the solutions of the same rows", "launch:run_training"),
+    "grpo": ("baseline: TRL's GRPO on the same rows, answers verified", "launch:run_training"),
+    "dry-run": (
+        "show what a recipe would do: prompts, ids, batch, steps, mismatches; loads no weights",
+        "dry_run.command:run",
+    ),
+    "eval": ("sample, verify and compare models: avg@k, pass@k, majority@k, paired differences", "eval_command:run"),
+    "inspect": (
+        "write an HTML page of what the teacher says of each token of some rollouts",
+        "inspect.command:run_inspect",
+    ),
+    "plot": ("draw the curves of one or several runs", "plots:run_plot"),
+    "plan": ("print what a run needs on each GPU and whether it fits", "plan:main"),
+    "demo": ("train the embedded model and print what it gained", "demo.command:run"),
+    "env": ("print the versions for a bug report", "environment:run_environment"),
+}
+# Written out, so that help does not load torch; tests hold them to `train.TRAINERS` and `train.BASELINES`.
 METHODS = ("opsd", "ogls-sd", "purified-opsd")
+BASELINES = ("sft", "grpo")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the `trl-opsd` command."""
-    parser = argparse.ArgumentParser(prog="trl-opsd", description="On-policy self-distillation on TRL.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser(
-        "demo", help="train the embedded model and print what it gained; other options override its recipe"
-    )
-    demo.add_argument("--output_dir", default="outputs/demo", help="where the model, its card and the plot go")
-    demo.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run per seed")
-    demo.add_argument("--problems", type=int, default=300, help="held-out problems")
-    demo.add_argument("--samples", type=int, default=4, help="samples a problem, the k of avg@k")
-    commands.add_parser("inspect", help="write an HTML page of what the teacher says of each token", add_help=False)
-    plot = commands.add_parser("plot", help="draw the curves of one or several runs")
-    plot.add_argument("runs", nargs="+", help="output folders, checkpoints or trainer_state.json files")
-    plot.add_argument("--output", default="run.png", help="the picture, .png or .svg")
-    for method in METHODS:
-        commands.add_parser(method, help=f"train with {method}; see `trl-opsd {method} --help`", add_help=False)
-    commands.add_parser("plan", help="print what a run needs on each GPU and whether it fits", add_help=False)
-    options, rest = parser.parse_known_args(arguments)
-    if options.command == "demo":
-        from .demo.run import run_demo
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the `trl-opsd` command; returns its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    name, rest = words[0], words[1:]
+    try:
+        if name not in COMMANDS:
+            raise UsageError(unknown_command(name))
+        code = run_command(name, rest)
+        return code if isinstance(code, int) else 0
+    except UsageError as error:
+        print(f"trl-opsd {name}: error: {error}", file=sys.stderr)
+        return 2
 
-        run_demo(options.output_dir, options.seeds, options.problems, options.samples, rest)
-    elif options.command == "plan":
-        from .plan import main as plan
 
-        plan(rest)
-    elif options.command == "inspect":
-        from .inspect.command import run_inspect
-
-        run_inspect(rest)
-    elif options.command == "plot":
-        if rest:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        from .plots import plot_folders
-
-        print(plot_folders(options.runs, options.output))
+def run_command(name: str, rest: list[str]) -> Any:
+    """Run one command; training ones take their name as the first argument, as one function serves them all."""
+    if name in (*METHODS, *BASELINES):
+        if "--help_all" in rest:
+            import_module(".train", __package__).make_parser(name).print_help()
+            return 0
+        if {"-h", "--help"} & set(rest):
+            print(import_module(".help_text", __package__).training_help(name))
+            return 0
+        rest = [name, rest]
     else:
-        from .train import main as train
+        rest = [rest]
+    module, function = COMMANDS[name][1].split(":")
+    return getattr(import_module(f".{module}", __package__), function)(*rest)
 
-        train(options.command, rest)
+
+def overview() -> str:
+    """What `trl-opsd --help` prints."""
+    lines = [f"  {name:15}{text}" for name, (text, _) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: trl-opsd COMMAND [OPTIONS]",
+            "",
+            "On-policy self-distillation on TRL.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`trl-opsd COMMAND --help` explains one. A first run: `trl-opsd demo`.",
+        ]
+    )
+
+
+def unknown_command(name: str) -> str:
+    """What to say of a command that does not exist."""
+    from .arguments import nearest_name
+
+    near = nearest_name(name, COMMANDS)
+    return f"no such command.{f' Did you mean `{near}`?' if near else ''} Commands: {', '.join(COMMANDS)}."
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ class OPSDConfig(GRPOConfig):
     max_teacher_prompt_length: int | None = option(
         None, "Longest teacher prompt in tokens; a longer one has its solution shortened. None for no limit."
     )
-    solution_shortening: str = option("middle", f"Where a too long solution loses text, one of {SHORTEN_CHOICES}.")
+    solution_shortening: str = option("middle", "Where a too long solution loses text: `middle` or `end`.")
     teacher_tokens_per_forward: int = option(
         32_768, "Tokens, padding and cached ones included, that one teacher forward may hold."
     )

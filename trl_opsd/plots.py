@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of a run from its log history. Needs matplotlib (`pip install trl-opsd[plots]`)."""
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -79,6 +80,15 @@ def _line(axes, entries, name: str, label: str | None, color: str, marker: str =
     points = [(entry["step"], entry[name]) for entry in entries if entry.get(name) is not None]
     if points:
         axes.plot(*zip(*points, strict=True), linestyle=style, color=color, marker=marker, markersize=4, label=label)
+
+
+def run_plot(arguments: list[str]) -> None:
+    """`trl-opsd plot RUN [RUN ...] --output PICTURE`."""
+    parser = argparse.ArgumentParser(prog="trl-opsd plot", description="Draw the curves of one or several runs.")
+    parser.add_argument("runs", nargs="+", help="output folders, checkpoints or trainer_state.json files")
+    parser.add_argument("--output", default="run.png", help="the picture, .png or .svg")
+    options = parser.parse_args(arguments)
+    print(plot_folders(options.runs, options.output))
 
 
 def plot_folders(runs: Sequence[str | Path], path: str | Path) -> Path:

@@ -1,13 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From arguments to a saved model: what the command line, the demo and the example script share."""
+"""From arguments to a saved model: what the command line, the demo and the example script share.
 
-from dataclasses import dataclass, field
+`python -m trl_opsd.train NAME ...` is what the command line starts under `accelerate launch`.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import (
+    GRPOConfig,
+    GRPOTrainer,
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
 
+from .adapters import FORMATS, rewrite_prompt, to_sft_row
+from .arguments import read_command_line
+from .config import option
+from .rewards import accuracy_reward
 from .trainers.base import SelfDistillationTrainer
 from .trainers.ogls_sd import OGLSSDTrainer
 from .trainers.opsd import OPSDTrainer
@@ -19,6 +38,9 @@ TRAINERS: dict[str, type[SelfDistillationTrainer]] = {
     "purified-opsd": PurifiedOPSDTrainer,
 }
 
+# TRL's own trainers on the same data, for a comparison at the same budget.
+BASELINES = {"sft": (SFTTrainer, SFTConfig), "grpo": (GRPOTrainer, GRPOConfig)}
+
 _LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -26,16 +48,26 @@ _LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "c
 class DataArguments(ScriptArguments):
     """TRL's script arguments, with a name that may be a local file, and the columns to read."""
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Hub id, folder, or local .json, .jsonl, .parquet or .csv file of the dataset."},
+    dataset_name: str | None = option(
+        None, "Hub id, folder, or local .json, .jsonl, .parquet or .csv file of the dataset."
     )
-    problem_column: str | None = field(
-        default=None,
-        metadata={"help": "Text column to make a user message of. None: the dataset has a `prompt` column."},
+    dataset_format: str | None = option(
+        None,
+        "How its rows become `prompt` and `solution`: `problem`, `messages`, `gsm8k`, `openthoughts` or `dapo`. None: "
+        "by the two columns below.",
     )
-    solution_column: str = field(
-        default="solution", metadata={"help": "Column of the reference solution, read by the teacher."}
+    problem_column: str | None = option(
+        None, "Text column to make a user message of. None: the dataset has a `prompt` column."
+    )
+    solution_column: str = option("solution", "Column of the reference solution, read by the teacher.")
+
+
+@dataclass
+class BaselineArguments(DataArguments):
+    """The data of a baseline, whose config has no template for the prompt."""
+
+    prompt_template: str | None = option(
+        None, "Rewrites the last user message; holds `{prompt}`. None takes the dataset's prompt as it is."
     )
 
 
@@ -47,7 +79,7 @@ def load_rows(script_args: DataArguments, split: str) -> Dataset | IterableDatas
         split: of the dataset; a local file is one split whatever its name.
 
     Raises:
-        ValueError: no dataset was named, or a named column is missing.
+        ValueError: no dataset was named, a named column is missing, or `dataset_format` is unknown.
     """
     if not script_args.dataset_name:
         raise ValueError("dataset_name is not set. Give a Hub id, a folder, or a local JSON, JSONL or Parquet file.")
@@ -63,6 +95,10 @@ def load_rows(script_args: DataArguments, split: str) -> Dataset | IterableDatas
         rows = load_dataset(
             loader, data_files=script_args.dataset_name, split="train", streaming=script_args.dataset_streaming
         )
+    if script_args.dataset_format is not None:
+        if script_args.dataset_format not in FORMATS:
+            raise ValueError(f"dataset_format={script_args.dataset_format!r} is not one of {', '.join(FORMATS)}.")
+        return rows.map(FORMATS[script_args.dataset_format], remove_columns=rows.column_names)
     for name, value in (
         ("problem_column", script_args.problem_column),
         ("solution_column", script_args.solution_column),
@@ -84,6 +120,25 @@ def make_trainer(
     model_args: ModelConfig,
 ) -> SelfDistillationTrainer:
     """Build a trainer from parsed arguments, with LoRA and quantization as the model arguments say."""
+    return trainer_class(**_trainer_arguments(script_args, training_args, model_args))
+
+
+def make_baseline(name: str, script_args: BaselineArguments, training_args: Any, model_args: ModelConfig) -> Any:
+    """Build a trainer of `BASELINES` on the same rows: SFT on the solutions, or GRPO on verified answers."""
+    arguments = _trainer_arguments(script_args, training_args, model_args)
+    for split in ("train_dataset", "eval_dataset"):
+        rows, template = arguments[split], script_args.prompt_template
+        if rows is not None and template is not None:
+            rows = rows.map(rewrite_prompt, fn_kwargs={"template": template})
+        if rows is not None and name == "sft":
+            rows = rows.map(to_sft_row, remove_columns=rows.column_names)
+        arguments[split] = rows
+    if name == "grpo":
+        arguments["reward_funcs"] = accuracy_reward
+    return BASELINES[name][0](**arguments)
+
+
+def _trainer_arguments(script_args: DataArguments, training_args: Any, model_args: ModelConfig) -> dict[str, Any]:
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -91,14 +146,14 @@ def make_trainer(
         **(training_args.model_init_kwargs or {}),
     }
     evaluate = training_args.eval_strategy != "no"
-    return trainer_class(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=load_rows(script_args, script_args.dataset_train_split),
-        eval_dataset=load_rows(script_args, script_args.dataset_test_split) if evaluate else None,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    return {
+        "model": model_args.model_name_or_path,
+        "args": training_args,
+        "train_dataset": load_rows(script_args, script_args.dataset_train_split),
+        "eval_dataset": load_rows(script_args, script_args.dataset_test_split) if evaluate else None,
+        "quantization_config": get_quantization_config(model_args),
+        "peft_config": get_peft_config(model_args),
+    }
 
 
 def train(trainer: SelfDistillationTrainer, dataset_name: str | None = None) -> None:
@@ -127,15 +182,45 @@ def finish(trainer: SelfDistillationTrainer) -> None:
     accelerator.end_training()
 
 
-def parse(method: str, arguments: list[str]) -> tuple[DataArguments, Any, ModelConfig]:
-    """Parse command-line arguments, with defaults from the YAML file of `--config`, for a method of `TRAINERS`."""
-    parser = TrlParser((DataArguments, TRAINERS[method].config_class, ModelConfig), prog=f"trl-opsd {method}")
-    return parser.parse_args_and_config(args=arguments)
+def argument_types(name: str) -> tuple[type, type, type]:
+    """The dataclasses that hold the settings of a method or a baseline."""
+    if name in BASELINES:
+        return BaselineArguments, BASELINES[name][1], ModelConfig
+    return DataArguments, TRAINERS[name].config_class, ModelConfig
 
 
-def main(method: str, arguments: list[str]) -> SelfDistillationTrainer:
-    """Train by a method's name as the command line does; returns the trainer."""
-    script_args, training_args, model_args = parse(method, arguments)
-    trainer = make_trainer(TRAINERS[method], script_args, training_args, model_args)
+def make_parser(name: str) -> TrlParser:
+    """The parser of a method or a baseline; names must be whole."""
+    return TrlParser(argument_types(name), prog=f"trl-opsd {name}", allow_abbrev=False)
+
+
+def parse(name: str, arguments: Sequence[str]) -> tuple[DataArguments, Any, ModelConfig]:
+    """Parse command-line arguments, with defaults from the YAML file of `--config`.
+
+    Args:
+        name: a method of `TRAINERS` or one of `BASELINES`.
+        arguments: words of the command line; options of the launcher are passed over, they are not the trainer's.
+
+    Raises:
+        UsageError: a word or a key of the file that is not known; names the nearest.
+        ValueError: a value outside its range.
+    """
+    line = read_command_line(arguments, argument_types(name))
+    # What the parser leaves over are the launcher's keys of the recipe; all others are known by now.
+    *parsed, _ = make_parser(name).parse_args_and_config(args=line.own, return_remaining_strings=True)
+    return tuple(parsed)
+
+
+def main(name: str, arguments: Sequence[str]) -> Any:
+    """Train by a method's or a baseline's name as the command line does; returns the trainer."""
+    script_args, training_args, model_args = parse(name, arguments)
+    if name in BASELINES:
+        trainer = make_baseline(name, script_args, training_args, model_args)
+    else:
+        trainer = make_trainer(TRAINERS[name], script_args, training_args, model_args)
     train(trainer, script_args.dataset_name)
     return trainer
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

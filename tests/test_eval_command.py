@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`trl-opsd eval`: models on sets of questions, resumable, compared question by question with the first."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_opsd import cli, eval_command
+from trl_opsd.arguments import UsageError
+from trl_opsd.demo import build_rows, model_path
+from trl_opsd.questions import BENCHMARKS, benchmark_row
+from trl_opsd.verification import verify
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in build_rows("test", 6)))
+    return path
+
+
+@pytest.fixture
+def spoilt(tmp_path):
+    """The demo model with its output head set to nothing: it answers no question."""
+    model = AutoModelForCausalLM.from_pretrained(model_path())
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    model.save_pretrained(tmp_path / "spoilt")
+    AutoTokenizer.from_pretrained(model_path()).save_pretrained(tmp_path / "spoilt")
+    return tmp_path / "spoilt"
+
+
+def words(tmp_path, *more):
+    quick = ["--num_samples", "1", "--temperature", "0", "--max_new_tokens", "64", "--thinking", "off"]
+    return ["eval", *quick, "--output_dir", str(tmp_path / "results"), *map(str, more)]
+
+
+def test_two_models_are_compared_on_the_same_questions(tmp_path, questions, spoilt, capsys):
+    cli.main(words(tmp_path, "--models", model_path(), spoilt, "--datasets", questions, "--seeds", 0, 1))
+    base, other = json.loads((tmp_path / "results" / "summary.json").read_text())
+    assert base["avg_at_k"] == 1.0 and base["difference"] is None  # decoded greedily the demo model is always right
+    assert other["avg_at_k"] == 0.0 and tuple(other["difference"]) == (-1.0, -1.0, -1.0)
+    assert base["num_questions"] == 6 and base["avg_per_seed"] == [1.0, 1.0]
+    table = (tmp_path / "results" / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert "| 100.0 | [100.0, 100.0] |" in table and "| -100.0 [-100.0, -100.0] |" in table
+    assert len(list((tmp_path / "results").rglob("seed-*.json"))) == 4
+
+
+def test_finished_results_are_not_run_again_and_other_settings_are_refused(tmp_path, questions, monkeypatch, capsys):
+    line = words(tmp_path, "--models", model_path(), "--datasets", questions)
+    cli.main(line)
+    path = next((tmp_path / "results").rglob("seed-0.json"))
+    before = path.read_text()
+    assert json.loads(before)["settings"]["max_new_tokens"] == 64 and "completions" not in json.loads(before)
+    loads = []
+    load = eval_command.load_model
+    monkeypatch.setattr(eval_command, "load_model", lambda *given: loads.append(given) or load(*given))
+    cli.main(line)
+    assert "done before" in capsys.readouterr().out and path.read_text() == before and not loads
+    cli.main([*line, "--seeds", "0", "1"])
+    assert len(loads) == 1 and path.read_text() == before
+    assert cli.main([*line, "--max_new_tokens", "32"]) == 2
+    assert "max_new_tokens was 64, is 32" in capsys.readouterr().err
+
+
+def test_a_result_that_was_not_finished_is_run_again(tmp_path, questions, monkeypatch):
+    line = words(tmp_path, "--models", model_path(), "--datasets", questions)
+
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(eval_command, "evaluate_rows", stop)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(line)
+    assert not list((tmp_path / "results").rglob("seed-*.json"))
+
+
+def test_completions_are_saved_when_asked_for_and_questions_limited(tmp_path, questions):
+    cli.main(
+        words(tmp_path, "--models", model_path(), "--datasets", questions, "--save_completions", "--num_questions", 2)
+    )
+    record = json.loads(next((tmp_path / "results").rglob("seed-0.json")).read_text())
+    assert len(record["completions"]) == 2 and "\\boxed" in record["completions"][0][0][0]
+
+
+def test_columns_of_a_local_file_are_mapped(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "1+1?", "gold": "\\frac{4}{2}"}) + "\n")
+    columns = ["--problem_column", "question", "--answer_column", "gold", "--prompt_template", "{prompt} Box it."]
+    options = eval_command.make_parser().parse_args(words(tmp_path, "--models", "m", "--datasets", path, *columns)[1:])
+    (row,) = eval_command.load_questions(str(path), options)
+    assert row["prompt"] == [{"role": "user", "content": "1+1? Box it."}] and verify("\\boxed{2}", row["solution"])
+
+
+def test_gold_answers_that_cannot_be_read_are_said_to_count_as_wrong(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "p", "solution": text}) + "\n" for text in ("\\boxed{2}", "clearly")))
+    options = eval_command.make_parser().parse_args(words(tmp_path, "--models", "m", "--datasets", path)[1:])
+    assert len(eval_command.load_questions(str(path), options)) == 2
+    assert "1 of 2 gold answers cannot be read" in capsys.readouterr().out
+
+
+def test_no_question_is_an_error(tmp_path, questions):
+    options = eval_command.make_parser().parse_args(
+        words(tmp_path, "--models", "m", "--datasets", questions, "--num_questions", 0)[1:]
+    )
+    with pytest.raises(UsageError, match="no question"):
+        eval_command.load_questions(str(questions), options)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "answer"),
+    [
+        ("aime24", {"problem": "p", "solution": "s", "answer": "033"}, "33"),
+        ("aime25", {"problem": "p", "answer": 70}, "70"),
+        ("hmmt25", {"problem": "p", "answer": "\\frac{1}{576}"}, "1/576"),
+        ("math500", {"problem": "p", "solution": "s", "answer": "\\left( 3, \\frac{\\pi}{2} \\right)"}, "(3,\\pi/2)"),
+        ("gsm8k", {"question": "p", "answer": "48/2 = <<48/2=24>>24\n#### 24"}, "24"),
+    ],
+)
+def test_gold_answers_of_the_benchmarks_verify(name, row, answer):
+    made = benchmark_row(row, BENCHMARKS[name])
+    assert made["prompt"] == [{"role": "user", "content": "p"}]
+    assert verify(f"so it is \\boxed{{{answer}}}", made["solution"])
+    assert not verify("so it is \\boxed{-5}", made["solution"])
+
+
+def test_a_model_with_a_slash_in_its_name_gets_one_folder(tmp_path):
+    options = eval_command.make_parser().parse_args(words(tmp_path, "--models", "a/b", "--datasets", "aime24")[1:])
+    assert (
+        eval_command.result_path(options, "a/b", "aime24", 3)
+        == tmp_path / "results" / "a--b" / "aime24" / "seed-3.json"
+    )

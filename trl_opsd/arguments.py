@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose a word of the command line or a key of a recipe is: the trainer's, accelerate's launcher's, or nobody's."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+# Of the parser of `accelerate launch`, but not options of a run of ours.
+_NOT_LAUNCHER = {"training_script", "training_script_args", "module", "no_python", "config_file"}
+
+
+class UsageError(ValueError):
+    """What a user typed cannot be meant; the message says what could."""
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A command line taken apart.
+
+    Attributes:
+        own: words for the trainer's parser, `--config` among them.
+        launcher: words for `accelerate launch`, those of the recipe first, so that the command line's win.
+    """
+
+    own: list[str]
+    launcher: list[str]
+
+
+def read_command_line(arguments: Sequence[str], types: Iterable[type]) -> CommandLine:
+    """Take a command line and the recipe of its `--config` apart.
+
+    Args:
+        arguments: words behind the command's name.
+        types: dataclasses whose fields the trainer's parser knows.
+
+    Raises:
+        UsageError: a word or a key that neither the trainer nor the launcher knows; names the nearest.
+    """
+    own_names = field_names(types)
+    own, launcher = [], []
+    for name, words in split_options(arguments):
+        if name in own_names:
+            own += words
+        else:
+            _check_launcher_name(name, words[0], own_names)
+            launcher += words
+    return CommandLine(own, [*_launcher_words_of_recipe(own, own_names), *launcher])
+
+
+def split_options(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Name and words of every option, in order; `--config=FILE` is written as two words.
+
+    Raises:
+        UsageError: a word stands before the first option.
+    """
+    options: list[tuple[str, list[str]]] = []
+    for word in arguments:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            is_config = name == "config" and equals
+            options.append((name.replace("-", "_"), ["--config", value] if is_config else [word]))
+        elif options:
+            options[-1][1].append(word)
+        else:
+            raise UsageError(f"{word!r} belongs to no option. Options are written `--name value`.")
+    return options
+
+
+def field_names(types: Iterable[type]) -> set[str]:
+    """Names that a parser of these dataclasses takes."""
+    known = [field for kind in types for field in fields(kind) if field.init]
+    negated = {f"no_{field.name}" for field in known if field.default is True}
+    return {field.name for field in known} | negated | {"config", "help"}
+
+
+def launcher_names() -> set[str]:
+    """Names of the options of `accelerate launch`, and `accelerate_config`, which is ours for its `config_file`."""
+    from accelerate.commands.launch import launch_command_parser
+
+    return (set(vars(launch_command_parser().parse_args(["script"]))) - _NOT_LAUNCHER) | {"accelerate_config"}
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """The name a user may have meant, None if none is close."""
+    return next(iter(difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)), None)
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """The mapping of a YAML file.
+
+    Raises:
+        UsageError: there is no such file, or it holds something else.
+    """
+    import yaml
+
+    if not Path(path).is_file():
+        raise UsageError(f"--config {path}: no such file.")
+    recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(recipe, dict):
+        raise UsageError(f"--config {path}: holds a {type(recipe).__name__}; write one `key: value` a line.")
+    return recipe
+
+
+def option_value(arguments: Sequence[str], name: str) -> str | None:
+    """The value that an option was last given, None if it was not."""
+    values = [words for option, words in split_options(arguments) if option == name]
+    if not values:
+        return None
+    _, equals, value = values[-1][0].partition("=")
+    return value if equals else " ".join(values[-1][1:])
+
+
+def _launcher_words_of_recipe(own: Sequence[str], own_names: set[str]) -> list[str]:
+    path = option_value(own, "config")
+    words: list[str] = []
+    for key, value in read_recipe(path).items() if path is not None else ():
+        if key in own_names or key == "env":
+            continue
+        _check_launcher_name(key, f"{path}: {key}", own_names)
+        if value is not False:
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += [f"--{key}", *map(str, values)]
+    return words
+
+
+def _check_launcher_name(name: str, place: str, own_names: set[str]) -> None:
+    known = launcher_names()
+    if name in known:
+        return
+    near = nearest_name(name, own_names | known)
+    hint = f" Did you mean `{near}`?" if near else ""
+    raise UsageError(f"{place} is not known.{hint} `--help` lists the settings, `--help_all` every one of TRL's too.")

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`trl-opsd dry-run METHOD ...`: takes the training command's words, loads no weights, needs no accelerator."""
+
+import argparse
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+
+from .._trl import trusts_remote_code
+from ..arguments import UsageError
+from ..collators import TeacherCollator
+from ..methods import Method
+from ..train import TRAINERS, load_rows, parse
+from ..validation import check_model_config, check_rows
+from ..verification import verifies
+from . import mismatches
+from .facts import as_one_process, model_facts, num_processes, run_facts
+from .views import View, row_lines, views_of
+
+# Settings that a machine without a GPU refuses; nothing here reads them. The last word of an option wins.
+_NEUTRAL = ("--use_cpu=true", "--bf16=false", "--fp16=false", "--report_to=none")
+_ROWS_READ = 64
+
+
+def run(arguments: list[str]) -> int:
+    """Print the run that a command line describes; 0 if it would start, warnings or not, 1 if it would be refused."""
+    parser = argparse.ArgumentParser(
+        prog="trl-opsd dry-run",
+        description="Print prompts as rendered, ids at the boundary, batch, steps, lengths and mismatches of a run. All "
+        "other options are those of the training command, `--config` and launcher options among them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("method", choices=[*TRAINERS], help="the training command")
+    parser.add_argument("--rows", type=int, default=2, help="rows to print")
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        warnings = _report(options.method, rest, options.rows)
+    except UsageError:
+        raise
+    except (ValueError, OSError) as error:
+        print(f"\nERROR, the run would not start: {error}")
+        return 1
+    print(f"\nWarnings: {len(warnings) or 'none'}")
+    for warning in warnings:
+        print(f"  ! {warning}")
+    return 0
+
+
+def _report(name: str, arguments: Sequence[str], num_rows: int) -> list[str]:
+    processes = num_processes(arguments, name)
+    script_args, args, model_args = parse(name, [*arguments, *_NEUTRAL, *as_one_process(arguments, name, processes)])
+    method = TRAINERS[name].method
+    rows = load_rows(script_args, script_args.dataset_train_split)
+    size = len(rows) if hasattr(rows, "__len__") else None
+    rows = list(itertools.islice(rows, max(num_rows, _ROWS_READ)))
+    check_rows(rows, "train_dataset", needs_solution=method.needs_solution)
+    config, tokenizer = load_config_and_tokenizer(args, model_args)
+    check_model_config(config)
+    collator = TeacherCollator.from_settings(tokenizer, args)
+    views = [views_of(row, method, args, collator) for row in rows]
+    print(f"{method.name} on {model_args.model_name_or_path}, data {script_args.dataset_name}\n")
+    for label, text in [*run_facts(args, processes, size), *model_facts(config, model_args, views, args)]:
+        print(f"  {label:11}{text}")
+    for index in range(min(num_rows, len(rows))):
+        print(f"\n--- row {index} " + "-" * 60)
+        print("\n".join(row_lines(views[index], rows[index], tokenizer)))
+    return find_mismatches(method, args, collator, rows, views, config)
+
+
+def load_config_and_tokenizer(args: Any, model_args: Any) -> tuple[Any, Any]:
+    """Config and tokenizer of the model, without its weights."""
+    if not model_args.model_name_or_path:
+        raise UsageError("--model_name_or_path is not set. Give a Hub id or a folder.")
+    chosen = {"revision": model_args.model_revision, "trust_remote_code": trusts_remote_code(args)}
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path, **chosen)
+    return config, AutoTokenizer.from_pretrained(model_args.model_name_or_path, **chosen)
+
+
+def find_mismatches(
+    method: Method, args: Any, collator: TeacherCollator, rows: list[dict], views: list[list[View]], config: Any
+) -> list[str]:
+    """Warnings about the set-up, in the order of what they spoil."""
+    found: list[str | None] = [mismatches.check_prompt_kinds([row["prompt"] for row in rows])]
+    if not isinstance(rows[0]["prompt"], str):
+        student = mismatches.generation_tail(collator, collator.student_kwargs)
+        teacher = mismatches.generation_tail(collator, collator.teacher_kwargs, collator.prefix)
+        found += [
+            mismatches.check_generation_prompt(student),
+            mismatches.check_first_token(student, teacher, args.num_loss_tokens_to_skip),
+            mismatches.check_thinking_switch(collator),
+        ]
+    found += _template_mismatches(collator, rows, views)
+    longest = max(len(view.ids) for row in views for view in row)
+    limits = {"config.max_position_embeddings": getattr(config.get_text_config(), "max_position_embeddings", None)}
+    if args.use_vllm and args.vllm_mode == "colocate":
+        longest_student = max(len(row[0].ids) for row in views)
+        limit = {"vllm_max_model_length": getattr(args, "vllm_max_model_length", None)}
+        found.append(mismatches.check_lengths(longest_student, args.max_completion_length, limit))
+    found.append(mismatches.check_lengths(longest, args.max_completion_length, limits))
+    num_shortened = sum(any(view.shortened for view in row) for row in views)
+    found.append(mismatches.check_shortened(num_shortened, len(rows), args.max_teacher_prompt_length))
+    solutions = [row.get("solution") for row in rows]
+    found.append(mismatches.check_solutions(solutions))
+    if method.needs_reward or args.reward_weight > 0:
+        _require_verifiable(method, solutions)
+        threshold = getattr(args, "reward_threshold", 0.5)
+        found.append(
+            mismatches.check_reward_splits(
+                solutions, threshold=threshold, num_generations=args.num_generations, temperature=args.temperature
+            )
+        )
+    return [warning for warning in found if warning is not None]
+
+
+def _template_mismatches(collator: TeacherCollator, rows: list[dict], views: list[list[View]]) -> list[str | None]:
+    """Whether the first row's prompts hold their templates, and the student's is what sampling renders."""
+    found = []
+    for view in views[0][1:]:
+        name = view.name.split(" ")[0]
+        if name in collator.templates:
+            rendered = collator.tokenizer.decode(view.ids)
+            found.append(mismatches.check_template_whole(f"the {name} template", collator.templates[name], rendered))
+    return found
+
+
+def _require_verifiable(method: Method, solutions: list[str | None]) -> None:
+    if not any(solution and verifies(solution) for solution in solutions):
+        raise ValueError(
+            f"no `solution` of the first {len(solutions)} rows holds an answer to verify, but {method.name} needs to know "
+            "which rollouts are right. Box the answers, or train from Python with reward_funcs."
+        )

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The help of the training commands, read from the source of the settings: importing them would load torch first."""
+
+import ast
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+_CLASSES = {  # command -> the classes with its settings, and their files
+    "opsd": (("config.py", "OPSDConfig"),),
+    "ogls-sd": (("trainers/ogls_sd.py", "OGLSSDConfig"), ("config.py", "OPSDConfig")),
+    "purified-opsd": (("trainers/purified_opsd.py", "PurifiedOPSDConfig"), ("config.py", "OPSDConfig")),
+    "sft": (("train.py", "BaselineArguments"),),
+    "grpo": (("train.py", "BaselineArguments"),),
+}
+_DATA = ("train.py", "DataArguments")
+_WIDTH = 110
+
+_HEAD = """usage: trl-opsd {command} --config RECIPE.yaml [--accelerate_config zero3] [--SETTING VALUE ...]
+
+{what} Settings are read from the recipe; what is given here wins.
+
+launch:
+  --config FILE         recipe, one `key: value` a line; `env:` sets environment variables
+  --accelerate_config NAME
+                        start under `accelerate launch` with a file or a name: single, ddp, zero2, zero3, fsdp2, ...
+  --num_processes N     and every other option of `accelerate launch`; without any, training runs in this process
+  --help_all            every setting, those of trl.{trl_config} and trl.ModelConfig too (takes some seconds)
+
+model:
+  --model_name_or_path NAME
+                        Hub id or folder
+  --use_peft            LoRA, with --lora_r, --lora_alpha, --lora_target_modules, ...
+"""
+
+
+def training_help(command: str) -> str:
+    """Help of a training command: launcher, model, data and the settings of this package with their defaults."""
+    is_baseline = command in ("sft", "grpo")
+    what = (
+        f"TRL's {command.upper()} on the same data, as a baseline." if is_baseline else "On-policy self-distillation."
+    )
+    trl_config = {"sft": "SFTConfig"}.get(command, "GRPOConfig")
+    parts = [_HEAD.format(command=command, what=what, trl_config=trl_config)]
+    seen: set[str] = set()
+    for title, place in (("data", _DATA), *(("settings", place) for place in _CLASSES[command])):
+        entries = [_entry(*setting) for setting in settings_of(*place) if setting[0] not in seen]
+        seen |= {name for name, _, _ in settings_of(*place)}
+        parts.append(f"{title} ({place[1]}):\n" + "\n".join(entries) + "\n")
+    return "\n".join(parts)
+
+
+def settings_of(file: str, class_name: str) -> Iterator[tuple[str, str, str]]:
+    """Name, default and help of every field that a class defines by `option(default, help)`."""
+    tree = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8"))
+    (found,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name]
+    for node in found.body:
+        value = getattr(node, "value", None)
+        if isinstance(node, ast.AnnAssign) and isinstance(value, ast.Call) and ast.unparse(value.func) == "option":
+            default, text = value.args
+            yield node.target.id, ast.unparse(default), ast.literal_eval(text)
+
+
+def _entry(name: str, default: str, text: str) -> str:
+    indent = " " * 24
+    body = textwrap.fill(f"{text} (default: {default})", _WIDTH, initial_indent=indent, subsequent_indent=indent)
+    head = f"  --{name}"
+    return head.ljust(24) + body.lstrip() if len(head) < 23 else f"{head}\n{body}"

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training through `accelerate launch`, as the `trl` command does it; without launcher options, in this process."""
+
+import os
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from .arguments import CommandLine, UsageError, read_command_line, split_options
+from .train import argument_types
+from .train import main as train
+
+
+def run_training(name: str, arguments: Sequence[str]) -> None:
+    """Train as a command line says.
+
+    Args:
+        name: a method or a baseline.
+        arguments: words of the command line; options of `accelerate launch` and `--accelerate_config` start it.
+
+    Raises:
+        UsageError: an unknown option or accelerate config, or launcher options in a process already launched.
+    """
+    line = read_command_line(arguments, argument_types(name))
+    if line.launcher:
+        launch(name, line)
+    else:
+        train(name, line.own)
+
+
+def launch(name: str, line: CommandLine) -> None:
+    """Start `python -m trl_opsd.train` under `accelerate launch`."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    if "LOCAL_RANK" in os.environ:
+        raise UsageError(
+            f"This process was launched already, but was told to launch: {' '.join(line.launcher)}. Give these to the "
+            "launcher that is running."
+        )
+    launch_command(launch_command_parser().parse_args(launch_words(name, line)))
+
+
+def launch_words(name: str, line: CommandLine) -> list[str]:
+    """What `accelerate launch` is given."""
+    words: list[str] = []
+    for option, given in split_options(line.launcher):
+        if option == "accelerate_config":
+            value = given[0].partition("=")[2] or " ".join(given[1:])
+            words += ["--config_file", accelerate_config_path(value)]
+        else:
+            words += given
+    return [*words, "--module", "trl_opsd.train", name, *line.own]
+
+
+def accelerate_config_path(name: str) -> str:
+    """Path of an accelerate config: a file, a name of this package's, or one of TRL's.
+
+    Raises:
+        UsageError: it is none of them; lists the names.
+    """
+    if Path(name).is_file():
+        return name
+    folders = [Path(str(files(package))) / "accelerate_configs" for package in ("trl_opsd", "trl")]
+    for folder in folders:
+        if (folder / f"{name}.yaml").is_file():
+            return str(folder / f"{name}.yaml")
+    names = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    raise UsageError(f"--accelerate_config {name}: neither a file nor one of {', '.join(names)}.")
