@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .footprint import Footprint
-from .losses.fused import BLOCK_BYTES, MIN_TILE_TOKENS, TILE_BYTES
+from .losses.tiles import BLOCK_BYTES, MIN_TILE_TOKENS, TILE_BYTES
 from .losses.projection import WIDENED_ROWS
 from .losses.targets import LinearShape
 from .methods import Method
