@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from . import model_path
-from .corpus import FORMAT_SHARES, LATE_FORMAT_SHARES, Example, draw_example
+from .corpus import FORMAT_SHARES, LAST_FORMAT_SHARES, LATE_FORMAT_SHARES, Example, draw_example
 from .measure import MAX_NEW_TOKENS, format_results, measure
 from .tokenizer import build_tokenizer
 
@@ -48,7 +48,12 @@ class Phase:
     learning_rate: float = 1.0
 
 
-PHASES = (Phase(FORMAT_SHARES), Phase(LATE_FORMAT_SHARES, 0.4, 0.5), Phase(LATE_FORMAT_SHARES, 0.4, 0.25))
+PHASES = (
+    Phase(FORMAT_SHARES),
+    Phase(LATE_FORMAT_SHARES, 0.4, 0.5),
+    Phase(LATE_FORMAT_SHARES, 0.4, 0.25),
+    Phase(LAST_FORMAT_SHARES, 0.4, 0.25),
+)
 
 CARD = """\
 ---

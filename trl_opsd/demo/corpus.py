@@ -54,6 +54,7 @@ FORMAT_SHARES = {
 }
 # What the model reads last: only many strangers teach it that a stranger's solution says nothing about the problem.
 LATE_FORMAT_SHARES = {"plain": 144, "solution": 120, "peer": 30, "wrong": 60, "reference_only": 48, "stranger": 268}
+LAST_FORMAT_SHARES = {"plain": 96, "solution": 80, "peer": 20, "wrong": 40, "reference_only": 32, "stranger": 402}
 
 
 @dataclass
