@@ -37,7 +37,7 @@ def play(guard, *changes, tokens=10_000):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"divergence": 0.7}, ("unclipped divergence in nats per token: 0.7, was 0.2", "lower learning_rate")),
+        ({"divergence": 0.41}, ("unclipped divergence in nats per token: 0.41, was 0.2", "lower learning_rate")),
         ({"completions/mean_length": 1250.0}, ("completion length in tokens: 1.25e+03, was 400", "no longer end")),
         ({"completions/mean_length": 90.0}, ("completion length in tokens: 90, was 400", "break off")),
         ({"student_entropy": 1.6}, ("entropy in nats per token: 1.6, was 0.5", "lower learning_rate")),

@@ -53,7 +53,7 @@ class Limit:
 _SLOWER = "lower learning_rate or max_grad_norm, or go on from an earlier checkpoint with fewer max_steps"
 
 LIMITS = (
-    Limit("divergence", "unclipped divergence in nats per token", 3.0, None, 0.05, f"{_SLOWER}."),
+    Limit("divergence", "unclipped divergence in nats per token", 2.0, None, 0.05, f"{_SLOWER}."),
     Limit(
         "completions/mean_length",
         "completion length in tokens",
