@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[1] / "trl_opsd"
 FLOORS = (
     {"losses", "markers", "sharding", "verification"},
     {"contexts", "heads"},
-    {"collators", "teacher", "validation", "diagnostics", "rewards"},
+    {"adapters", "collators", "teacher", "validation", "diagnostics", "rewards"},
     {"forwards", "jobs", "methods", "scoring"},
     {"_trl", "card", "config"},
     {"trainers"},
