@@ -20,7 +20,9 @@ def test_wheel_and_sdist_hold_the_package_and_its_data(tmp_path):
     wheel = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
     for name in (
         "py.typed",
+        "accelerate_configs/zero3_cpu.yaml",
         "demo/opsd.yaml",
+        "dry_run/command.py",
         "demo/model/model.safetensors",
         "demo/model/tokenizer.json",
         "losses/fused.py",

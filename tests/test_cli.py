@@ -207,6 +207,11 @@ def test_demo_options_are_explained_without_running(capsys):
     assert "held-out problems" in capsys.readouterr().out
 
 
+def test_a_misspelt_override_of_the_demo_is_refused_before_anything_is_measured(capsys):
+    assert cli.main(["demo", "--max_stepz", "3"]) == 2
+    assert "Did you mean `max_steps`?" in capsys.readouterr().err
+
+
 def write_run(folder):
     from trl_opsd.demo import build_rows, model_path
 

@@ -142,6 +142,12 @@ def test_skipping_the_first_token_answers_the_warning_about_it(dry_run):
     assert "Warnings: none" in dry_run(thinking, ("teacher_prefix", "<think></think>\n"))[1]
 
 
+@pytest.mark.parametrize(("method", "number"), [("opsd", "1"), ("ogls-sd", "none"), ("purified-opsd", "none")])
+def test_views_whose_difference_is_taken_cancel_what_they_think_of_the_first_token(dry_run, method, number):
+    _, text = dry_run(("teacher_chat_template_kwargs", {"enable_thinking": True}), method=method)
+    assert f"Warnings: {number}\n" in text
+
+
 def test_a_template_that_always_opens_a_think_block_agrees_with_itself(dry_run):
     kwargs = [(name, None) for name in ("chat_template_kwargs", "teacher_chat_template_kwargs")]
     _, text = dry_run(*kwargs, template=ALWAYS_THINKING)

@@ -86,6 +86,22 @@ def test_completions_are_saved_when_asked_for_and_questions_limited(tmp_path, qu
     assert len(record["completions"]) == 2 and "\\boxed" in record["completions"][0][0][0]
 
 
+def test_a_lora_adapter_is_a_model_too(tmp_path, questions):
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(model_path())
+    model = get_peft_model(
+        base, LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(1000 if "lora" in name else 1)  # an update that is read wrecks the answers
+    model.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(model_path()).save_pretrained(tmp_path / "adapter")
+    cli.main(words(tmp_path, "--models", tmp_path / "adapter", "--datasets", questions, "--num_questions", 2))
+    assert json.loads((tmp_path / "results" / "summary.json").read_text())[0]["avg_at_k"] == 0.0
+
+
 def test_columns_of_a_local_file_are_mapped(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"question": "1+1?", "gold": "\\frac{4}{2}"}) + "\n")

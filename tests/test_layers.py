@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[1] / "trl_opsd"
 FLOORS = (
     {"checkpoints", "losses", "markers", "repetition", "sharding", "verification"},
     {"contexts", "heads"},
-    {"collators", "teacher", "validation", "diagnostics", "rewards", "callbacks"},
+    {"adapters", "callbacks", "collators", "diagnostics", "rewards", "teacher", "validation"},
     {"forwards", "jobs", "methods", "scoring", "states"},
     {"_trl", "card", "config"},
     {"trainers"},

@@ -18,6 +18,9 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--samples", type=int, default=4, help="samples a problem, the k of avg@k")
     options, overrides = parser.parse_known_args(arguments)
 
+    from ..arguments import read_command_line
+    from ..train import argument_types
     from .run import run_demo
 
+    read_command_line(overrides, argument_types("opsd"))  # a misspelt one is refused before anything is measured
     run_demo(options.output_dir, options.seeds, options.problems, options.samples, overrides)

@@ -88,9 +88,10 @@ def find_mismatches(
         teacher = mismatches.generation_tail(collator, collator.teacher_kwargs, collator.prefix)
         found += [
             mismatches.check_generation_prompt(student),
-            mismatches.check_first_token(student, teacher, args.num_loss_tokens_to_skip),
             mismatches.check_thinking_switch(collator),
         ]
+        if any(view.is_target for view in views[0]):
+            found.append(mismatches.check_first_token(student, teacher, args.num_loss_tokens_to_skip))
     found += _template_mismatches(collator, rows, views)
     longest = max(len(view.ids) for row in views for view in row)
     limits = {"config.max_position_embeddings": getattr(config.get_text_config(), "max_position_embeddings", None)}

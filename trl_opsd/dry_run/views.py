@@ -18,11 +18,19 @@ _STAND_IN = 32  # tokens of a solution that stand in for a rollout
 
 @dataclass(frozen=True)
 class View:
-    """One rendered prompt of a row: the student's, or one that the teacher reads."""
+    """One rendered prompt of a row: the student's, or one that the teacher reads.
+
+    Attributes:
+        name: "student", or template and weight of a teacher's view.
+        ids: its tokens.
+        shortened: its solution lost text to the budget.
+        is_target: it is the target itself, not a direction whose views cancel where they agree, nor the plain prompt.
+    """
 
     name: str
     ids: list[int]
     shortened: bool = False
+    is_target: bool = False
 
 
 def views_of(row: dict[str, Any], method: Method, args: Any, collator: TeacherCollator) -> list[View]:
@@ -36,7 +44,8 @@ def views_of(row: dict[str, Any], method: Method, args: Any, collator: TeacherCo
     views = [View("student", collator.encode(student_prompt, TeacherContext("plain", None)).ids)]
     for name, context in _contexts(row, method, args):
         encoded = collator.encode(student_prompt if context.template == "plain" else prompt, context)
-        views.append(View(name, encoded.ids, encoded.shortened))
+        is_target = bool(context.anchor) and context.template != "plain"
+        views.append(View(name, encoded.ids, encoded.shortened, is_target))
     return views
 
 
