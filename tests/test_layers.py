@@ -22,7 +22,7 @@ FLOORS = (
     {"contexts", "heads"},
     {"collators", "teacher", "validation", "diagnostics", "rewards"},
     {"forwards", "jobs", "methods", "scoring"},
-    {"_trl", "card", "config"},
+    {"_trl", "card", "config", "plots"},
     {"trainers"},
 )
 ROOF = len(FLOORS)

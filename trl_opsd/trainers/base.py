@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..card import append_method_section, describe_run
+from ..card import describe_run
 from ..collators import TeacherCollator, positions_from_mask
 from ..config import OPSDConfig
 from ..diagnostics import Diagnostics
@@ -21,10 +21,10 @@ from ..scoring import ContextSharing
 from ..teacher import Teacher
 from ..validation import check_model_config, check_vocabulary
 from .checks import check_inputs, check_prompts, choose_reward
-from .targets import TargetTrainer
+from .publishing import PublishingTrainer
 
 
-class SelfDistillationTrainer(TargetTrainer):
+class SelfDistillationTrainer(PublishingTrainer):
     """GRPOTrainer whose loss is the divergence to a privileged self on the student's own rollouts.
 
     Takes every argument of `trl.GRPOTrainer`. `reward_funcs` may be left out: then answers are verified with
@@ -237,12 +237,6 @@ class SelfDistillationTrainer(TargetTrainer):
         self.fill_table_column("divergence", diagnostics.row_divergences())
         diagnostics.reset()
         super().log(logs, start_time)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """TRL's model card with a section on the method: teacher, prompts, thinking modes and settings."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            append_method_section(self.args, self.method)
 
 
 class _StepHooks(TrainerCallback):
