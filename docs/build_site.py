@@ -7,13 +7,17 @@ The site has the repository's layout, so relative links stay what they are but f
 `docs/x.md` is `docs/x.html`, the reference is in `api/`, and other files that a page links to are copied.
 """
 
+import pkgutil
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import pdoc
 from pdoc.render_helpers import to_html
+
+import trl_opsd
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CHANGELOG.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -76,7 +80,14 @@ def _renamed(name: str) -> str:
 def build(site: Path) -> None:
     """Write the whole site into a folder."""
     pdoc.render.configure(docformat="google")
-    pdoc.pdoc("trl_opsd", output_directory=site / "api")
+    for name in trl_opsd.__all__:  # they load when asked for; pdoc looks for what is there
+        setattr(trl_opsd, name, getattr(trl_opsd, name))
+    found = pkgutil.walk_packages(trl_opsd.__path__, "trl_opsd.")
+    modules = [module.name for module in found if "._" not in module.name]
+    with warnings.catch_warnings():
+        # A package names its modules again unless it has `__all__`; where it has, pdoc would leave them out.
+        warnings.filterwarnings("ignore", "The module specification", UserWarning)
+        pdoc.pdoc("trl_opsd", *modules, output_directory=site / "api")
     for page in PAGES:
         write_page(page, site)
 

@@ -12,9 +12,9 @@ from huggingface_hub import ModelCard
 
 from . import sections
 from .facts import base_licence, base_name, base_path, describe_run, redact, thinking_modes
-from .results import add_results, results_section
+from .results import NUMBERS, add_results, results_section
 
-__all__ = ["add_results", "describe_run", "redact", "results_section", "thinking_modes", "write_card"]
+__all__ = ["NUMBERS", "add_results", "describe_run", "redact", "results_section", "thinking_modes", "write_card"]
 
 
 def write_card(trainer: Any, dataset_name: str | None, evaluation: Sequence[Mapping[str, Any]] | None) -> None:

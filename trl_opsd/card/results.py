@@ -2,11 +2,12 @@
 """Numbers of base and trained model in a card, and what it says where there are none."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_NUMBERS = {
+NUMBERS = {
     "avg_at_k": "avg@k",
     "pass_at_k": "pass@k",
     "majority_at_k": "majority@k",
@@ -30,8 +31,8 @@ def results_section(evaluation: Sequence[Mapping[str, Any]] | None) -> str:
             f"{_HEADING}\n\nNot measured: neither the base nor this model was evaluated when this card was written. "
             "Numbers in the log are of sampled rollouts on training problems."
         )
-    names = [name for name in _NUMBERS if any(name in line for line in evaluation)]
-    head = ["questions", "model", *(_NUMBERS[name] for name in names), "difference to the base, 95 % interval"]
+    names = [name for name in NUMBERS if any(name in line for line in evaluation)]
+    head = ["questions", "model", *(NUMBERS[name] for name in names), "difference to the base, 95 % interval"]
     rows = [head, ["---"] * len(head)]
     for line in evaluation:
         difference = line.get("difference")
@@ -47,6 +48,12 @@ def results_section(evaluation: Sequence[Mapping[str, Any]] | None) -> str:
     notes.append(f"Evaluation settings: {'; '.join(sorted(settings)) or 'not recorded'}.")
     notes.append(f"Evaluation seeds: {'; '.join(sorted(seeds)) or 'not recorded'}.")
     return f"{_HEADING}\n\n{table(rows)}\n\n{' '.join(notes)}"
+
+
+def evaluation_thinking(evaluation: Sequence[Mapping[str, Any]] | None) -> str:
+    """The third of the thinking triple: the mode that the numbers were measured in."""
+    recorded = {str(line.get("settings", {}).get("thinking", "not recorded")) for line in evaluation or ()}
+    return ", ".join(sorted(recorded)) or "not measured"
 
 
 def add_results(folder: str | Path, evaluation: Sequence[Mapping[str, Any]]) -> None:
@@ -65,6 +72,7 @@ def add_results(folder: str | Path, evaluation: Sequence[Mapping[str, Any]]) -> 
     if not found:
         raise ValueError(f"{path} has no section '{_HEADING}'; it is not a card that trl_opsd wrote.")
     rest = after[after.index("\n## ") :]
+    rest = re.sub('"evaluation": "[^"]*"', f'"evaluation": "{evaluation_thinking(evaluation)}"', rest, count=1)
     path.write_text(f"{before}\n{results_section(evaluation)}\n{rest}", encoding="utf-8")
 
 

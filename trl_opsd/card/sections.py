@@ -12,7 +12,7 @@ from trl import GRPOConfig
 from ..methods import Method
 from ..plots import has_curves, plot_run
 from .facts import describe_hardware, installed_versions, thinking_modes
-from .results import table
+from .results import evaluation_thinking, table
 
 CURVES = "run.png"
 
@@ -74,8 +74,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 def method_section(args: Any, method: Method, evaluation: Sequence[Mapping[str, Any]] | None) -> str:
     """The pair of templates and the triple of thinking modes: student, teacher, evaluation."""
-    recorded = {str(line.get("settings", {}).get("thinking", "not recorded")) for line in evaluation or ()}
-    modes = thinking_modes(args) | {"evaluation": ", ".join(sorted(recorded)) or "not measured"}
+    modes = thinking_modes(args) | {"evaluation": evaluation_thinking(evaluation)}
     parts = [
         f"""## Method: {method.name}
 

@@ -34,15 +34,14 @@ class PublishingTrainer(TargetTrainer):
             evaluation: numbers of base and model, see `trl_opsd.card.results_section`; a later card of the same weights
                 keeps them.
         """
-        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         facts = self._card_facts
-        if dataset_name is not None:
-            facts["dataset_name"] = dataset_name
+        facts["dataset_name"] = dataset_name = dataset_name or facts["dataset_name"]
+        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if evaluation is not None:
             facts["evaluation"] = (self.state.global_step, evaluation)
         measured_at, numbers = facts["evaluation"] or (None, None)
         if self.is_world_process_zero():
-            write_card(self, facts["dataset_name"], numbers if measured_at == self.state.global_step else None)
+            write_card(self, dataset_name, numbers if measured_at == self.state.global_step else None)
 
     def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
         """Upload model, tokenizer and card; tried again after a fault of server or network.
