@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM = false
 # Tiny models: a second thread costs more in barriers than it saves.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-oldest test-vllm test-browser lint build benchmark clean
+.PHONY: demo test test-oldest test-vllm test-browser lint build docs benchmark clean
 
 demo: .venv/ready
 	$(BIN)/trl-opsd demo
@@ -37,6 +37,10 @@ lint: .venv/ready
 
 build: .venv/ready
 	$(BIN)/python -m build
+
+# README, docs/ and the API's reference as a static site in outputs/site.
+docs: .venv/ready
+	$(BIN)/python docs/build_site.py outputs/site
 
 benchmark: .venv/ready
 	$(BIN)/python benchmarks/loss_head.py

@@ -31,9 +31,16 @@ def test_links_lead_to_files_and_headings(page):
             assert anchor in [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings], target
 
 
+SNIPPETS = [
+    pytest.param(code, id=f"{page.stem}-{index}")
+    for page in PAGES
+    for index, code in enumerate(snippets(page, "python"))
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("code", snippets(ROOT / "README.md", "python"))
-def test_python_snippets_of_the_readme_run(code, tmp_path):
+@pytest.mark.parametrize("code", SNIPPETS)
+def test_python_snippets_of_the_readme_and_the_docs_run(code, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -55,6 +62,53 @@ def test_settings_named_in_the_docs_exist():
     for page in PAGES:
         for name in re.findall(r"`(\w+)=[^`]*`", page.read_text()):
             assert name in fields or name in {"trl"}, (page.name, name)
+
+
+def migration_rows():
+    """(section, their names, our names) of every row of the tables that compare arguments."""
+    section = None
+    for line in (ROOT / "docs" / "migration.md").read_text().splitlines():
+        if line.startswith("## "):
+            section = line[3:]
+        elif line.startswith("| `"):
+            theirs, ours = line.split("|")[1:3]
+            yield section, re.findall(r"`(\w+)", theirs), re.findall(r"`(\w+)", ours)
+
+
+def test_the_tables_of_migration_name_what_exists_on_both_sides():
+    import inspect
+
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.experimental.gkd import GKDConfig
+    from trl.experimental.sdft import SDFTConfig
+    from trl.experimental.sdpo import SDPOConfig
+
+    from trl_opsd import OGLSSDConfig
+
+    configs = {"SDFT": SDFTConfig, "SDPO": SDPOConfig, "GRPO": GRPOConfig, "GKD": GKDConfig}
+    arguments = set(inspect.signature(GRPOTrainer.__init__).parameters)
+    sections = set()
+    for section, theirs, ours in migration_rows():
+        sections.add(section)
+        assert set(ours) <= set(OGLSSDConfig.__dataclass_fields__) | arguments, (section, ours)
+        config = configs.get(section.split("'s ")[-1])
+        if config is not None:
+            assert set(theirs) <= set(config.__dataclass_fields__) | arguments, (section, theirs)
+    assert len(sections) == 5
+
+
+@pytest.mark.parametrize("name", ["SDFT", "SDPO", "GKD"])
+def test_every_setting_of_a_trl_relative_is_in_its_table_of_migration(name):
+    """What its config adds, generation and vLLM apart, which are GRPO's here too."""
+    import importlib
+
+    from trl import GRPOConfig, SFTConfig
+
+    config = getattr(importlib.import_module(f"trl.experimental.{name.lower()}"), f"{name}Config")
+    listed = {item for section, theirs, _ in migration_rows() if section.endswith(name) for item in theirs}
+    known = set(GRPOConfig.__dataclass_fields__) | set(SFTConfig.__dataclass_fields__)
+    missing = set(config.__dataclass_fields__) - known - listed
+    assert not missing
 
 
 def test_the_table_of_diagnostics_names_what_is_logged():

@@ -22,7 +22,7 @@ FLOORS = (
     {"contexts", "heads"},
     {"adapters", "callbacks", "collators", "diagnostics", "rewards", "teacher", "validation"},
     {"forwards", "jobs", "methods", "scoring", "states"},
-    {"_trl", "card", "config"},
+    {"_trl", "card", "config", "plots"},
     {"trainers"},
 )
 ROOF = len(FLOORS)

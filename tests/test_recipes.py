@@ -169,6 +169,8 @@ def test_the_demo_goes_from_data_to_table_plot_and_loadable_model(tmp_path, caps
     folder = tmp_path / "seed-0"
     assert (folder / "run.png").stat().st_size > 10_000
     assert json.loads((folder / "summary.json").read_text()) == summaries[0]
-    assert "2601.18734" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "2601.18734" in card and f"{summaries[0]['base']['avg']:.3f}" in card and '"evaluation": "off"' in card
+    assert "Licence of the base: apache-2.0" in card and str(tmp_path) not in card
     AutoModelForCausalLM.from_pretrained(folder)
     AutoTokenizer.from_pretrained(folder)

@@ -98,6 +98,13 @@ class OPSDConfig(GRPOConfig):
         {"enable_thinking": False}, "Keyword arguments of the chat template for the student's prompt."
     )
 
+    # Not in `repr`, unlike in TRL's own configs.
+    hub_token: str | None = field(
+        default=None,
+        repr=False,
+        metadata={"help": "Token to push with; best left unset, then the one of `hf auth login` or HF_TOKEN is used."},
+    )
+
     # The student's prompt.
     prompt_template: str | None = option(
         None,
@@ -195,6 +202,14 @@ class OPSDConfig(GRPOConfig):
         require(self.guard in GUARDS, self, "guard", f"one of {GUARDS}")
         self._warn_unused()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings without tokens: HF Trainer pickles them into `training_args.bin`, which a push uploads."""
+        return _without_model_token({**self.__dict__, "hub_token": None})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as trackers get them, without tokens."""
+        return _without_model_token(super().to_dict())
+
     def loss_divergence(self) -> Divergence:
         """The divergence of the loss with its temperature and clip.
 
@@ -281,6 +296,13 @@ def _is_json_object(value: Any) -> bool:
         return value.startswith("{") and isinstance(json.loads(value), dict)
     except ValueError:
         return False
+
+
+def _without_model_token(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, without the token that `from_pretrained` may have been given."""
+    if isinstance(settings.get("model_init_kwargs"), dict):
+        settings["model_init_kwargs"] = {k: v for k, v in settings["model_init_kwargs"].items() if k != "token"}
+    return settings
 
 
 def require(holds: Any, config: GRPOConfig, name: str, wanted: str) -> None:

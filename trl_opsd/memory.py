@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .footprint import Footprint
-from .losses.tiles import BLOCK_BYTES, MIN_TILE_TOKENS, TILE_BYTES
 from .losses.projection import WIDENED_ROWS
 from .losses.targets import LinearShape
+from .losses.tiles import BLOCK_BYTES, MIN_TILE_TOKENS, TILE_BYTES
 from .methods import Method
 
 ENGINES = ("single", "ddp", "zero2", "zero3", "fsdp2")

@@ -37,6 +37,11 @@ def require_matplotlib() -> None:
         raise ImportError("Plots need matplotlib: pip install 'trl-opsd[plots]'.")
 
 
+def has_curves(log_history: Sequence[dict[str, Any]]) -> bool:
+    """Whether `plot_run` can draw something: matplotlib is installed and a step was logged."""
+    return find_spec("matplotlib") is not None and any("divergence" in entry for entry in log_history)
+
+
 def plot_run(
     log_history: Sequence[dict[str, Any]], path: str | Path, *, before: float | None = None, after: float | None = None
 ) -> Path:

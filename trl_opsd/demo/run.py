@@ -13,6 +13,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..card import NUMBERS
 from ..evaluation import EvaluationResult, Interval, evaluate, paired_difference
 from ..plots import plot_run, require_matplotlib
 from ..train import main as train
@@ -20,6 +21,8 @@ from . import build_rows, model_path
 
 RECIPE = "opsd.yaml"
 _TRAINING_PROBLEMS = 8192
+_THINKING = False
+_SEED = 1234
 _EVALUATION = {"temperature": 1.0, "max_new_tokens": 128, "batch_size": 256}
 
 
@@ -55,6 +58,7 @@ def run_demo(
         trainer = train("opsd", [*arguments, *overrides])
         trained = measure(str(folder), problems, num_samples)
         gain = paired_difference(trained.per_question_scores, base.per_question_scores)
+        trainer.create_model_card(model_name=folder.name, evaluation=card_lines(base, trained, gain))
         picture = plot_run(trainer.state.log_history, folder / "run.png", before=base.avg_at_k, after=trained.avg_at_k)
         summary = summarize_seed(seed, base, trained, gain)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2))
@@ -73,8 +77,8 @@ def measure(path: str, problems: list[dict], num_samples: int) -> EvaluationResu
         tokenizer,
         problems,
         num_samples=num_samples,
-        chat_template_kwargs={"enable_thinking": False},
-        seed=1234,
+        chat_template_kwargs={"enable_thinking": _THINKING},
+        seed=_SEED,
         progress=True,
         **_EVALUATION,
     )
@@ -90,6 +94,22 @@ def summarize_seed(seed: int, base: EvaluationResult, trained: EvaluationResult,
         "trained": _numbers(trained),
         "gain": gain._asdict(),
     }
+
+
+def card_lines(base: EvaluationResult, trained: EvaluationResult, gain: Interval) -> list[dict]:
+    """The numbers as the model card takes them."""
+    common = {
+        "dataset": "held-out problems of the demo",
+        "num_questions": len(base.per_question_scores),
+        "num_samples": base.num_samples,
+        "seeds": [_SEED],
+        "settings": {**_EVALUATION, "thinking": "on" if _THINKING else "off"},
+    }
+    rows = (("base", base, None), ("trained", trained, list(gain)))
+    return [
+        {**common, "model": name, "difference": difference, **{key: getattr(result, key) for key in NUMBERS}}
+        for name, result, difference in rows
+    ]
 
 
 def table_of(seed: int, base: EvaluationResult, trained: EvaluationResult, gain: Interval) -> str:

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from ..callbacks import CollapseGuard
-from ..card import append_method_section, describe_run
+from ..card import describe_run
 from ..checkpoints import fingerprint, load_head, resolve_checkpoint, save_head
 from ..collators import TeacherCollator, positions_from_mask
 from ..config import OPSDConfig
@@ -28,11 +28,11 @@ from ..states import read_views
 from ..teacher import Teacher
 from ..validation import check_model_config, check_vocabulary, num_positions
 from .checks import check_inputs, check_prompts, choose_reward
+from .publishing import PublishingTrainer
 from .tail_anchor import count_tail_tokens, student_length, tail_loss
-from .targets import TargetTrainer
 
 
-class SelfDistillationTrainer(TargetTrainer):
+class SelfDistillationTrainer(PublishingTrainer):
     """GRPOTrainer whose loss is the divergence to a privileged self on the student's own rollouts.
 
     Takes every argument of `trl.GRPOTrainer`. `reward_funcs` may be left out: then answers are verified with
@@ -302,12 +302,6 @@ class SelfDistillationTrainer(TargetTrainer):
         self.fill_table_column("divergence", diagnostics.row_divergences())
         diagnostics.reset()
         super().log(logs, start_time)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """TRL's model card with a section on the method: teacher, prompts, thinking modes and settings."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            append_method_section(self.args, self.method)
 
 
 class _StepHooks(TrainerCallback):
