@@ -194,8 +194,10 @@ class SelfDistillationTrainer(TargetTrainer):
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"][:, :length]], dim=1)
         with head_function(self.model, self._loss_from_states(batch)) as request:
             output = model(input_ids=ids, attention_mask=mask, position_ids=positions_from_mask(mask))
-        # The loss that came through the engine's forward, not the one inside it: output hooks may have wrapped it.
-        return output["loss"], _named(request.result[1])
+        # The loss that came through the engine's forward, not the one inside it: output hooks may have wrapped it,
+        # and rounded it (FSDP2's mixed precision): the value is the one inside.
+        loss, stats = output["loss"], request.result[1]
+        return loss + (request.result[0] - loss).detach(), _named(stats)
 
     def _mixed_loss(self, model: torch.nn.Module, batch: dict[str, Any]):
         """Distillation plus TRL's policy-gradient loss (and a router's loss) from one student forward."""

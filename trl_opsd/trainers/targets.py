@@ -143,7 +143,7 @@ class TargetTrainer(RolloutTrainer):
                 )
                 self._head_checked = True
             return score_contexts(
-                TeacherForward(self.model, self.model, self.teacher.observe_head),
+                TeacherForward(self.model, self.model, self.teacher.observe_head, self.teacher.wants_head),
                 jobs,
                 shape=shape,
                 dtype=torch.promote_types(self.model.dtype, torch.float32),
