@@ -19,8 +19,8 @@ import fsdp2_on_cpu
 import gathers
 import torch
 from datasets import Dataset
-from engines import CELL, GLOBAL_BATCH, RESUME_FROM, STEPS, TEXTS, TOKEN_IDS, make_model, wrap_with_lora
-from peft import LoraConfig
+from engines import CELL, GLOBAL_BATCH, RESUME_FROM, STEPS, TEXTS, TOKEN_IDS, make_model
+from peft import LoraConfig, get_peft_model
 
 from trl_opsd.demo.tokenizer import build_tokenizer
 from trl_opsd.losses import fused
@@ -84,6 +84,7 @@ def make_trainer(cell, run, folder, **settings):
         max_grad_norm=1.0,
         max_completion_length=8,
         logging_steps=1,
+        save_strategy="steps" if cell["resume"] else "no",
         save_steps=RESUME_FROM,
         bf16=cell["bf16"],
         use_cpu=True,
@@ -103,7 +104,7 @@ def make_trainer(cell, run, folder, **settings):
         torch.manual_seed(int(os.environ.get("RANK", 0)))
         model = make_model(tokenizer, cell["tied"])
         if cell["lora"]:  # ranks that made different adapters
-            model = wrap_with_lora(model, cell)
+            model = get_peft_model(model, LoraConfig(**lora_settings(cell)))
     lora = cell["lora"] and not cell["seed_by_rank"]
     trainer = trainer_class(
         reward_funcs=reward_short,
@@ -111,14 +112,14 @@ def make_trainer(cell, run, folder, **settings):
         args=args,
         train_dataset=make_rows(),
         processing_class=copy.deepcopy(tokenizer),
-        peft_config=LoraConfig(**cell_lora(cell)) if lora else None,
+        peft_config=LoraConfig(**lora_settings(cell)) if lora else None,
     )
     if not cell["generate"]:
         give_rollouts(trainer, cell["wrong_on_last_rank"])
     return trainer
 
 
-def cell_lora(cell):
+def lora_settings(cell):
     return {
         "r": 2,
         "target_modules": ["q_proj", "v_proj"],
@@ -141,7 +142,7 @@ def logits_of(trainer):
 
 
 def parts_of(trainer):
-    """Elements held by this rank's teacher, of a whole teacher, and of its largest tensor's storage over its own size."""
+    """Elements that this rank's teacher keeps in memory, of a whole teacher, and of this rank's part of the student."""
     trainable = [p for p in trainer.model.parameters() if p.requires_grad]
     values = list(trainer.teacher.values.values())
     release(trainer.model)
@@ -175,10 +176,19 @@ def run_cell(cell, run, folder):
 
     def scored(*args):
         result = score(*args)
-        targets.append(result[0].anchor.requires_grad or torch.is_grad_enabled() and not result[0].anchor.is_leaf)
+        targets.append(result[0].anchor.requires_grad)
         return result
 
     trainer._score = scored
+    groups = []
+    create = trainer.create_optimizer
+
+    def created(*args):
+        optimizer = create(*args)  # DeepSpeed empties the groups later
+        groups.extend(len(group["params"]) for group in optimizer.param_groups)
+        return optimizer
+
+    trainer.create_optimizer = created
     with counter:
         trainer.train()
     numbers = {
@@ -187,7 +197,7 @@ def run_cell(cell, run, folder):
         "history": history_of(trainer),
         "head_gathers": counter.count,
         "targets_with_graph": sum(targets),
-        "empty_groups": sum(not group["params"] for group in trainer.optimizer.param_groups),
+        "empty_groups": groups.count(0),
         "checkpointing": any(getattr(m, "gradient_checkpointing", False) for m in trainer.model.modules()),
     }
     numbers["parts"] = trainer.accelerator.gather(torch.tensor([list(parts_of(trainer).values())])).tolist()
@@ -216,6 +226,7 @@ def let_go(trainer):
 def main():
     run = json.loads(Path(sys.argv[1]).read_text())
     fsdp2_on_cpu.allow()
+    gathers.partition_small_parameters_too()
     if run["one_token_tiles"]:
         fused.MIN_TILE_TOKENS, fused.TILE_BYTES["cpu"] = 1, 1
     trainer = None
@@ -228,6 +239,7 @@ def main():
             result, trainer = run_cell({**CELL, **options}, run, folder)
         except (Exception, SystemExit) as error:
             result = {"error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
+            result["before_training"] = "in make_trainer" in result["traceback"]
         rank = int(os.environ.get("RANK", 0))
         (folder / f"numbers-{rank}.json").write_text(json.dumps(result))
         if "error" in result and rank == 0:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from trl_opsd.demo.tokenizer import build_tokenizer
@@ -40,13 +40,26 @@ CELL = {
     "bf16": False,
     "seed_by_rank": False,  # a model object that every rank made on its own
     "wrong_on_last_rank": False,  # rollouts by place: the first ranks have right ones only
-    "resume": True,
+    "resume": False,
 }
 
 METHODS = ("opsd", "ogls-sd", "purified-opsd")
 KINDS = ("base", "live", "ema")
 ENGINES = ("single", "ddp", "zero2", "zero3", "fsdp2")
 CELLS = [{"method": m, "lora": lora, "kind": k} for m in METHODS for lora in (False, True) for k in KINDS]
+
+# What CI runs under every engine: each pair of the matrix's choices, and the traps.
+COVER = [
+    {"clip": True, "checkpointing": True},
+    {"method": "ogls-sd", "kind": "ema", "tied": True, "resume": True},
+    {"method": "ogls-sd", "kind": "live", "lora": True, "wrong_on_last_rank": True},
+    {"method": "purified-opsd", "kind": "ema", "lora": True, "head": True, "resume": True},
+    {"kind": "live", "generate": True},
+    {"kind": "ema", "lora": True, "generate": True, "gather_for_generation": False},
+    {"method": "purified-opsd", "seed_by_rank": True},
+    {"method": "ogls-sd", "lora": True, "checkpointing": True},
+    {"method": "purified-opsd", "kind": "live"},
+]
 
 
 def make_model(tokenizer, tied):
@@ -65,10 +78,6 @@ def make_model(tokenizer, tied):
     model = Qwen3ForCausalLM(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model
-
-
-def wrap_with_lora(model, cell):
-    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
 
 
 def save_models(folder):
@@ -150,11 +159,18 @@ def relative(a, b):
     return abs(a - b) / max(abs(b), 1e-12)
 
 
-def flaws(engine, cell, results, one, folder, models, tolerance=1e-4):
+def flaws(engine, cell, results, one, folder, models, first_step=1e-4, later=1e-3):
     """What a finished cell does not hold, as sentences; none for a cell that passes.
 
     Args:
+        engine: which it was to run on.
+        cell: its options.
+        results: its result on each rank.
         one: the same cell's result in one process.
+        folder: where it saved its model.
+        models: folders of the models by name.
+        first_step: relative tolerance of the first step's numbers.
+        later: of the steps behind an optimizer, which turns last bits of small gradients into steps.
     """
     found = []
     for rank, result in enumerate(results):
@@ -165,16 +181,19 @@ def flaws(engine, cell, results, one, folder, models, tolerance=1e-4):
     first = results[0]
     if (first["engine"], first["world"]) != (engine, 1 if engine == "single" else 2):
         found.append(f"ran under {first['engine']} in {first['world']} processes")
-    found += differences(first["history"], one["history"], tolerance, "one process")
+    found += differences(first["history"][:1], one["history"][:1], first_step, "one process")
+    found += differences(first["history"][1:], one["history"][1:], later, "one process")
     if "resumed" in first:
-        found += differences(first["resumed"], first["history"][RESUME_FROM:], tolerance, "uninterrupted")
+        found += differences(first["resumed"], first["history"][RESUME_FROM:], first_step, "uninterrupted")
     difference = reload_difference(folder, cell, models)
     if not difference < 1e-5:
         found.append(f"the saved model differs from the trained one by {difference:.1e}")
     if first["teacher_reread"] != 0:
         found.append(f"the saved teacher differs by {first['teacher_reread']:.1e}")
-    if first["empty_groups"] or first["targets_with_graph"]:
-        found.append(f"{first['empty_groups']} empty groups, {first['targets_with_graph']} targets with a graph")
+    if first["targets_with_graph"]:
+        found.append(f"{first['targets_with_graph']} targets were scored with a graph")
+    if first["empty_groups"]:
+        found.append(f"{first['empty_groups']} empty parameter groups")
     return found
 
 

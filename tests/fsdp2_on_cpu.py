@@ -6,7 +6,8 @@ What is changed is one decision of `AcceleratorState`; preparing, clipping, savi
 
 import os
 
-os.environ["ACCELERATE_USE_CPU"] = "true"
+if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":  # which it would switch off
+    os.environ["ACCELERATE_USE_CPU"] = "true"
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType

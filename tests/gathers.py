@@ -1,9 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts how often an engine gathers the output head during training, at the engine's own gathering calls."""
 
+import os
+
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from trl_opsd.heads import causal_lm
+
+
+def partition_small_parameters_too():
+    """Have ZeRO-3 keep no parameter whole: below its threshold of 100,000 elements a test's model would never be sharded."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+
+        DeepSpeedZeRoOffload.mark_persistent_parameters = lambda self, *thresholds: []
 
 
 class HeadGathers:
@@ -16,17 +26,17 @@ class HeadGathers:
         self._gather = _fsdp_param_group.foreach_all_gather
         _fsdp_param_group.foreach_all_gather = self._fsdp2
         if self.trainer.is_deepspeed_enabled:
-            from deepspeed.zero import GatheredParameters
+            import deepspeed
 
-            self._context, self._enter = GatheredParameters, GatheredParameters.__enter__
-            counter, enter = self, GatheredParameters.__enter__
+            self._context, self._enter = deepspeed.zero.GatheredParameters, deepspeed.zero.GatheredParameters.__enter__
+            counter, enter = self, self._enter
 
             def entered(self):
                 parameters = getattr(self, "params", None) or []
                 counter.count += any(p is counter._head().weight for p in parameters)
                 return enter(self)
 
-            GatheredParameters.__enter__ = entered
+            self._context.__enter__ = entered
         return self
 
     def __exit__(self, *_):

@@ -19,7 +19,7 @@ from ..heads import OutputHead, attach_head_function, head_function, head_shape
 from ..losses import fused_divergence, token_weights
 from ..scoring import ContextSharing
 from ..teacher import Teacher
-from ..validation import check_model_config, check_vocabulary
+from ..validation import check_engine, check_model_config, check_vocabulary
 from .checks import check_inputs, check_prompts, choose_reward
 from .targets import TargetTrainer
 
@@ -75,6 +75,7 @@ class SelfDistillationTrainer(TargetTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
+        check_engine(self.accelerator.state)
         check_model_config(self.model.config)
         attach_head_function(self.model)
         head_rows, self.hidden_size = head_shape(self.model)
