@@ -3,7 +3,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +24,8 @@ TOKEN_IDS = list(range(20, 30))
 GLOBAL_BATCH = 4
 STEPS = 3
 RESUME_FROM = 2
+
+RUNNING: list[subprocess.Popen] = []
 
 # One training run and its defaults.
 CELL = {
@@ -115,17 +116,16 @@ def launch(engine, folder, cells, models, *, one_token_tiles=False, extra=(), ti
     environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
     command = [*command_of(engine), *extra, WORKER, str(folder / "run.json")]
     with (folder / "log").open("w") as log:
-        started = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True
-        )
+        started = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+        RUNNING.append(started)
         try:
             code = started.wait(timeout)
         except subprocess.TimeoutExpired:
             code = "timeout"
         finally:
-            if started.poll() is None:
-                os.killpg(started.pid, signal.SIGKILL)
-                started.wait()
+            started.terminate()  # a launcher ends its workers when it is asked to, not when it is killed
+            started.wait()
+            RUNNING.remove(started)
     world = 1 if engine == "single" else 2
     results = [[_read(folder / str(n) / f"numbers-{rank}.json") for rank in range(world)] for n in range(len(cells))]
     return code, results

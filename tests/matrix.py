@@ -18,7 +18,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
-from engines import CELLS, ENGINES, flaws, launch, save_models
+from engines import CELLS, ENGINES, RUNNING, flaws, launch, save_models
 
 START, END = "<!-- made by tests/matrix.py -->", "<!-- end -->"
 NAMES = {"opsd": "OPSD", "ogls-sd": "OGLS-SD", "purified-opsd": "Purified OPSD"}
@@ -76,13 +76,19 @@ def table(verdicts):
     return "\n".join([*lines, *([""] if notes else []), *notes, END])
 
 
+def end_launches(*_):
+    for started in RUNNING:
+        started.terminate()
+    sys.exit(1)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, help="page with the markers between which the table goes")
     parser.add_argument("--folder", type=Path, help="keep the runs here; a temporary folder otherwise")
     parser.add_argument("--jobs", type=int, default=1, help="engines run at once")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a launch in progress is ended too
+    signal.signal(signal.SIGTERM, end_launches)
     folder = options.folder or Path(tempfile.mkdtemp())
     models = save_models(folder / "models")
     with ThreadPoolExecutor(options.jobs) as pool:
