@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM = false
 # Tiny models: a second thread costs more in barriers than it saves.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-oldest lint build benchmark clean
+.PHONY: demo test test-oldest matrix lint build benchmark clean
 
 demo: .venv/ready
 	$(BIN)/trl-opsd demo
@@ -19,6 +19,10 @@ test: .venv/ready lint
 # The fast tests that touch TRL, on the oldest versions that pyproject.toml allows.
 test-oldest: .venv-oldest/ready
 	$(OLDEST)/python -m pytest -q $(OLDEST_TESTS)
+
+# Every cell of docs/distributed.md on this machine's CPU; writes the page's table.
+matrix: .venv/ready
+	$(BIN)/python tests/matrix.py --write docs/distributed.md
 
 lint: .venv/ready
 	$(BIN)/ruff check .
