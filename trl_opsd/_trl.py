@@ -209,13 +209,6 @@ class RolloutTrainer(GRPOTrainer):
 
     # TRL's seams
 
-    def create_optimizer(self, *args, **kwargs):
-        """The parent's optimizer without empty parameter groups (LoRA has no biases or norms), which DeepSpeed's
-        scheduler has been reported to fail on."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        return optimizer
-
     def _generate_and_score_completions(self, inputs):
         rows = self.prepare_rows(inputs)
         batch = super()._generate_and_score_completions(rows)

@@ -229,6 +229,13 @@ class SelfDistillationTrainer(TargetTrainer):
             "untouched. Lower learning_rate or max_grad_norm, or look at these rows."
         )
 
+    def create_optimizer(self, *args, **kwargs):
+        """The parent's optimizer without empty parameter groups (LoRA trains no bias or norm), on which DeepSpeed with
+        torch 2.13 is reported to fail."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
     # Logs and files
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
