@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts how often an engine gathers the output head during training, at the engine's own gathering calls."""
+"""Makes the engines gather in a test as they do in earnest, and counts how often FSDP2 gathers the output head."""
 
 import os
 
@@ -17,7 +17,7 @@ def partition_small_parameters_too():
 
 
 class HeadGathers:
-    """Within the context, `count` grows with each gather of the trainer's output head by ZeRO-3 or FSDP2."""
+    """Within the context, `count` grows with each gather of the trainer's output head by FSDP2."""
 
     def __init__(self, trainer):
         self.trainer, self.count = trainer, 0
@@ -25,24 +25,10 @@ class HeadGathers:
     def __enter__(self):
         self._gather = _fsdp_param_group.foreach_all_gather
         _fsdp_param_group.foreach_all_gather = self._fsdp2
-        if self.trainer.is_deepspeed_enabled:
-            import deepspeed
-
-            self._context, self._enter = deepspeed.zero.GatheredParameters, deepspeed.zero.GatheredParameters.__enter__
-            counter, enter = self, self._enter
-
-            def entered(self):
-                parameters = getattr(self, "params", None) or []
-                counter.count += any(p is counter._head().weight for p in parameters)
-                return enter(self)
-
-            self._context.__enter__ = entered
         return self
 
     def __exit__(self, *_):
         _fsdp_param_group.foreach_all_gather = self._gather
-        if self.trainer.is_deepspeed_enabled:
-            self._context.__enter__ = self._enter
 
     def _head(self):
         return causal_lm(self.trainer.accelerator.unwrap_model(self.trainer.model)).get_output_embeddings()
