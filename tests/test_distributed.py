@@ -56,6 +56,8 @@ def launched(tmp_path_factory, models):
 @pytest.mark.parametrize("number", range(len(COVER)), ids=[name_of(cell) for cell in COVER])
 @pytest.mark.parametrize("engine", DISTRIBUTED)
 def test_a_cell_gives_the_numbers_of_one_process_and_is_saved_whole(launched, models, engine, number):
+    if engine == "fsdp2" and COVER[number].get("seed_by_rank"):
+        pytest.skip("FSDP2 shards every rank's own values; docs/distributed.md says so")
     ones = launched("single")[1]
     code, results, folder = launched(engine)
     assert code == 0
