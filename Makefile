@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM = false
 # Tiny models: a second thread costs more in barriers than it saves.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-oldest test-vllm test-browser lint build docs benchmark clean
+.PHONY: demo test test-oldest test-vllm test-browser matrix lint build docs benchmark clean
 
 demo: .venv/ready
 	$(BIN)/trl-opsd demo
@@ -30,6 +30,10 @@ test-vllm: .venv-vllm/ready
 test-browser: .venv/ready
 	$(BIN)/pip install -q -c constraints.txt -e '.[browser]'
 	REQUIRE_BROWSER=1 $(BIN)/python -m pytest -q tests/test_browser.py
+
+# Every cell of docs/distributed.md on this machine's CPU; writes the page's table.
+matrix: .venv/ready
+	$(BIN)/python tests/matrix.py --write docs/distributed.md
 
 lint: .venv/ready
 	$(BIN)/ruff check .

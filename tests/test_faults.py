@@ -8,8 +8,8 @@ import time
 
 import pytest
 import torch
+from launching import launch, run
 from safetensors.torch import load_file
-from test_distributed import launch, run
 
 from trl_opsd.checkpoints import complete_steps
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_opsd.arguments import UsageError
@@ -17,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "accelerate")
 ALL_RECIPES = [ROOT / "trl_opsd" / "demo" / "opsd.yaml", *RECIPES]
 NEUTRAL = ["--use_cpu=true", "--bf16=false", "--dtype=float32", "--report_to=none"]
+LAUNCHERS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 QUICK = [
     *NEUTRAL,
     "--max_steps=2",
@@ -70,6 +73,25 @@ def places(tmp_path, tiny_model):
         "--problem_column=problem",
         f"--output_dir={tmp_path / 'out'}",
     ]
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
+def test_accelerate_reads_every_launcher_file(path):
+    config = load_config_from_file(str(path))  # refuses keys that it does not know
+    engine = path.stem.removesuffix("_cpu")
+    kind = {"single": "NO", "ddp": "MULTI_GPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}[engine]
+    assert config.distributed_type.name == kind
+    assert config.use_cpu == path.stem.endswith("_cpu")
+    if kind == "DEEPSPEED":
+        assert config.deepspeed_config["zero_stage"] == int(engine[-1])
+    if kind == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2
+        known = {field for field in vars(launch_command_parser().parse_args(["script.py"]))}
+        assert set(config.fsdp_config) <= known  # what it puts there is not checked when it is read
+
+
+def test_there_is_a_launcher_file_for_every_engine():
+    assert {path.stem for path in LAUNCHERS} == {"single", "ddp", "zero2", "zero3", "fsdp2", "zero2_cpu", "zero3_cpu"}
 
 
 @pytest.mark.parametrize("path", ALL_RECIPES, ids=name_of)

@@ -2,6 +2,7 @@
 """Bad input is refused before any training, by name, and the output folder stays as it was."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -14,7 +15,13 @@ from trl import GRPOConfig
 from trl_opsd import OPSDTrainer
 from trl_opsd.contexts import TEACHER_PROMPT_TEMPLATE
 from trl_opsd.demo.tokenizer import build_tokenizer
-from trl_opsd.validation import check_dataset, check_model_config, check_rows, check_vocabulary
+from trl_opsd.validation import (
+    check_dataset,
+    check_engine,
+    check_model_config,
+    check_rows,
+    check_vocabulary,
+)
 
 streams = pytest.mark.skipif(
     Version(trl.__version__) < Version("1.9"), reason="GRPOTrainer takes streamed datasets since TRL 1.9"
@@ -305,3 +312,31 @@ def test_a_budget_is_checked_on_every_row_before_training(make_model, make_args,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
         )
+
+
+def engine_state(**settings):
+    plugin = types.SimpleNamespace(fsdp_version=2, state_dict_type="FULL_STATE_DICT")
+    vars(plugin).update({key: value for key, value in settings.items() if key != "parallelism_config"})
+    return types.SimpleNamespace(fsdp_plugin=plugin, parallelism_config=settings.get("parallelism_config"))
+
+
+def test_fsdp2_with_whole_state_dicts_and_no_engine_at_all_are_fine():
+    check_engine(engine_state())
+    check_engine(types.SimpleNamespace())
+
+
+def test_fsdp1_is_refused_because_it_flattens_parameters():
+    with pytest.raises(ValueError, match=r"fsdp_version=1.*Set fsdp_version: 2"):
+        check_engine(engine_state(fsdp_version=1))
+
+
+@pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])
+def test_split_sequences_and_heads_are_refused(name):
+    parallelism = types.SimpleNamespace(**{name: 2})
+    with pytest.raises(ValueError, match=rf"{name}=2.*Set {name} to 1"):
+        check_engine(engine_state(parallelism_config=parallelism))
+
+
+def test_sharded_state_dicts_warn_that_save_model_writes_nothing():
+    with pytest.warns(UserWarning, match="SHARDED_STATE_DICT.*FULL_STATE_DICT"):
+        check_engine(engine_state(state_dict_type="StateDictType.SHARDED_STATE_DICT"))

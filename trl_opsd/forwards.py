@@ -28,11 +28,13 @@ class TeacherForward:
         model: the unwrapped, patched model (see `heads.attach_head_function`).
         forward: what runs it: the model itself or the engine around it.
         observe_head: shown the output head while it is whole.
+        wants_head: whether it still has to be; asked at each forward, the same on every rank.
     """
 
     model: torch.nn.Module
     forward: Callable[..., Any]
     observe_head: Callable[[OutputHead], None] = lambda head: None
+    wants_head: Callable[[], bool] = lambda: True
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor, length: int) -> torch.Tensor:
         """Hidden states (B, length, H) that predict the last `length` tokens of `ids` (B, S), S > length."""
@@ -48,12 +50,13 @@ class TeacherForward:
         return self._states(ids, mask, slice(None), use_cache=True, past_key_values=cache)[0]
 
     def _states(self, ids, mask, columns, **cache_settings):
-        def keep(hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
-            self.observe_head(head)
+        def keep(hidden: torch.Tensor, head: OutputHead | None) -> torch.Tensor:
+            if head is not None:
+                self.observe_head(head)
             return hidden[:, columns]
 
         positions = positions_from_mask(mask)[:, -ids.size(1) :]
-        with head_function(self.model, keep) as request:
+        with head_function(self.model, keep, with_head=self.wants_head()) as request:
             self.forward(input_ids=ids, attention_mask=mask, position_ids=positions, **cache_settings)
         return request.result, request.cache
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from .sharding import gathered
+from .sharding import call_within, gathered, whole_shape
 
-HeadFunction = Callable[[torch.Tensor, "OutputHead"], Any]
+HeadFunction = Callable[[torch.Tensor, "OutputHead | None"], Any]
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class OutputHead:
 class _Request:
     """What the next forward of a patched model is asked to do."""
 
-    def __init__(self, function: HeadFunction, keep_forward: bool):
-        self.function, self.keep_forward = function, keep_forward
+    def __init__(self, function: HeadFunction, keep_forward: bool, with_head: bool):
+        self.function, self.keep_forward, self.with_head = function, keep_forward, with_head
         self.result, self.cache = None, None
 
 
@@ -92,7 +93,7 @@ def attach_head_function(model: nn.Module) -> None:
             return _forward_and_capture(self, original, request, args, kwargs)
         output = self.base_model(*args, **{"use_cache": False, **kwargs})
         request.cache = getattr(output, "past_key_values", None)
-        request.result = _call(request.function, self, output.last_hidden_state)
+        request.result = _call(request, self, output.last_hidden_state)
         # A tensor in the output keeps DDP's and DeepSpeed's output hooks working.
         return {"loss": request.result if isinstance(request.result, torch.Tensor) else request.result[0]}
 
@@ -101,20 +102,23 @@ def attach_head_function(model: nn.Module) -> None:
 
 
 @contextmanager
-def head_function(model: nn.Module, function: HeadFunction, *, keep_forward: bool = False) -> Iterator[_Request]:
+def head_function(
+    model: nn.Module, function: HeadFunction, *, keep_forward: bool = False, with_head: bool = True
+) -> Iterator[_Request]:
     """Within the context, a forward of `model` (however wrapped) calls `function(hidden, head)`.
 
     Args:
         model: the unwrapped model given to `attach_head_function`.
         function: takes hidden states (B, S, H) and an `OutputHead`; returns a tensor or a tuple that starts with one.
         keep_forward: run the model's own forward too and return its output; otherwise only the backbone runs.
+        with_head: gather the head; without it the function is given None. The same on every rank.
 
     Yields:
         An object whose `result` holds what `function` returned last and whose `cache` is the KV cache of a forward
         that was called with `use_cache=True`, else None.
     """
     model = causal_lm(model)
-    request = _Request(function, keep_forward)
+    request = _Request(function, keep_forward, with_head)
     model._head_request = request
     try:
         yield request
@@ -123,9 +127,8 @@ def head_function(model: nn.Module, function: HeadFunction, *, keep_forward: boo
 
 
 def head_shape(model: nn.Module) -> tuple[int, int]:
-    """(V, H) of the output head, also where ZeRO-3 holds it partitioned."""
-    weight = causal_lm(model).get_output_embeddings().weight
-    return tuple(getattr(weight, "ds_shape", weight.shape))
+    """(V, H) of the output head, also where an engine holds it sharded."""
+    return tuple(whole_shape(causal_lm(model).get_output_embeddings().weight))
 
 
 def caps_logits(model: nn.Module) -> bool:
@@ -140,7 +143,7 @@ def _forward_and_capture(model, original, request, args, kwargs):
         output = original(*args, **kwargs)
     finally:
         hook.remove()
-    request.result = _call(request.function, model, captured[-1].last_hidden_state)
+    request.result = _call(request, model, captured[-1].last_hidden_state)
     return output
 
 
@@ -154,14 +157,25 @@ def whole_head(model: nn.Module) -> Iterator[OutputHead]:
         yield OutputHead(_whole(weight), _whole(bias), *_logit_transform(model.config))
 
 
-def _call(function: HeadFunction, model: nn.Module, hidden: torch.Tensor) -> Any:
-    with whole_head(model) as head:  # one gather a forward, not one a tile
-        return function(hidden, head)
-
-
 def _whole(tensor):
-    """An FSDP2 shard as a full tensor; others as they are."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """An FSDP2 shard as a full tensor, without a gradient; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _call(request: _Request, model: nn.Module, hidden: torch.Tensor) -> Any:
+    head = model.get_output_embeddings()
+
+    def function(hidden):
+        if not request.with_head:
+            return request.function(hidden, None)
+        weight, bias = head.weight, getattr(head, "bias", None)
+        with gathered([weight, bias]):  # one gather a forward, not one a tile
+            assert not isinstance(weight, DTensor), "a sharded head outside of FSDP2's hooks has no gradient"
+            return request.function(hidden, OutputHead(weight, bias, *_logit_transform(model.config)))
+
+    if request.keep_forward and not isinstance(head.weight, DTensor):
+        return function(hidden)  # FSDP2 has the head whole from the model's own forward; a second call is no group's
+    return call_within(head, function, hidden)
 
 
 def _logit_transform(config) -> tuple[float, float | None]:

@@ -19,7 +19,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .heads import OutputHead, causal_lm
-from .sharding import gathered, is_partitioned, local_part, part_of, release
+from .sharding import (
+    exchange,
+    first_ranks,
+    gathered,
+    is_sharded,
+    local_part,
+    part_of,
+    plain_name,
+    release,
+    whole,
+    whole_shape,
+)
 
 TEACHER_KINDS = ("base", "live", "ema")
 
@@ -51,6 +62,7 @@ class Teacher:
         head_module = causal_lm(student).get_output_embeddings()
         self._head_trains = any(parameter.requires_grad for parameter in head_module.parameters())
         self._pairs = self._find_pairs() if kind == "ema" else {}
+        self._settled = False
         self.values = {} if kind == "live" or self.adapter_off else self._copy_of_student()
 
     @contextmanager
@@ -59,6 +71,8 @@ class Teacher:
         modes = [(module, module.training) for module in self.student.modules()]
         self.student.eval()
         self.head = None
+        release(self.student)
+        self._copies_head = self.keep_head or self._is_sharded()  # a gathered head is gone after the forward
         try:
             with self.student.disable_adapter() if self.adapter_off else nullcontext(), self._exchanged():
                 yield
@@ -66,13 +80,17 @@ class Teacher:
             for module, training in modes:
                 module.training = training
 
+    def wants_head(self) -> bool:
+        """Whether `observe_head` still has to see the head of this scoring: where it may differ from the student's."""
+        same = self.kind == "live" and not self.keep_head
+        return self._head_trains and not same and self.head is None
+
     def observe_head(self, head: OutputHead) -> None:
         """Remember, during scoring, the teacher's output head where it may differ from the student's."""
-        if self.head is not None or not self._head_trains:
+        if not self.wants_head():
             return
-        copy = self.keep_head or is_partitioned(head.weight)  # a gathered weight is gone after the forward
         weight, bias = (None if t is None else t.detach() for t in (head.weight, head.bias))
-        if copy:
+        if self._copies_head:
             weight, bias = weight.clone(), None if bias is None else bias.clone()
         self.head = OutputHead(weight, bias, head.logit_scale, head.logit_softcap)
 
@@ -85,7 +103,7 @@ class Teacher:
         """
         if self.kind != "ema":
             return 0.0
-        self._adopt_shards()
+        self._settle()
         lost = 0.0
         for name, parameter in self._trainable():
             if name not in self._pairs:
@@ -99,9 +117,12 @@ class Teacher:
     def save(self, folder: str | Path) -> None:
         """Write the "ema" values into a checkpoint folder as safetensors; called on every rank.
 
-        Whole values are written once; under ZeRO-3 each rank writes its shards.
+        Whole values are written once; sharded ones (ZeRO-3, FSDP2) by each rank.
         """
-        if self.kind == "ema" and (self._is_sharded() or _rank() == 0):
+        if self.kind != "ema":
+            return
+        self._settle()
+        if self._is_sharded() or _rank() == 0:
             save_file({name: value.contiguous() for name, value in self.values.items()}, self._file(folder))
 
     def load(self, folder: str | Path) -> None:
@@ -112,7 +133,7 @@ class Teacher:
         """
         if self.kind != "ema":
             return
-        self._adopt_shards()
+        self._settle()
         file = self._file(folder)
         if not file.exists():
             raise FileNotFoundError(
@@ -123,14 +144,14 @@ class Teacher:
             self.values[name].copy_(value)
 
     def _is_sharded(self) -> bool:
-        return any(is_partitioned(parameter) for _, parameter in self._trainable())
+        return any(is_sharded(parameter) for _, parameter in self._trainable())
 
     def _file(self, folder: str | Path) -> Path:
         shard = f"-{_rank():05d}-of-{torch.distributed.get_world_size():05d}" if self._is_sharded() else ""
         return Path(folder) / f"teacher{shard}.safetensors"
 
     def _trainable(self):
-        return ((name, p) for name, p in self.student.named_parameters() if p.requires_grad)
+        return ((plain_name(name), p) for name, p in self.student.named_parameters() if p.requires_grad)
 
     def _copy_of_student(self) -> dict[str, torch.Tensor]:
         # A moving average in bfloat16 would round its small steps away.
@@ -138,7 +159,7 @@ class Teacher:
         values = {}
         for name, parameter in self._trainable():
             with gathered([parameter] if name in self._pairs else []):
-                own = parameter if name in self._pairs else local_part(parameter)
+                own = whole(parameter) if name in self._pairs else local_part(parameter)
                 values[name] = own.detach().clone().to(_at_least(own.dtype, dtype))
         return values
 
@@ -147,39 +168,44 @@ class Teacher:
         pairs = {}
         for name, parameter in self._trainable():
             partner = name.replace("lora_A.", "lora_B.")
-            if partner != name and len(getattr(parameter, "ds_shape", parameter.shape)) == 2:
+            if partner != name and len(whole_shape(parameter)) == 2:
                 pairs |= {name: partner, partner: None}
         return pairs
 
-    def _adopt_shards(self) -> None:
-        """Keep only this rank's part of values that were copied before the engine split the parameters."""
+    def _settle(self) -> None:
+        """Lay the values out as the engine has laid out the student since they were copied: rank 0's, by shards."""
+        release(self.student)
         for name, parameter in self._trainable():
+            if name not in self.values:
+                continue
+            if not self._settled:
+                self.values[name] = first_ranks(self.values[name], parameter)
             if name not in self._pairs:
                 self.values[name] = part_of(self.values[name], parameter)
+        self._settled = True
 
     @contextmanager
     def _exchanged(self) -> Iterator[None]:
         if self.values:
-            self._adopt_shards()
-        own = []
-        for name, parameter in self.student.named_parameters():
-            if name in self.values:
-                release(parameter)
-                part = local_part(parameter)
-                own.append((parameter, part, part.data))
-                part.data = part_of(self.values[name], parameter).to(dtype=part.dtype, device=part.device)
+            self._settle()
+        restore = [
+            exchange(parameter, part_of(self.values[name], parameter))
+            for name, parameter in self._trainable()
+            if name in self.values
+        ]
         try:
             yield
         finally:
-            for parameter, part, data in own:
-                release(parameter)
-                part.data = data
+            release(self.student)
+            for put_back in restore:
+                put_back()
 
     def _update_pair(self, name_a: str, name_b: str) -> float:
         """Average the update B A of one LoRA pair and refit it to the pair's rank."""
-        pair = [self.student.get_parameter(name) for name in (name_a, name_b)]
+        parameters = dict(self._trainable())
+        pair = [parameters[name] for name in (name_a, name_b)]
         with gathered(pair):
-            student = tuple(parameter.detach().float() for parameter in pair)
+            student = tuple(whole(parameter).detach().float() for parameter in pair)
             new_a, new_b, lost = average_low_rank((self.values[name_a], self.values[name_b]), student, self.update_rate)
         self.values[name_a].copy_(new_a)
         self.values[name_b].copy_(new_b)

@@ -2,6 +2,7 @@
 """What is checked before any training: the dataset's rows and the model, each with an error that names the fix."""
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
@@ -167,6 +168,37 @@ def num_positions(config: Any) -> int | None:
     if rope.get("factor"):  # YaRN and its like reach further than the config's own number says
         positions = max(positions, int(rope["factor"] * rope.get("original_max_position_embeddings", positions)))
     return positions
+
+
+def check_engine(state: Any) -> None:
+    """Check that a distributed engine is one whose shards the teacher can take part in.
+
+    Args:
+        state: accelerate's state of the run.
+
+    Raises:
+        ValueError: the engine is FSDP1, or splits more than the batch and the parameters.
+    """
+    plugin = getattr(state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise ValueError(
+            f"fsdp_version={plugin.fsdp_version}: FSDP1 flattens parameters together, so the teacher's values cannot be "
+            "laid out as the student's. Set fsdp_version: 2 in the accelerate config (recipes/accelerate/fsdp2.yaml)."
+        )
+    if plugin is not None and "SHARDED" in str(plugin.state_dict_type):
+        warnings.warn(
+            "fsdp_state_dict_type=SHARDED_STATE_DICT: save_model writes no weights, only checkpoints hold them. Set "
+            "fsdp_state_dict_type: FULL_STATE_DICT to get a model that from_pretrained reads.",
+            stacklevel=4,
+        )
+    parallelism = getattr(state, "parallelism_config", None)
+    for name in ("tp_size", "cp_size", "sp_size"):
+        size = getattr(parallelism, name, 1) or 1
+        if size > 1:
+            raise ValueError(
+                f"parallelism_config {name}={size}: the loss needs whole sequences and a whole output head in every "
+                f"forward. Set {name} to 1 and shard with ZeRO-3 or FSDP2."
+            )
 
 
 def check_vocabulary(config: Any, head_rows: int, num_tokens: int) -> None:

@@ -26,7 +26,7 @@ from ..rewards import guard_rewards
 from ..scoring import ContextSharing
 from ..states import read_views
 from ..teacher import Teacher
-from ..validation import check_model_config, check_vocabulary, num_positions
+from ..validation import check_engine, check_model_config, check_vocabulary, num_positions
 from .checks import check_inputs, check_prompts, choose_reward
 from .publishing import PublishingTrainer
 from .tail_anchor import count_tail_tokens, student_length, tail_loss
@@ -87,6 +87,7 @@ class SelfDistillationTrainer(PublishingTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
+        check_engine(self.accelerator.state)
         check_model_config(self.model.config)
         attach_head_function(self.model)
         head_rows, self.hidden_size = head_shape(self.model)
@@ -259,8 +260,10 @@ class SelfDistillationTrainer(PublishingTrainer):
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"][:, :length]], dim=1)
         with head_function(self.model, self._loss_from_states(batch)) as request:
             output = model(input_ids=ids, attention_mask=mask, position_ids=positions_from_mask(mask))
-        # The loss that came through the engine's forward, not the one inside it: output hooks may have wrapped it.
-        return output["loss"], request.result[1]
+        # The loss that came through the engine's forward, not the one inside it: output hooks may have wrapped it,
+        # and rounded it (FSDP2's mixed precision): the value is the one inside.
+        loss, stats = output["loss"], request.result[1]
+        return loss + (request.result[0] - loss).detach(), stats
 
     def _mixed_loss(self, model: torch.nn.Module, batch: dict[str, Any]):
         """Distillation plus TRL's policy-gradient loss (and a router's loss) from one student forward."""
@@ -290,6 +293,13 @@ class SelfDistillationTrainer(PublishingTrainer):
             f"{[self._prompt_texts[index] for index in sorted(set(bad))]}. The weights of earlier checkpoints are "
             "untouched. Lower learning_rate or max_grad_norm, or look at these rows."
         )
+
+    def create_optimizer(self, *args, **kwargs):
+        """The parent's optimizer without empty parameter groups (LoRA trains no bias or norm), on which DeepSpeed with
+        torch 2.13 is reported to fail."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
 
     # Logs and files
 

@@ -187,7 +187,7 @@ class TargetTrainer(RolloutTrainer):
                 )
                 self._head_checked = True
             return score_contexts(
-                TeacherForward(self.model, self.model, teacher.observe_head),
+                TeacherForward(self.model, self.model, teacher.observe_head, teacher.wants_head),
                 jobs,
                 shape=shape,
                 dtype=torch.promote_types(self.model.dtype, torch.float32),

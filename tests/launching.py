@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts `fault_worker.py` on one process or two, as a user's launcher would."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+WORKER = str(ROOT / "tests" / "fault_worker.py")
+
+LAUNCHERS = {
+    "single": [sys.executable],
+    "ddp": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"],
+    "zero2": [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / "recipes/accelerate/zero2_cpu.yaml")],
+    "zero3": [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / "recipes/accelerate/zero3_cpu.yaml")],
+}
+
+
+def launch(engine, folder, *options):
+    folder.mkdir(parents=True, exist_ok=True)
+    # With ACCELERATE_USE_CPU set, accelerate would take DDP whatever the DeepSpeed file says.
+    cpu = {"DS_ACCELERATOR": "cpu"} if engine.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | cpu
+    # DeepSpeed builds its CPU operators with the environment's ninja.
+    environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
+    command = [*LAUNCHERS[engine], WORKER, "--output", str(folder), *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=folder)
+
+
+def run(engine, folder, *options):
+    done = launch(engine, folder, *options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return json.loads((folder / "numbers.json").read_text())
