@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerControl
 
-from trl_opsd import OPSDTrainer
+from trl_opsd import OGLSSDTrainer, OPSDTrainer
 from trl_opsd.callbacks import LIMITS, CollapseGuard
 from trl_opsd.repetition import repeated_share
 
@@ -116,6 +116,19 @@ def test_the_config_adds_it(make_model, make_args, dataset, tokenizer, guard, co
     trainer = OPSDTrainer(make_model(), args=make_args(guard=guard), train_dataset=dataset, processing_class=tokenizer)
     found = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, CollapseGuard)]
     assert len(found) == count and all(callback.action == guard for callback in found)
+
+
+def test_a_divergence_that_grows_by_plan_is_not_watched(make_model, make_args, dataset, tokenizer):
+    def watched(trainer_class, **settings):
+        args = make_args(trainer_class.config_class, **settings)
+        trainer = trainer_class(model=make_model(), args=args, train_dataset=dataset, processing_class=tokenizer)
+        (guard,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, CollapseGuard))
+        return "divergence" in {limit.key for limit in guard.limits}
+
+    group = {"num_generations": 4, "max_completion_length": 8, "distillation_length": 8}
+    assert watched(OPSDTrainer)
+    assert watched(OGLSSDTrainer, **group, steering_warmup_steps=0)
+    assert not watched(OGLSSDTrainer, **group, steering_warmup_steps=3, max_steps=5)
 
 
 def test_every_watched_number_is_logged(make_model, make_args, dataset, tokenizer, given_rollouts):

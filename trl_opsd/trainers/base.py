@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from ..callbacks import CollapseGuard
+from ..callbacks import LIMITS, CollapseGuard
 from ..card import describe_run
 from ..checkpoints import fingerprint, load_head, resolve_checkpoint, save_head
 from ..collators import TeacherCollator, positions_from_mask
@@ -27,7 +27,7 @@ from ..scoring import ContextSharing
 from ..states import read_views
 from ..teacher import Teacher
 from ..validation import check_engine, check_model_config, check_vocabulary, num_positions
-from .checks import check_inputs, check_prompts, choose_reward
+from .checks import check_inputs, check_prompts, check_same_weights, choose_reward
 from .publishing import PublishingTrainer
 from .tail_anchor import count_tail_tokens, student_length, tail_loss
 
@@ -88,6 +88,7 @@ class SelfDistillationTrainer(PublishingTrainer):
             environment_factory=environment_factory,
         )
         check_engine(self.accelerator.state)
+        check_same_weights(self.model, self.accelerator)
         check_model_config(self.model.config)
         attach_head_function(self.model)
         head_rows, self.hidden_size = head_shape(self.model)
@@ -123,7 +124,11 @@ class SelfDistillationTrainer(PublishingTrainer):
         self._unsplit_batches = 0
         self.add_callback(_StepHooks(self))
         if args.guard != "off":
-            self.add_callback(CollapseGuard(args.guard))
+            moves = self.method.shape(args, 0) != self.method.shape(args, args.max_steps)
+            # A target that moves away by plan (OGLS-SD's lambda) says nothing by its divergence.
+            self.add_callback(
+                CollapseGuard(args.guard, [limit for limit in LIMITS if not (moves and limit.key == "divergence")])
+            )
 
     def _make_collator(self) -> TeacherCollator:
         positions = num_positions(self.model.config)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from .._trl import trusts_remote_code
@@ -127,3 +128,23 @@ def _long_rows(collator: TeacherCollator, dataset: Any) -> Iterator[dict]:
 def _load_config(model: str, args: Any) -> Any:
     revision = (args.model_init_kwargs or {}).get("revision")
     return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusts_remote_code(args))
+
+
+def check_same_weights(model: torch.nn.Module, accelerator: Any) -> None:
+    """Under FSDP2, check that every rank was given the same trainable weights; a collective.
+
+    FSDP2 shards each rank's own values without a broadcast, so different ones would become a mixture of models.
+
+    Raises:
+        ValueError: they differ.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None or plugin.cpu_ram_efficient_loading:  # which sends rank 0's to all
+        return
+    sums = [parameter.detach().double().sum() for parameter in model.parameters() if parameter.requires_grad]
+    total = torch.stack([value.to(accelerator.device) for value in sums]).sum()
+    if len(set(accelerator.gather(total[None]).tolist())) > 1:
+        raise ValueError(
+            "model: ranks hold different weights, which FSDP2 would shard into a mixture. Give the model by name, seed "
+            "before making it, or set fsdp_cpu_ram_efficient_loading: true."
+        )
