@@ -228,6 +228,8 @@ def write_run(folder):
 def run_command(words, **environment):
     command = [sys.executable, "-m", "trl_opsd.cli", *words]
     inherited = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE")}
+    # DeepSpeed builds its CPU operators with the environment's ninja.
+    inherited["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{inherited['PATH']}"
     done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
