@@ -7,11 +7,13 @@ The site has the repository's layout, so relative links stay what they are but f
 `docs/x.md` is `docs/x.html`, the reference is in `api/`, and other files that a page links to are copied.
 """
 
+import inspect
 import pkgutil
 import re
 import shutil
 import sys
 import warnings
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pdoc
@@ -77,17 +79,36 @@ def _renamed(name: str) -> str:
     return f"{name.removesuffix('README')}index.html" if name.endswith("README") else f"{name}.html"
 
 
+def document_fields(config: type) -> None:
+    """Put the help texts of the fields that a config declares into its docstring."""
+    declared = (field for field in fields(config) if field.name in config.__annotations__)
+    lines = [f"* `{field.name}`: {field.metadata['help']}" for field in declared if "help" in field.metadata]
+    config.__doc__ = "\n".join([inspect.getdoc(config) or "", "", "**Fields**", "", *lines])
+
+
+def drop_dead_anchors(page: Path) -> None:
+    """Turn pdoc's links to members that it lists but does not show, TRL's own, into text."""
+    text = page.read_text(encoding="utf-8")
+    anchors = set(re.findall('id="([^"]+)"', text))
+    text = re.sub('<a href="#([^"]+)">(.*?)</a>', lambda m: m[0] if m[1] in anchors else m[2], text, flags=re.DOTALL)
+    page.write_text(text, encoding="utf-8")
+
+
 def build(site: Path) -> None:
     """Write the whole site into a folder."""
     pdoc.render.configure(docformat="google")
     for name in trl_opsd.__all__:  # they load when asked for; pdoc looks for what is there
         setattr(trl_opsd, name, getattr(trl_opsd, name))
+        if is_dataclass(getattr(trl_opsd, name)) and name.endswith("Config"):
+            document_fields(getattr(trl_opsd, name))
     found = pkgutil.walk_packages(trl_opsd.__path__, "trl_opsd.")
     modules = [module.name for module in found if "._" not in module.name]
     with warnings.catch_warnings():
         # A package names its modules again unless it has `__all__`; where it has, pdoc would leave them out.
         warnings.filterwarnings("ignore", "The module specification", UserWarning)
         pdoc.pdoc("trl_opsd", *modules, output_directory=site / "api")
+    for page in (site / "api").rglob("*.html"):
+        drop_dead_anchors(page)
     for page in PAGES:
         write_page(page, site)
 

@@ -4,6 +4,7 @@
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 from importlib import import_module
@@ -227,6 +228,8 @@ def write_run(folder):
 def run_command(words, **environment):
     command = [sys.executable, "-m", "trl_opsd.cli", *words]
     inherited = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE")}
+    # DeepSpeed builds its CPU operators with the environment's ninja.
+    inherited["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{inherited['PATH']}"
     done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
@@ -242,7 +245,11 @@ def test_a_config_of_one_process_trains_through_accelerate(tmp_path):
 
 @pytest.mark.slow
 def test_a_named_config_trains_on_two_processes_under_zero_3(tmp_path):
-    words = [*write_run(tmp_path), "--gradient_checkpointing=false", "--accelerate_config", "zero3_cpu"]
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    launcher = ["--accelerate_config", "zero3_cpu", "--main_process_port", port]
+    words = [*write_run(tmp_path), "--gradient_checkpointing=false", *launcher]
     run_command(words, DS_ACCELERATOR="cpu")
     names = {path.name for path in (tmp_path / "out" / "checkpoint-1").rglob("*.pt")}
     # Files that only a partitioned model writes, one a process.

@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import trl_opsd
+from trl_opsd import OGLSSDConfig
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [
@@ -75,7 +76,9 @@ def test_every_page_and_every_module_is_there(site):
 def test_every_public_name_is_documented_on_the_first_page_of_the_reference(site):
     page = Page(site / "api" / "trl_opsd.html")
     assert set(trl_opsd.__all__) <= page.anchors
-    assert {"OPSDConfig.teacher_prompt_template", "OPSDTrainer.push_to_hub"} <= page.anchors
+    assert "OPSDConfig.teacher_prompt_template" in page.anchors
+    help_text = OGLSSDConfig.__dataclass_fields__["steering_strength"].metadata["help"]
+    assert help_text in (site / "api" / "trl_opsd" / "trainers" / "ogls_sd.html").read_text()
 
 
 def test_no_link_of_the_site_leads_nowhere(site):
