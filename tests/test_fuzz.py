@@ -342,7 +342,7 @@ def test_a_sample_of_the_accepted_rows_is_trained_on(make_model, make_args, chat
     for start in (0, 4):
         trainer.model.train()
         batch = trainer._generate_and_score_completions(rows[start : start + 4])
-        batch["num_loss_items"] = trainer.count_loss_items(batch).float()
+        batch |= {name: count.float() for name, count in trainer.count_loss_items(batch).items()}
         loss = trainer.compute_loss(trainer.model, batch)
         loss.backward()
         assert torch.isfinite(loss)
@@ -498,7 +498,11 @@ def test_remote_code_is_off_wherever_something_is_loaded_unless_asked_for():
     assert loads
     for path, node in loads:
         given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-        assert given.get("trust_remote_code", "False") in ("False", "trusts_remote_code(args)"), path
+        assert given.get("trust_remote_code", "False") in (
+            "False",
+            "trusts_remote_code(args)",
+            "trusts_remote_code(settings)",
+        ), path
     assert trusts_remote_code(OPSDConfig("x", bf16=False, use_cpu=True)) is False
 
 

@@ -256,7 +256,9 @@ def test_the_settings_saved_with_a_checkpoint_hold_the_limit_as_it_was_given(bui
 def test_a_checkpoint_is_pushed_when_it_is_complete(build, tmp_path, monkeypatch):
     pushed = []
     push = "transformers.Trainer._push_from_checkpoint"
-    monkeypatch.setattr(push, lambda self, folder: pushed.append((folder, checkpoint_state(folder))))
+    monkeypatch.setattr(
+        push, lambda self, checkpoint_folder: pushed.append((checkpoint_folder, checkpoint_state(checkpoint_folder)))
+    )
     trainer = build(max_steps=1)
     trainer.args.push_to_hub = True
     trainer.hub_model_id = "someone/model"

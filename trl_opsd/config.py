@@ -180,7 +180,7 @@ class OPSDConfig(GRPOConfig):
     reflection_markers: list[str] = option(list(REFLECTION_MARKERS), "Whole words counted per 1,000 tokens of rollout.")
     guard: str = option(
         "warn",
-        f"When length, entropy, divergence, markers or repetition leave the range of the start, one of {GUARDS}.",
+        "When length, entropy, divergence, markers or repetition leave the range of the start: `warn`, `stop` or `off`.",
     )
 
     def __post_init__(self):

@@ -76,7 +76,8 @@ def plot_run(
     for axes in (accuracy, divergence, length):
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
     figure.savefig(path, dpi=150)
     return Path(path)
 

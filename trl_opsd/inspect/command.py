@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser
 
+from .._trl import trusts_remote_code
 from ..card import thinking_modes
 from ..train import TRAINERS, DataArguments, load_rows
 from .compute import Inspector
@@ -86,14 +87,14 @@ def make_inspector(inspect_args: InspectArguments, settings: Any, model_args: Mo
     """Load the base model as the teacher and the checkpoint, if one is named, as the student."""
     if not model_args.model_name_or_path:
         raise ValueError("model_name_or_path is not set. Give the base model, whose weights teach.")
-    teacher = _load(model_args.model_name_or_path, model_args, model_args.model_revision)
+    teacher = _load(model_args.model_name_or_path, model_args, settings, model_args.model_revision)
     student, own = teacher, inspect_args.student_model_name_or_path
     if own is not None:
-        student = _load(own, model_args, None)
+        student = _load(own, model_args, settings, None)
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.model_name_or_path,
         revision=model_args.model_revision,
-        trust_remote_code=getattr(model_args, "trust_remote_code", False),
+        trust_remote_code=trusts_remote_code(settings),
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -123,13 +124,14 @@ def _groups(inspector: Inspector, inspect_args: InspectArguments) -> Iterator[li
     return saved_groups(inspector, inspect_args.completions, rows)
 
 
-def _load(name: str, model_args: ModelConfig, revision: str | None) -> torch.nn.Module:
+def _load(name: str, model_args: ModelConfig, settings: Any, revision: str | None) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_pretrained(
         name,
         revision=revision,
         dtype=model_args.dtype,
         attn_implementation=model_args.attn_implementation,
-        trust_remote_code=getattr(model_args, "trust_remote_code", False),
+        use_safetensors=True,
+        trust_remote_code=trusts_remote_code(settings),
     )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
