@@ -249,7 +249,7 @@ def test_a_named_config_trains_on_two_processes_under_zero_3(tmp_path):
         free.bind(("", 0))
         port = str(free.getsockname()[1])
     launcher = ["--accelerate_config", "zero3_cpu", "--main_process_port", port]
-    words = [*write_run(tmp_path), "--gradient_checkpointing=false", *launcher]
+    words = [*write_run(tmp_path), "--use_cpu=true", "--gradient_checkpointing=false", *launcher]
     run_command(words, DS_ACCELERATOR="cpu")
     names = {path.name for path in (tmp_path / "out" / "checkpoint-1").rglob("*.pt")}
     # Files that only a partitioned model writes, one a process.
