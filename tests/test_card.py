@@ -2,6 +2,7 @@
 """The model card tells what it knows, says what was not measured, and holds nothing of the machine or of a token."""
 
 import re
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -50,7 +51,7 @@ def test_a_card_of_a_run_without_numbers_says_so_and_names_no_path_and_no_token(
     assert metadata["pipeline_tag"] == "text-generation" and "licence" not in metadata and "license" not in metadata
     assert "Not measured" in section(text, "Results") and '"evaluation": "not measured"' in text
     assert "No curves" in text and "made in memory" in text and "Optimizer steps: 0" in text
-    assert "not stated" in section(text, "Licence") and "not named" in section(text, "Data")
+    assert "not stated" in section(text, "Licence") and "Not named" in section(text, "Data")
     assert "8 rows, columns `prompt`, `solution`" in section(text, "Data")
     assert str(tmp_path) not in text and TOKEN not in text and "other-secret" not in text
     assert "````text\n{prompt} hf_***" in text  # the fence is longer than any in the template
@@ -107,7 +108,10 @@ def test_a_lora_card_names_the_adapter_and_its_snippet_loads_it(
     metadata, text = read_card(tmp_path)
     assert metadata["library_name"] == "peft" and metadata["license"] == "mit"
     assert "LoRA: r 4, alpha 8, on ['q_proj']" in text and "Licence of the base: mit" in text
-    assert "(run.png)" in text and (tmp_path / "out" / "run.png").stat().st_size > 1_000
+    if find_spec("matplotlib"):
+        assert "(run.png)" in text and (tmp_path / "out" / "run.png").stat().st_size > 1_000
+    else:
+        assert "No curves" in text
     assert str(tmp_path) not in text
     monkeypatch.chdir(tmp_path)
     exec(re.search(r"```python\n(.*?)```", section(text, "How to load"), re.DOTALL).group(1), {})

@@ -50,7 +50,7 @@ def fail_from_step_two(trainer, monkeypatch, tmp_path, share):
 @pytest.mark.parametrize("share", [0.5, 1.1], ids=["the model does not fit", "the optimizer does not fit"])
 def test_a_save_that_fails_names_its_folder_and_leaves_the_earlier_checkpoint(build, tmp_path, monkeypatch, share):
     settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
-    whole = build(**settings)
+    whole = build(**settings, output_dir=str(tmp_path / "whole"))
     whole.train()
     trainer = build(**settings, output_dir=str(tmp_path / "run"))
     fail_from_step_two(trainer, monkeypatch, tmp_path, share)

@@ -43,7 +43,7 @@ def introduction(trainer: Any, name: str, base: str) -> str:
     progress = f"{step} of {steps}" if steps > step else f"{step}"
     return f"""# {name}
 
-{base}, distilled from itself on its own rollouts by {trainer.method.name} ([{paper["title"]}](https://arxiv.org/abs/{paper["id"]})) with [trl_opsd](https://pypi.org/project/trl-opsd/): the teacher is the same model, which also reads privileged text. Optimizer steps: {progress}."""
+Base: {base}. It was distilled from itself on its own rollouts by {trainer.method.name} ([{paper["title"]}](https://arxiv.org/abs/{paper["id"]})) with [trl_opsd](https://pypi.org/project/trl-opsd/): the teacher is the same model, which also reads privileged text. Optimizer steps: {progress}."""
 
 
 def loading(args: Any, name: str, is_adapter: bool) -> str:
@@ -139,7 +139,7 @@ def sources_section(trainer: Any, dataset_name: str | None, base: str, licence: 
     rows = trainer.train_dataset
     size = f"{len(rows):,} rows" if hasattr(rows, "__len__") else "streamed rows, not counted"
     columns = ", ".join(f"`{name}`" for name in rows.column_names or ()) or "not known before they are read"
-    name = "not named: a local or generated dataset"
+    name = "Not named: a local or generated dataset"
     if dataset_name is not None:
         name = f"[{dataset_name}](https://huggingface.co/datasets/{dataset_name})"
     stated = ", ".join(licence.values()) or "not stated in a card that could be read; look there before use"
