@@ -84,8 +84,9 @@ RUNS = {
     "Purified OPSD": Run("purified-opsd", TEACHER),
     "Purified OPSD, nothing subtracted": Run("purified-without-reference", TEACHER),
     "Purified OPSD, no bound": Run("purified-opsd", {**TEACHER, "tanh_bound": 1e4}),
-    "GRPO": Run("grpo", GROUPS),
-    "SFT on references": Run("sft"),
+    # The baselines at the better of two rates on validation problems, 1e-4 and 3e-4.
+    "GRPO": Run("grpo", {**GROUPS, "learning_rate": 3e-4}),
+    "SFT on references": Run("sft", {"learning_rate": 3e-4}),
 }
 
 
