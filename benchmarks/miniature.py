@@ -78,7 +78,6 @@ RUNS = {
     "OPSD, shuffled solutions": Run("opsd", TEACHER, shuffled=True),
     "OGLS-SD": Run("ogls-sd", STEERING),
     "OGLS-SD, forward KL": Run("ogls-sd", {**STEERING, "divergence": "forward_kl"}),
-    "OGLS-SD, paper's clip": Run("ogls-sd", {**STEERING, "clip": "symmetric"}),
     "OGLS-SD, mean of positives": Run("ogls-sd", {**STEERING, "steering_teacher": "mean_of_positives"}),
     "OGLS-SD, positive only": Run("ogls-sd", {**STEERING, "steering_teacher": "positive_only"}),
     "Purified OPSD": Run("purified-opsd", TEACHER),
