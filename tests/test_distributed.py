@@ -69,6 +69,8 @@ def test_a_cell_gives_the_numbers_of_one_process_and_is_saved_whole(launched, mo
 @pytest.mark.parametrize("engine", SHARDED)
 def test_no_rank_holds_a_whole_teacher_where_the_student_is_sharded(launched, engine, number):
     cell = {**CELL, **COVER[number]}
+    if engine == "fsdp2" and cell["seed_by_rank"]:  # refused
+        return
     for teacher, whole, student in launched(engine)[1][number][0]["parts"]:
         assert 0.45 * whole <= student <= 0.55 * whole or not whole
         if not cell["lora"]:
