@@ -330,6 +330,14 @@ def test_fsdp1_is_refused_because_it_flattens_parameters():
         check_engine(engine_state(fsdp_version=1))
 
 
+def test_adapters_that_could_not_be_read_again_are_refused():
+    state = engine_state()
+    state.fsdp_plugin.activation_checkpointing = True
+    check_engine(state)
+    with pytest.raises(ValueError, match=r"fsdp_activation_checkpointing: true.*gradient_checkpointing to true"):
+        check_engine(state, adapters=True)
+
+
 @pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])
 def test_split_sequences_and_heads_are_refused(name):
     parallelism = types.SimpleNamespace(**{name: 2})

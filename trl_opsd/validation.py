@@ -170,20 +170,27 @@ def num_positions(config: Any) -> int | None:
     return positions
 
 
-def check_engine(state: Any) -> None:
+def check_engine(state: Any, *, adapters: bool = False) -> None:
     """Check that a distributed engine is one whose shards the teacher can take part in.
 
     Args:
         state: accelerate's state of the run.
+        adapters: whether PEFT adapters train.
 
     Raises:
-        ValueError: the engine is FSDP1, or splits more than the batch and the parameters.
+        ValueError: the engine is FSDP1, splits more than the batch and the parameters, or saves adapters that cannot be
+            read again.
     """
     plugin = getattr(state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:
         raise ValueError(
             f"fsdp_version={plugin.fsdp_version}: FSDP1 flattens parameters together, so the teacher's values cannot be "
             "laid out as the student's. Set fsdp_version: 2 in the accelerate config (recipes/accelerate/fsdp2.yaml)."
+        )
+    if plugin is not None and adapters and plugin.activation_checkpointing:
+        raise ValueError(
+            "fsdp_activation_checkpointing: true renames the layers, and PEFT saves adapters under names that it cannot "
+            "read. Set it to false and gradient_checkpointing to true in the training arguments."
         )
     if plugin is not None and "SHARDED" in str(plugin.state_dict_type):
         warnings.warn(

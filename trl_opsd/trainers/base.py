@@ -87,7 +87,7 @@ class SelfDistillationTrainer(PublishingTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
-        check_engine(self.accelerator.state)
+        check_engine(self.accelerator.state, adapters=hasattr(self.model, "peft_config"))
         check_same_weights(self.model, self.accelerator)
         check_model_config(self.model.config)
         attach_head_function(self.model)
