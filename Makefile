@@ -9,13 +9,17 @@ export TOKENIZERS_PARALLELISM = false
 # Tiny models: a second thread costs more in barriers than it saves.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-oldest test-vllm test-browser matrix lint build docs benchmark clean
+.PHONY: demo test test-all test-oldest test-vllm test-browser matrix lint build docs benchmark clean
 
 demo: .venv/ready
 	$(BIN)/trl-opsd demo
 
 test: .venv/ready lint
 	$(BIN)/python -m pytest -q
+
+# Beside these, every engine, fault and setting: most of an hour on 2 cores.
+test-all: .venv/ready lint
+	$(BIN)/python -m pytest -q -m "exhaustive or not exhaustive"
 
 # The fast tests that touch TRL, on the oldest versions that pyproject.toml allows.
 test-oldest: .venv-oldest/ready

@@ -91,6 +91,7 @@ def test_fsdp2_gathers_the_head_once_a_forward_however_many_tiles(tmp_path, mode
     assert counts[0] == [3 * 4, 3 * 3]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("variant", FSDP2_VARIANTS)
 def test_fsdp2_gives_the_same_numbers_however_it_is_set(tmp_path, models, variant):
     extra, options, tolerance = FSDP2_VARIANTS[variant]

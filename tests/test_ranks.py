@@ -17,7 +17,7 @@ def test_ranks_with_different_numbers_of_anchored_tokens_give_the_numbers_of_one
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("zero3", marks=pytest.mark.exhaustive)])
 def test_ranks_with_nothing_to_train_on_take_steps_of_loss_zero(tmp_path, engine):
     ours = run(engine, tmp_path / "run", "--method", "ogls-sd", "--all-right")
     assert (ours["engine"], ours["world"]) == (engine, 2)
