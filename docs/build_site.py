@@ -22,7 +22,10 @@ from pdoc.render_helpers import to_html
 import trl_opsd
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CHANGELOG.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+IN_THE_BAR = ["README.md", "CHANGELOG.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES = IN_THE_BAR + sorted(
+    str(path.relative_to(ROOT)) for folder in ("benchmarks", "recipes") for path in (ROOT / folder).rglob("README.md")
+)
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -52,7 +55,7 @@ img {{ max-width: 100%; }}
 
 def site_path(page: str) -> str:
     """Where a page of the repository stands in the site."""
-    return "index.html" if page == "README.md" else page.removesuffix(".md") + ".html"
+    return _renamed(page.removesuffix(".md"))
 
 
 def write_page(page: str, site: Path) -> None:
@@ -69,7 +72,7 @@ def write_page(page: str, site: Path) -> None:
     output = site / site_path(page)
     output.parent.mkdir(parents=True, exist_ok=True)
     up = "../" * page.count("/")
-    links = "".join(f'<a href="{up}{site_path(other)}">{Path(other).stem}</a>' for other in PAGES)
+    links = "".join(f'<a href="{up}{site_path(other)}">{Path(other).stem}</a>' for other in IN_THE_BAR)
     links += f'<a href="{up}api/trl_opsd.html">API</a>'
     title = next(iter(re.findall(r"^# (.*)$", text, flags=re.MULTILINE)), page)
     output.write_text(_PAGE.format(title=title, links=links, body=body), encoding="utf-8")
