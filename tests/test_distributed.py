@@ -103,6 +103,9 @@ def test_fsdp2_gives_the_same_numbers_however_it_is_set(tmp_path, models, varian
         if variant == "checkpointed-layers" and cell.get("lora"):  # PEFT could not read what it saves
             assert all("activation_checkpointing" in result["message"] for result in results[number])
             continue
+        if variant == "head-in-a-unit-of-its-own" and cell.get("tied"):  # torch's own refusal
+            assert all("shared with a parameter already managed" in result["message"] for result in results[number])
+            continue
         folder = tmp_path / "fsdp2" / str(number)
         found = flaws("fsdp2", cell, results[number], ones[number][0], folder, models, **tolerance)
         assert [flaw for flaw in found if not (options and "saved model" in flaw)] == []
