@@ -44,7 +44,7 @@ SAMPLING = {
     "max_completion_length": 96,
     "chat_template_kwargs": {"enable_thinking": False},
 }
-# Methods start from the setting that METHODS of the papers leave when the clip is taken off (docs/log.md says why it must be here).
+# Without the papers' clip, which makes this model worse (docs/log.md).
 TEACHER = {"teacher_chat_template_kwargs": {"enable_thinking": False}, "clip": None}
 GROUPS = {"num_generations": 8}
 # Reverse KL is what the paper writes; on validation problems it gained more than twice what forward KL did.

@@ -18,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import fsdp2_on_cpu
 import gathers
 import torch
-from datasets import Dataset
-from engines import CELL, GLOBAL_BATCH, RESUME_FROM, STEPS, TEXTS, TOKEN_IDS, make_model
+from engines import CELL, GLOBAL_BATCH, RESUME_FROM, STEPS, TEXTS, TOKEN_IDS, make_model, make_rows
 from peft import LoraConfig, get_peft_model
 
 from trl_opsd.demo.tokenizer import build_tokenizer
@@ -28,15 +27,6 @@ from trl_opsd.sharding import local_part, release, whole_shape
 from trl_opsd.train import TRAINERS, finish
 
 LOGGED = ("loss", "grad_norm", "divergence", "student_entropy", "target_entropy")
-
-
-def make_rows():
-    rows = []
-    for index in range(16):
-        chain = "+".join(str(n) for n in range(1, index + 2))
-        prompt = [{"role": "user", "content": f"{chain}=?"}]
-        rows.append({"prompt": prompt, "solution": f"{chain} is so \\boxed{{{index}}}"})
-    return Dataset.from_list(rows)
 
 
 def give_rollouts(trainer, by_place):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -61,6 +62,16 @@ COVER = [
     {"method": "ogls-sd", "lora": True, "checkpointing": True},
     {"method": "purified-opsd", "kind": "live"},
 ]
+
+
+def make_rows():
+    """Sixteen rows whose prompts differ in length."""
+    rows = []
+    for index in range(16):
+        chain = "+".join(str(n) for n in range(1, index + 2))
+        prompt = [{"role": "user", "content": f"{chain}=?"}]
+        rows.append({"prompt": prompt, "solution": f"{chain} is so \\boxed{{{index}}}"})
+    return Dataset.from_list(rows)
 
 
 def make_model(tokenizer, tied):

@@ -14,42 +14,14 @@ os.environ["HF_HUB_OFFLINE"], os.environ["CI"] = "1", "true"
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from datasets import Dataset
+from engines import GLOBAL_BATCH, make_model, make_rows
 from peft import LoraConfig
-from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
 from trl_opsd.demo.tokenizer import build_tokenizer
 from trl_opsd.train import TRAINERS, finish
 
 TEXTS = ("1+2=3", "so 4", "wait, 10 it is", "a")
-GLOBAL_BATCH = 4
-
-
-def make_rows():
-    rows = []
-    for index in range(16):
-        chain = "+".join(str(n) for n in range(1, index + 2))
-        prompt = [{"role": "user", "content": f"{chain}=?"}]
-        rows.append({"prompt": prompt, "solution": f"{chain} is so \\boxed{{{index}}}"})
-    return Dataset.from_list(rows)
-
-
-def make_model(tokenizer, tied):
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        tie_word_embeddings=tied,
-        initializer_range=0.3,
-    )
-    model = Qwen3ForCausalLM(config)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    return model
 
 
 def give_rollouts(trainer):
@@ -143,6 +115,7 @@ def main():
     options = parser.parse_args()
     world = int(os.environ.get("WORLD_SIZE", 1))
     tokenizer = build_tokenizer()
+    torch.manual_seed(0)
     trainer_class = TRAINERS[options.method]
     group = {"num_generations": GLOBAL_BATCH, "distillation_length": None} if options.method == "ogls-sd" else {}
     if options.tail_anchor:

@@ -4,19 +4,12 @@
 import json
 import os
 import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-BIN = Path(sys.executable).parent
+from engines import BIN, ROOT, command_of
+
 WORKER = str(ROOT / "tests" / "fault_worker.py")
 
-LAUNCHERS = {
-    "single": [sys.executable],
-    "ddp": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"],
-    "zero2": [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / "recipes/accelerate/zero2_cpu.yaml")],
-    "zero3": [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / "recipes/accelerate/zero3_cpu.yaml")],
-}
+TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
 
 
 def launch(engine, folder, *options):
@@ -26,7 +19,8 @@ def launch(engine, folder, *options):
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | cpu
     # DeepSpeed builds its CPU operators with the environment's ninja.
     environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
-    command = [*LAUNCHERS[engine], WORKER, "--output", str(folder), *options]
+    launcher = TORCHRUN if engine == "ddp" else command_of(engine)
+    command = [*launcher, WORKER, "--output", str(folder), *options]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=folder)
 
 

@@ -506,6 +506,14 @@ def test_remote_code_is_off_wherever_something_is_loaded_unless_asked_for():
     assert trusts_remote_code(OPSDConfig("x", bf16=False, use_cpu=True)) is False
 
 
+def test_no_command_reads_pickled_weights():
+    loads = [(path, node) for path, name, node in calls_in_package() if name == "AutoModelForCausalLM.from_pretrained"]
+    assert len(loads) >= 3
+    for path, node in loads:
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        assert given.get("use_safetensors") == "True", path
+
+
 def test_a_model_with_code_of_its_own_is_not_run_without_being_asked(make_args, dataset, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .sharding import call_within, gathered, whole_shape
+from .sharding import call_within, gathered, whole, whole_shape
 
 HeadFunction = Callable[[torch.Tensor, "OutputHead | None"], Any]
 
@@ -154,12 +154,7 @@ def whole_head(model: nn.Module) -> Iterator[OutputHead]:
     head = model.get_output_embeddings()
     weight, bias = head.weight, getattr(head, "bias", None)
     with gathered([weight, bias]):
-        yield OutputHead(_whole(weight), _whole(bias), *_logit_transform(model.config))
-
-
-def _whole(tensor):
-    """An FSDP2 shard as a full tensor, without a gradient; others as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        yield OutputHead(whole(weight), whole(bias), *_logit_transform(model.config))
 
 
 def _call(request: _Request, model: nn.Module, hidden: torch.Tensor) -> Any:

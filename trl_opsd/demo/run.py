@@ -71,7 +71,8 @@ def run_demo(
 
 def measure(path: str, problems: list[dict], num_samples: int) -> EvaluationResult:
     """Accuracy of a saved model on the problems, with the student's prompt."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True)
+    tokenizer = AutoTokenizer.from_pretrained(path)
     return evaluate(
         model,
         tokenizer,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from ..losses import Divergence, Shape, decompose_signal
-from ..losses.divergences import clip_and_sum, divergence_terms
+from ..losses.divergences import clip_and_sum, clipped_terms, divergence_terms
 from .records import ViewRecord
 from .views import Views
 
@@ -40,16 +40,10 @@ def measure_loss(log_q: torch.Tensor, log_p: torch.Tensor, tokens: torch.Tensor,
     """
     terms = divergence_terms(log_q, log_p, rule)
     unclipped = terms.sum(-1)
-    if rule.clip is None:
-        entries = torch.zeros_like(unclipped)
-    elif rule.clip == "token":
-        entries = (unclipped > rule.clip_value).to(unclipped)
-    else:
-        entries = ((terms.abs() if rule.clip == "symmetric" else terms) > rule.clip_value).sum(-1)
     return {
         "divergence": unclipped,
         "clipped_away": unclipped - clip_and_sum(terms, rule),
-        "clipped_entries": entries,
+        "clipped_entries": clipped_terms(terms, rule).sum(-1),
         "target_ratio": at(log_p - log_q, tokens),
     }
 

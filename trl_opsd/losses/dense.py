@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .closed_form import FusedDiagnostics
-from .divergences import Divergence, clip_and_sum, compute_dtype, divergence_terms
+from .divergences import Divergence, clip_and_sum, clipped_terms, compute_dtype, divergence_terms
 from .reduction import weighted_sum
 from .targets import Shape
 from .views import Views
@@ -67,17 +67,10 @@ def _column(weight: float | torch.Tensor) -> float | torch.Tensor:
 
 
 def _diagnostics(loss, terms, log_q, log_p, divergence: Divergence) -> FusedDiagnostics:
-    unclipped, clipped = terms.sum(-1), torch.zeros_like(terms)
-    if divergence.clip == "token":
-        clipped = (unclipped > divergence.clip_value).unsqueeze(-1)
-    elif divergence.clip == "upper":
-        clipped = terms > divergence.clip_value
-    elif divergence.clip == "symmetric":
-        clipped = terms.abs() > divergence.clip_value
     return FusedDiagnostics(
         loss=loss,
-        unclipped=unclipped,
-        clipped_share=clipped.to(loss.dtype).mean(-1),
+        unclipped=terms.sum(-1),
+        clipped_share=clipped_terms(terms, divergence).to(loss.dtype).mean(-1),
         student_entropy=torch.special.entr(log_q.exp()).sum(-1),
         target_entropy=torch.special.entr(log_p.exp()).sum(-1),
         top_agreement=(log_q.argmax(-1) == log_p.argmax(-1)).to(loss.dtype),

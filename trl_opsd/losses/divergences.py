@@ -171,6 +171,15 @@ def divergence_terms(log_q: torch.Tensor, log_p: torch.Tensor, rule: Divergence)
     return -b * log_p.exp() * log_m_over_p - (1 - b) * log_q.exp() * log_m_over_q
 
 
+def clipped_terms(terms: torch.Tensor, rule: Divergence) -> torch.Tensor:
+    """Which terms (..., V) the rule's clip cuts; (..., 1) for the `token` clip, which cuts the position's sum."""
+    if rule.clip == "token":
+        return terms.sum(-1, keepdim=True) > rule.clip_value
+    if rule.clip is None:
+        return torch.zeros_like(terms, dtype=torch.bool)
+    return (terms.abs() if rule.clip == "symmetric" else terms) > rule.clip_value
+
+
 def clip_and_sum(terms: torch.Tensor, rule: Divergence) -> torch.Tensor:
     """Sum of the terms (..., V) over V under the rule's clip, (...)."""
     if rule.clip == "upper":

@@ -47,7 +47,10 @@ class TargetTrainer(RolloutTrainer):
         tokens = self.collator.special_tokens
         check_rows(rows, name, needs_solution=self.method.needs_solution, special_tokens=tokens)
         rows = [{**row, "prompt": as_text_turns(row["prompt"])} for row in rows]
-        for index, row in enumerate(rows):
+        # A group shares its prompt: each is rendered once.
+        first_rows = {str(row["prompt"]): index for index, row in reversed([*enumerate(rows)])}
+        for index in sorted(first_rows.values()):
+            row = rows[index]
             with named_place(f"{name} row {index}: `prompt`"):
                 self.collator.check_renders(row["prompt"])
         template = self.args.prompt_template
