@@ -135,12 +135,13 @@ def test_on_given_rollouts_loss_and_gradient_are_those_of_opsd(
     build, make_model, make_args, dataset, tokenizer, rows, given_rollouts, settings
 ):
     opsd = given_rollouts(make_trainer(make_model, make_args, dataset, tokenizer, OPSDTrainer, **settings))
-    wanted, opsd_batch = loss_of_rows(opsd, dataset.select([0, 3, 5, 7]))
+    wanted, _ = loss_of_rows(opsd, dataset.select([0, 3, 5, 7]))
     wanted.backward()
     ours = build(lmbda=1.0, **settings)
     ours.model.train()
     batch = ours.data_collator([rows[index] for index in (0, 3, 5, 7)])
-    prompts = [ids[mask.bool()].tolist() for ids, mask in zip(batch["prompts"], batch["prompt_attention_mask"])]
+    pairs = zip(batch["prompts"], batch["prompt_attention_mask"].bool(), strict=True)
+    prompts = [ids[mask].tolist() for ids, mask in pairs]
     completions = [opsd._generate_single_turn([ids])[0][0] for ids in prompts]
     assert len({len(ids) for ids in completions}) > 1 and len({len(ids) for ids in prompts}) > 1
     loss = ours.compute_loss(ours.model, as_sampled(ours, batch, completions))
@@ -272,10 +273,7 @@ def test_a_mixed_run_trains_logs_saves_and_is_read_back(build, make_model, rows,
     again = Qwen3ForCausalLM.from_pretrained(tmp_path / "saved")
     for name, value in trainer.model.named_parameters():
         torch.testing.assert_close(dict(again.named_parameters())[name], value.detach())
-    assert (
-        "2601.18734" in (tmp_path / "gkd" / "checkpoint-4" / "README.md").read_text()
-        or "2601.18734" in (tmp_path / "gkd" / "README.md").read_text()
-    )
+    assert "2601.18734" in (tmp_path / "gkd" / "README.md").read_text()
 
 
 def test_the_average_of_a_teacher_is_saved_and_read_back(build, make_model):
@@ -355,7 +353,7 @@ def test_a_dataset_without_solutions_is_refused_and_told_how_to_get_them(build, 
 
 @pytest.mark.parametrize("keep", [1, 0], ids=["no-answer", "empty"])
 def test_a_conversation_without_an_answer_is_refused(build, rows, keep):
-    with pytest.raises(ValueError, match="row 0: `messages` .* ends with an assistant's turn"):
+    with pytest.raises(ValueError, match=r"row 0: `messages` .* ends with an assistant's turn"):
         build(train_dataset=changed(rows[0], messages=rows[0]["messages"][:keep]))
 
 

@@ -125,7 +125,8 @@ def gkd_classes() -> tuple[type, type]:
         ) from error
     missing = _missing_methods(GKDTrainer, _GKD_METHODS)
     # Until it lost this argument it found padding by the token's id: end tokens, and prompts that hold them, were masked.
-    if "pad_token_id" in inspect.signature(GKDTrainer.generate_on_policy_outputs).parameters:
+    sample = getattr(GKDTrainer, "generate_on_policy_outputs", None)
+    if sample is not None and "pad_token_id" in inspect.signature(sample).parameters:
         missing.append("mask of its own for rollouts (it masks by the id of the padding token)")
     if missing:
         raise UnsupportedTRLError(
