@@ -389,6 +389,14 @@ def test_another_teacher_is_refused(build, make_model):
         OPSDGKDTrainer(model=make_model(), data_colator=list)
 
 
+@pytest.mark.parametrize("engine", ["DeepSpeed", "FSDP"])
+def test_an_engine_that_shards_is_refused_by_name(build, monkeypatch, engine):
+    model, args = build().model, build().args
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
+    with pytest.raises(ValueError, match=f"{engine} is not supported by OPSDGKDTrainer.*OPSDTrainer"):
+        OPSDGKDTrainer(model=model, args=args)
+
+
 def test_answers_are_cut_at_their_end_and_prompts_never(build, rows):
     prompt = build().data_collator([rows[2]])["prompts"].size(1)
     trainer = build(max_length=prompt + 2)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """OPSD for scripts of TRL's experimental GKDTrainer: its datasets, its `lmbda`, its sampling; our teacher and loss."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,16 @@ class _NoTeacher(torch.nn.Module):
         self.config = config
 
 
+def _refuse_sharding(args: OPSDGKDConfig) -> None:
+    """The parent hands its second model to the engine, and a model without weights is not known to pass there."""
+    for name, engine in {"deepspeed_plugin": "DeepSpeed", "fsdp_plugin": "FSDP"}.items():
+        if getattr(args, name, None) is not None or os.environ.get(f"ACCELERATE_USE_{engine.upper()}") == "true":
+            raise ValueError(
+                f"{engine} is not supported by OPSDGKDTrainer. Launch with DDP or one process, or use OPSDTrainer, which "
+                "trains under ZeRO-2, ZeRO-3 and FSDP2."
+            )
+
+
 class OPSDGKDTrainer(SelfTeaching, NamedByMethod, GKDTrainer):
     """GKDTrainer that distils a model from itself reading the reference solution (arXiv 2601.18734).
 
@@ -144,6 +155,7 @@ class OPSDGKDTrainer(SelfTeaching, NamedByMethod, GKDTrainer):
         args = args or self.config_class(f"{name.rstrip('/').split('/')[-1] or 'model'}-{self.method.name}")
         if not isinstance(args, self.config_class):
             raise ValueError(f"args is a {type(args).__name__}; give an {self.config_class.__name__}.")
+        _refuse_sharding(args)
         if train_dataset is None:
             raise ValueError("train_dataset is None; give a dataset with the columns `messages` and `solution`.")
         for label, dataset in {"train_dataset": train_dataset, "eval_dataset": eval_dataset}.items():
