@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_opsd.config import OPSDConfig
+from trl_opsd import OPSDConfig, OPSDGKDConfig
 from trl_opsd.diagnostics import BUCKETS
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +58,7 @@ def test_commands_of_the_readme_exist():
 
 
 def test_settings_named_in_the_docs_exist():
-    fields = set(OPSDConfig.__dataclass_fields__)
+    fields = set(OPSDConfig.__dataclass_fields__) | set(OPSDGKDConfig.__dataclass_fields__)
     for page in PAGES:
         for name in re.findall(r"`(\w+)=[^`]*`", page.read_text()):
             assert name in fields or name in {"trl"}, (page.name, name)
@@ -90,7 +90,8 @@ def test_the_tables_of_migration_name_what_exists_on_both_sides():
     sections = set()
     for section, theirs, ours in migration_rows():
         sections.add(section)
-        assert set(ours) <= set(OGLSSDConfig.__dataclass_fields__) | arguments, (section, ours)
+        named = OPSDGKDConfig if section.endswith("GKD") else OGLSSDConfig
+        assert set(ours) <= set(named.__dataclass_fields__) | arguments, (section, ours)
         config = configs.get(section.split("'s ")[-1])
         if config is not None:
             assert set(theirs) <= set(config.__dataclass_fields__) | arguments, (section, theirs)

@@ -20,9 +20,9 @@ PACKAGE = Path(__file__).parents[1] / "trl_opsd"
 FLOORS = (
     {"checkpoints", "losses", "markers", "repetition", "sharding", "verification"},
     {"contexts", "heads"},
-    {"adapters", "callbacks", "collators", "diagnostics", "rewards", "teacher", "validation"},
+    {"adapters", "callbacks", "collators", "diagnostics", "messages", "rewards", "teacher", "validation"},
     {"forwards", "jobs", "methods", "scoring", "states"},
-    {"_trl", "card", "config", "plots"},
+    {"_trl", "card", "config", "plots", "settings"},
     {"trainers"},
 )
 ROOF = len(FLOORS)

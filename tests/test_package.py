@@ -45,6 +45,8 @@ def test_the_public_names_are_a_frozen_set():
         "OGLSSDTrainer",
         "Method",
         "OPSDConfig",
+        "OPSDGKDConfig",
+        "OPSDGKDTrainer",
         "OPSDTrainer",
         "PurifiedOPSDConfig",
         "PurifiedOPSDTrainer",

@@ -14,6 +14,8 @@ _HOME_OF = {
     "OGLSSDTrainer": "trainers.ogls_sd",
     "OPSDConfig": "config",
     "OPSDTrainer": "trainers.opsd",
+    "OPSDGKDConfig": "trainers.gkd",
+    "OPSDGKDTrainer": "trainers.gkd",
     "PurifiedOPSDConfig": "trainers.purified_opsd",
     "PurifiedOPSDTrainer": "trainers.purified_opsd",
     "Method": "methods",
@@ -26,6 +28,8 @@ __all__ = [
     "OGLSSDConfig",
     "OGLSSDTrainer",
     "OPSDConfig",
+    "OPSDGKDConfig",
+    "OPSDGKDTrainer",
     "OPSDTrainer",
     "PurifiedOPSDConfig",
     "PurifiedOPSDTrainer",
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
     from .config import OPSDConfig
     from .methods import Method
     from .rewards import accuracy_reward
+    from .trainers.gkd import OPSDGKDConfig, OPSDGKDTrainer
     from .trainers.ogls_sd import OGLSSDConfig, OGLSSDTrainer
     from .trainers.opsd import OPSDTrainer
     from .trainers.purified_opsd import PurifiedOPSDConfig, PurifiedOPSDTrainer

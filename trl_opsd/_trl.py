@@ -37,6 +37,12 @@ _METHODS = {
     "_get_output_dir": ("trial",),
     "_get_train_sampler": ("dataset",),
 }
+# Of the experimental GKDTrainer, public by name alone.
+_GKD_METHODS = {
+    "training_step": ("model", "inputs", "num_items_in_batch"),
+    "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
+    "generate_on_policy_outputs": ("model", "inputs", "generation_config"),
+}
 _ATTRIBUTES = ("_buffered_inputs", "_logs", "_metrics", "_step", "_tokenizer")
 
 
@@ -46,8 +52,13 @@ _HAS_ROUTER_LOSS = (
     "compute_aux_loss" in inspect.signature(inspect.unwrap(GRPOTrainer._get_per_token_logps_and_entropies)).parameters
 )
 _NUM_LOGPS_VALUES = 3 if _HAS_ROUTER_LOSS else 2
-# TRL 1.11 added `chat_template_kwargs` to the fields that the command line may write as JSON.
-DICT_FIELDS = list(dict.fromkeys([*GRPOConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]))
+
+
+def dict_fields(config_class: type) -> list[str]:
+    """Fields that the command line may write as JSON: those of TRL's config and ours."""
+    # TRL 1.11 added `chat_template_kwargs` to GRPOConfig's.
+    ours = ("chat_template_kwargs", "teacher_chat_template_kwargs")
+    return list(dict.fromkeys([*config_class._VALID_DICT_FIELDS, *ours]))
 
 
 def installed_fields(*names: str) -> tuple[str, ...]:
@@ -75,14 +86,7 @@ def check_trl(trainer_class: type = GRPOTrainer, instance: Any = None) -> None:
     Raises:
         UnsupportedTRLError: a name or argument is missing; names it, the installed version and the supported range.
     """
-    missing = []
-    for name, arguments in _METHODS.items():
-        method = getattr(trainer_class, name, None)
-        if method is None:
-            missing.append(name)
-            continue
-        method = inspect.unwrap(method)
-        missing += [f"{name}({arg})" for arg in arguments if arg not in inspect.signature(method).parameters]
+    missing = _missing_methods(trainer_class, _METHODS)
     if instance is not None:
         missing += [name for name in _ATTRIBUTES if not hasattr(instance, name)]
     if missing:
@@ -91,6 +95,45 @@ def check_trl(trainer_class: type = GRPOTrainer, instance: Any = None) -> None:
             f"Supported versions of TRL: {SUPPORTED_TRL}. Install one of them, for instance "
             f"`pip install 'trl{SUPPORTED_TRL}'`."
         )
+
+
+def _missing_methods(trainer_class: type, methods: dict[str, tuple[str, ...]]) -> list[str]:
+    missing = []
+    for name, arguments in methods.items():
+        method = getattr(trainer_class, name, None)
+        if method is None:
+            missing.append(name)
+            continue
+        parameters = inspect.signature(inspect.unwrap(method)).parameters
+        missing += [f"{name}({arg})" for arg in arguments if arg not in parameters]
+    return missing
+
+
+def gkd_classes() -> tuple[type, type]:
+    """TRL's experimental GKDConfig and GKDTrainer, loaded here and nowhere else.
+
+    Raises:
+        UnsupportedTRLError: this TRL has none, or one that is not the one relied on.
+    """
+    supported = ">=1.12.0,<1.17"
+    try:
+        from trl.experimental.gkd import GKDConfig, GKDTrainer
+    except ImportError as error:
+        raise UnsupportedTRLError(
+            f"trl {trl.__version__} has no trl.experimental.gkd, which OPSDGKDTrainer extends ({error}). Install "
+            f"`trl{supported}`, or use OPSDTrainer."
+        ) from error
+    missing = _missing_methods(GKDTrainer, _GKD_METHODS)
+    # Until it lost this argument it found padding by the token's id: end tokens, and prompts that hold them, were masked.
+    sample = getattr(GKDTrainer, "generate_on_policy_outputs", None)
+    if sample is not None and "pad_token_id" in inspect.signature(sample).parameters:
+        missing.append("mask of its own for rollouts (it masks by the id of the padding token)")
+    if missing:
+        raise UnsupportedTRLError(
+            f"trl {trl.__version__}: its GKDTrainer has no {', '.join(missing)}, which OPSDGKDTrainer relies on. Install "
+            f"`trl{supported}`, or use OPSDTrainer."
+        )
+    return GKDConfig, GKDTrainer
 
 
 class _One(int):
@@ -126,15 +169,19 @@ def _seek_epoch(sampler: Any, epoch: int) -> None:
         torch.randperm(sampler.num_samples, generator=sampler.generator)
 
 
-class RolloutTrainer(GRPOTrainer):
-    """GRPOTrainer with its private seams turned into hooks. Subclasses implement `add_targets` and `step_loss`."""
+class NamedByMethod:
+    """Gives TRL's model card the name, paper and tags of a trainer's `method`."""
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         method = getattr(cls, "method", None)
-        if method is not None:  # what TRL's model card reads
+        if method is not None:
             cls._name, cls._paper = method.name, method.paper
             cls._tag_names = ["trl-opsd", "self-distillation", method.name.lower().replace(" ", "-")]
+
+
+class RolloutTrainer(NamedByMethod, GRPOTrainer):
+    """GRPOTrainer with its private seams turned into hooks. Subclasses implement `add_targets` and `step_loss`."""
 
     def __init__(self, **kwargs):
         check_trl()

@@ -4,25 +4,16 @@
 Defaults are the setting that OPSD's official code runs (arXiv 2601.18734, version 3) unless a field says otherwise.
 """
 
-import json
 import warnings
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, fields
 
 from trl import GRPOConfig
 
-from ._trl import DICT_FIELDS, allow_single_rollout, installed_fields
+from ._trl import allow_single_rollout, dict_fields, installed_fields
 from .callbacks import GUARDS
-from .contexts import (
-    REFERENCE_PROMPT_TEMPLATE,
-    SHORTEN_CHOICES,
-    TEACHER_PROMPT_TEMPLATE,
-    check_template,
-)
-from .losses import Divergence
 from .markers import REFLECTION_MARKERS
 from .rewards import REWARD_ERRORS
-from .teacher import TEACHER_KINDS
+from .settings import SelfDistillationSettings, option, require
 
 # What only TRL's policy-gradient loss reads: without a reward in the loss these do nothing.
 REWARD_ONLY_FIELDS = installed_fields(
@@ -57,15 +48,8 @@ REWARD_ONLY_FIELDS = installed_fields(
 )
 
 
-def option(default: Any, help_text: str) -> Any:
-    """A config field with a default and its help text."""
-    factory = isinstance(default, (dict, list))
-    keywords = {"default_factory": lambda: default.copy()} if factory else {"default": default}
-    return field(metadata={"help": help_text}, **keywords)
-
-
 @dataclass
-class OPSDConfig(GRPOConfig):
+class OPSDConfig(SelfDistillationSettings, GRPOConfig):
     """Settings of `OPSDTrainer`: every field of `trl.GRPOConfig`, some with other defaults, and the ones below.
 
     The defaults are those of arXiv 2601.18734, version 3: forward KL clipped per vocabulary entry at 0.05, one rollout
@@ -77,7 +61,7 @@ class OPSDConfig(GRPOConfig):
         ValueError: a field outside its range; the message names the field, its value and what to set instead.
     """
 
-    _VALID_DICT_FIELDS = [*DICT_FIELDS, "teacher_chat_template_kwargs"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = dict_fields(GRPOConfig)
 
     # Defaults of GRPOConfig that the method changes.
     learning_rate: float = option(5e-6, "Initial learning rate of AdamW.")
@@ -94,77 +78,14 @@ class OPSDConfig(GRPOConfig):
     logging_first_step: bool = option(
         True, "Log the first step too: the untrained model's, which the guard compares with."
     )
-    chat_template_kwargs: dict | str | None = option(
-        {"enable_thinking": False}, "Keyword arguments of the chat template for the student's prompt."
-    )
-
-    # Not in `repr`, unlike in TRL's own configs.
-    hub_token: str | None = field(
-        default=None,
-        repr=False,
-        metadata={"help": "Token to push with; best left unset, then the one of `hf auth login` or HF_TOKEN is used."},
-    )
-
-    # The student's prompt.
-    prompt_template: str | None = option(
-        None,
-        "Rewrites the last user message before sampling; holds `{prompt}`. None takes the dataset's prompt as it is.",
-    )
-
-    # The teacher.
-    teacher_model_kind: str = option(
-        "base",
-        "Whose weights the teacher has: `base` the initial ones, `live` the student's, `ema` a moving average.",
-    )
-    teacher_update_rate: float = option(0.001, "Share of the student in each update of the `ema` teacher, in (0, 1].")
-    teacher_sync_steps: int = option(1, "Optimizer steps between two updates of the `ema` teacher.")
-    teacher_prompt_template: str = option(
-        TEACHER_PROMPT_TEMPLATE,
-        "The teacher's last user message; holds `{solution}` and, for a privileged teacher, `{prompt}`.",
-    )
-    reference_prompt_template: str = option(
-        REFERENCE_PROMPT_TEMPLATE, "The user message of a teacher that sees the solution but not the problem."
-    )
-    teacher_chat_template_kwargs: dict | str | None = option(
-        {"enable_thinking": True}, "Keyword arguments of the chat template for the teacher's prompt."
-    )
-    teacher_prefix: str | None = option(
-        None, "Text that opens the teacher's turn, before the rollout (for instance an empty think block)."
-    )
-    max_teacher_prompt_length: int | None = option(
-        None, "Longest teacher prompt in tokens; a longer one has its solution shortened. None for no limit."
-    )
-    solution_shortening: str = option("middle", "Where a too long solution loses text: `middle` or `end`.")
-    teacher_tokens_per_forward: int = option(
-        32_768, "Tokens, padding and cached ones included, that one teacher forward may hold."
-    )
+    # Scoring and rewards.
     share_contexts: bool = option(
         True,
         "Read a teacher context once for all rollouts it is used on. Changes no target, only the time of scoring.",
     )
-
-    # The loss.
-    divergence: str = option("forward_kl", "`forward_kl` KL(teacher, student), `reverse_kl` or `jsd`.")
-    jsd_weight: float = option(0.5, "Weight of the target in the mixture of `jsd`, in (0, 1).")
-    clip: str | None = option(
-        "upper",
-        "`upper` or `symmetric` clip each vocabulary entry's term, `token` the position's sum; `none` does not clip.",
-    )
-    clip_value: float = option(0.05, "Bound of the clip in nats, above 0.")
-    loss_temperature: float | None = option(
-        None, "Divides both models' logits in the loss. None takes the sampling `temperature`."
-    )
-    loss_reduction: str = option(
-        "token", "`token`: mean over all tokens of the optimizer step; `sequence`: mean of each rollout's mean."
-    )
-    distillation_length: int | None = option(
-        None, "Only the first so many tokens of a rollout are distilled. None for all."
-    )
-    num_loss_tokens_to_skip: int = option(0, "So many first tokens of a rollout are not distilled.")
     reward_weight: float = option(
         0.0, "Weight of TRL's policy-gradient loss beside the distillation; 0 leaves rewards to the log."
     )
-
     reward_errors: str = option(
         "raise",
         "When a reward function raises: `raise` stops the run and names the row, `skip` leaves such rows without a "
@@ -185,84 +106,22 @@ class OPSDConfig(GRPOConfig):
 
     def __post_init__(self):
         require(self.num_generations and self.num_generations >= 1, self, "num_generations", "1 or more")
-        for name in ("chat_template_kwargs", "teacher_chat_template_kwargs"):
-            require(_is_json_object(getattr(self, name)), self, name, "a JSON object or None")
-        if isinstance(self.clip, str) and self.clip.lower() == "none":
-            self.clip = None
+        self._read_texts()
         if self.reward_weight == 0.0:
             # The correction costs a student forward a step and only TRL's policy-gradient loss uses it.
             self.vllm_importance_sampling_correction = False
         with allow_single_rollout(self):
             super().__post_init__()
-        if self.loss_temperature is None:
-            self.loss_temperature = self.temperature
         self._check_loss()
         self._check_teacher()
         self._check_rollouts()
         require(self.guard in GUARDS, self, "guard", f"one of {GUARDS}")
         self._warn_unused()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """The settings without tokens: HF Trainer pickles them into `training_args.bin`, which a push uploads."""
-        return _without_model_token({**self.__dict__, "hub_token": None})
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as trackers get them, without tokens."""
-        return _without_model_token(super().to_dict())
-
-    def loss_divergence(self) -> Divergence:
-        """The divergence of the loss with its temperature and clip.
-
-        Raises:
-            ValueError: one of its fields is outside its range.
-        """
-        return Divergence(
-            name=self.divergence,
-            jsd_weight=self.jsd_weight,
-            temperature=self.loss_temperature,
-            clip=self.clip,
-            clip_value=self.clip_value,
-        )
-
-    def _check_loss(self) -> None:
-        require(self.temperature > 0, self, "temperature", "a number above 0")
-        require(self.loss_temperature > 0, self, "loss_temperature", "a number above 0, or None")
-        self.loss_divergence()
-        require(self.loss_reduction in ("token", "sequence"), self, "loss_reduction", "'token' or 'sequence'")
+    def _check_rollouts(self) -> None:
         require(self.reward_weight >= 0, self, "reward_weight", "0 or more")
         require(self.reward_errors in REWARD_ERRORS, self, "reward_errors", f"one of {REWARD_ERRORS}")
-        require(self.num_loss_tokens_to_skip >= 0, self, "num_loss_tokens_to_skip", "0 or more")
-        length, longest = self.distillation_length, self.max_completion_length
-        require(length is None or length > 0, self, "distillation_length", "a positive number of tokens, or None")
-        for name in ("distillation_length", "max_completion_length"):
-            limit = getattr(self, name)
-            if limit is not None and self.num_loss_tokens_to_skip >= limit:
-                raise ValueError(
-                    f"num_loss_tokens_to_skip={self.num_loss_tokens_to_skip} leaves nothing of {name}={limit}. Skip "
-                    "fewer tokens or distil more."
-                )
-        if None not in (length, longest) and length > longest:
-            warnings.warn(
-                f"distillation_length={length} is above max_completion_length={longest}; "
-                "every token of a rollout is distilled.",
-                stacklevel=4,
-            )
-
-    def _check_teacher(self) -> None:
-        require(self.teacher_model_kind in TEACHER_KINDS, self, "teacher_model_kind", f"one of {TEACHER_KINDS}")
-        require(0 < self.teacher_update_rate <= 1, self, "teacher_update_rate", "above 0 and at most 1")
         require(self.decomposition_steps >= 0, self, "decomposition_steps", "0 or more")
-        require(self.teacher_sync_steps >= 1, self, "teacher_sync_steps", "1 or more")
-        require(self.solution_shortening in SHORTEN_CHOICES, self, "solution_shortening", f"one of {SHORTEN_CHOICES}")
-        require(self.teacher_tokens_per_forward >= 1, self, "teacher_tokens_per_forward", "1 or more")
-        budget = self.max_teacher_prompt_length
-        require(budget is None or budget >= 1, self, "max_teacher_prompt_length", "1 or more, or None")
-        check_template("teacher_prompt_template", self.teacher_prompt_template, "{prompt}", "{solution}")
-        check_template("reference_prompt_template", self.reference_prompt_template, "{solution}")
-        if self.prompt_template is not None:
-            check_template("prompt_template", self.prompt_template, "{prompt}")
-
-    def _check_rollouts(self) -> None:
         if self.reward_weight > 0 and self.num_generations < 2:
             raise ValueError(
                 f"num_generations={self.num_generations} with reward_weight={self.reward_weight}: TRL's advantages "
@@ -286,26 +145,3 @@ class OPSDConfig(GRPOConfig):
                 f"{', '.join(moved)}. Set reward_weight above 0 to use them.",
                 stacklevel=4,
             )
-
-
-def _is_json_object(value: Any) -> bool:
-    """None, a dict, or the text of one as the command line gives it (TRL parses it)."""
-    if not isinstance(value, str):
-        return value is None or isinstance(value, dict)
-    try:
-        return value.startswith("{") and isinstance(json.loads(value), dict)
-    except ValueError:
-        return False
-
-
-def _without_model_token(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings, without the token that `from_pretrained` may have been given."""
-    if isinstance(settings.get("model_init_kwargs"), dict):
-        settings["model_init_kwargs"] = {k: v for k, v in settings["model_init_kwargs"].items() if k != "token"}
-    return settings
-
-
-def require(holds: Any, config: GRPOConfig, name: str, wanted: str) -> None:
-    """Raise a ValueError that names the field, its value and what to set, unless `holds`."""
-    if not holds:
-        raise ValueError(f"{name}={getattr(config, name)!r} is not valid; set it to {wanted}.")

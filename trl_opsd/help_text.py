@@ -6,10 +6,11 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+_OPSD = (("config.py", "OPSDConfig"), ("settings.py", "SelfDistillationSettings"))
 _CLASSES = {  # command -> the classes with its settings, and their files
-    "opsd": (("config.py", "OPSDConfig"),),
-    "ogls-sd": (("trainers/ogls_sd.py", "OGLSSDConfig"), ("config.py", "OPSDConfig")),
-    "purified-opsd": (("trainers/purified_opsd.py", "PurifiedOPSDConfig"), ("config.py", "OPSDConfig")),
+    "opsd": _OPSD,
+    "ogls-sd": (("trainers/ogls_sd.py", "OGLSSDConfig"), *_OPSD),
+    "purified-opsd": (("trainers/purified_opsd.py", "PurifiedOPSDConfig"), *_OPSD),
     "sft": (("train.py", "BaselineArguments"),),
     "grpo": (("train.py", "BaselineArguments"),),
 }

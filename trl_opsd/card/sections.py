@@ -4,10 +4,9 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
-
-from trl import GRPOConfig
 
 from ..methods import Method
 from ..plots import has_curves, plot_run
@@ -92,7 +91,7 @@ The student's and the teacher's last user message stand below; `{{prompt}}` is t
 def settings_section(trainer: Any) -> str:
     """Every setting, the adapter and the seeds."""
     args, processes = trainer.args, trainer.accelerator.num_processes
-    own = [name for owner in type(args).__mro__ if issubclass(owner, GRPOConfig) for name in _annotations(owner)]
+    own = [name for owner in type(args).__mro__ if is_dataclass(owner) for name in _annotations(owner)]
     names = [*dict.fromkeys(own), *_INHERITED_SETTINGS]
     rows = [["setting", "value"], ["---", "---"]]
     rows += [[f"`{name}`", _cell(getattr(args, name))] for name in names if hasattr(args, name)]

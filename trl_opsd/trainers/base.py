@@ -17,17 +17,17 @@ from transformers import TrainerCallback
 from ..callbacks import LIMITS, CollapseGuard
 from ..card import describe_run
 from ..checkpoints import fingerprint, load_head, resolve_checkpoint, save_head
-from ..collators import TeacherCollator, positions_from_mask
+from ..collators import TeacherCollator
 from ..config import OPSDConfig
 from ..diagnostics import Diagnostics, log_values
-from ..heads import OutputHead, attach_head_function, head_function, head_shape
+from ..heads import OutputHead, head_function
 from ..losses import fused_divergence, token_weights
 from ..rewards import guard_rewards
 from ..scoring import ContextSharing
 from ..states import read_views
 from ..teacher import Teacher
-from ..validation import check_engine, check_model_config, check_vocabulary, num_positions
-from .checks import check_inputs, check_prompts, check_same_weights, choose_reward
+from ..validation import num_positions
+from .checks import check_inputs, check_prompts, choose_reward
 from .publishing import PublishingTrainer
 from .tail_anchor import count_tail_tokens, student_length, tail_loss
 
@@ -87,12 +87,7 @@ class SelfDistillationTrainer(PublishingTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
-        check_engine(self.accelerator.state, adapters=hasattr(self.model, "peft_config"))
-        check_same_weights(self.model, self.accelerator)
-        check_model_config(self.model.config)
-        attach_head_function(self.model)
-        head_rows, self.hidden_size = head_shape(self.model)
-        check_vocabulary(self.model.config, head_rows, len(self.tokenizer))
+        self.prepare_model_to_teach()
         self.collator = self._make_collator()
         check_prompts(self.collator, train_dataset, eval_dataset)
         self._start(fresh_adapter=peft_config is not None)
@@ -114,7 +109,6 @@ class SelfDistillationTrainer(PublishingTrainer):
         self.num_tokens = len(self.tokenizer) if getattr(args, "real_tokens_only", False) else None
         self.divergence = args.loss_divergence()
         self.diagnostics = {"train": Diagnostics(), "eval": Diagnostics()}
-        self._head_checked = False
         self._sharing = ContextSharing() if args.share_contexts else None
         # One for each mode: an evaluation must not change a pending batch's.
         self._target_heads: dict[str, OutputHead | None] = {"train": None, "eval": None}
@@ -263,12 +257,7 @@ class SelfDistillationTrainer(PublishingTrainer):
         length = student_length(batch)
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"][:, :length]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"][:, :length]], dim=1)
-        with head_function(self.model, self._loss_from_states(batch)) as request:
-            output = model(input_ids=ids, attention_mask=mask, position_ids=positions_from_mask(mask))
-        # The loss that came through the engine's forward, not the one inside it: output hooks may have wrapped it,
-        # and rounded it (FSDP2's mixed precision): the value is the one inside.
-        loss, stats = output["loss"], request.result[1]
-        return loss + (request.result[0] - loss).detach(), stats
+        return self.loss_in_forward(model, ids, mask, self._loss_from_states(batch))
 
     def _mixed_loss(self, model: torch.nn.Module, batch: dict[str, Any]):
         """Distillation plus TRL's policy-gradient loss (and a router's loss) from one student forward."""
@@ -298,13 +287,6 @@ class SelfDistillationTrainer(PublishingTrainer):
             f"{[self._prompt_texts[index] for index in sorted(set(bad))]}. The weights of earlier checkpoints are "
             "untouched. Lower learning_rate or max_grad_norm, or look at these rows."
         )
-
-    def create_optimizer(self, *args, **kwargs):
-        """The parent's optimizer without empty parameter groups (LoRA trains no bias or norm), on which DeepSpeed with
-        torch 2.13 is reported to fail."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        return optimizer
 
     # Logs and files
 

@@ -42,7 +42,7 @@ def check_inputs(
     check_dataset(train_dataset, "train_dataset", needs_solution=method.needs_solution)
     if eval_dataset is not None:
         check_dataset(eval_dataset, "eval_dataset", needs_solution=method.needs_solution)
-    check_model_config(_load_config(model, args) if isinstance(model, str) else model.config)
+    check_model_config(config_of(model, args))
 
 
 def choose_reward(method: Method, reward_funcs: Any, dataset: Any) -> Any:
@@ -125,7 +125,10 @@ def _long_rows(collator: TeacherCollator, dataset: Any) -> Iterator[dict]:
             yield row
 
 
-def _load_config(model: str, args: Any) -> Any:
+def config_of(model: Any, args: Any) -> Any:
+    """The config of a model, or of the one that a name or folder stands for."""
+    if not isinstance(model, str):
+        return model.config
     revision = (args.model_init_kwargs or {}).get("revision")
     return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusts_remote_code(args))
 

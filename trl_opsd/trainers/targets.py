@@ -20,24 +20,23 @@ from ..contexts import (
     rewrite_last_turn,
 )
 from ..diagnostics import sum_decompositions
-from ..forwards import TeacherForward
-from ..heads import caps_logits, check_output_head, whole_head
+from ..heads import whole_head
 from ..jobs import ScoringJob
 from ..losses import SignalDecomposition
 from ..markers import count_markers
 from ..methods import Method
 from ..repetition import count_repeated
-from ..scoring import score_contexts
 from ..teacher import Teacher
 from ..validation import check_rows, without_special_tokens
 from .checks import named_place
 from .tail_anchor import tail_mask
+from .teaching import SelfTeaching
 
 _BATCHES_TO_WARN = 10
 _DECOMPOSED_ROLLOUTS = 8  # per process
 
 
-class TargetTrainer(RolloutTrainer):
+class TargetTrainer(SelfTeaching, RolloutTrainer):
     """Adds the teacher's hidden states to a generation batch, while its groups are still together."""
 
     method: Method
@@ -174,34 +173,6 @@ class TargetTrainer(RolloutTrainer):
             )
         self._target_heads[self.mode] = self.teacher.head
         return target, shortened
-
-    def _run_teacher(
-        self, teacher: Teacher, jobs: list[ScoringJob], shape: tuple[int, int, int], *, with_direction: bool
-    ):
-        device = self.accelerator.device
-
-        def max_over_ranks(count):
-            return int(self.accelerator.gather(torch.tensor([count], device=device)).max())
-
-        with teacher.active(), self.accelerator.autocast():
-            if not self._head_checked:
-                check_output_head(
-                    self.model, self.model, torch.tensor([[self.tokenizer.eos_token_id] * 4], device=device)
-                )
-                self._head_checked = True
-            return score_contexts(
-                TeacherForward(self.model, self.model, teacher.observe_head, teacher.wants_head),
-                jobs,
-                shape=shape,
-                dtype=torch.promote_types(self.model.dtype, torch.float32),
-                device=device,
-                pad_id=self.tokenizer.pad_token_id,
-                tokens_per_forward=self.args.teacher_tokens_per_forward,
-                with_direction=with_direction,
-                linear_head=not caps_logits(self.model),
-                max_over_ranks=max_over_ranks,
-                sharing=self._sharing,
-            )
 
     def _decomposition_is_due(self) -> bool:
         interval, step = self.args.decomposition_steps, self.state.global_step

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a trainer needs to be its own teacher, whichever of TRL's trainers it extends."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..collators import positions_from_mask
+from ..forwards import TeacherForward
+from ..heads import attach_head_function, caps_logits, check_output_head, head_function, head_shape
+from ..jobs import ScoringJob
+from ..scoring import ContextSharing, score_contexts
+from ..states import TargetStates
+from ..teacher import Teacher
+from ..validation import check_engine, check_model_config, check_vocabulary
+from .checks import check_same_weights
+
+
+class SelfTeaching:
+    """Mixin in front of one of TRL's trainers: scores the model as the teacher, takes the loss inside its forward."""
+
+    _sharing: ContextSharing | None = None
+    _head_checked = False
+
+    def prepare_model_to_teach(self) -> None:
+        """Check engine and model, make its hidden states reachable, and learn their width; a collective.
+
+        Raises:
+            ValueError: names the engine's or the model's part that the loss cannot work with.
+        """
+        check_engine(self.accelerator.state, adapters=hasattr(self.model, "peft_config"))
+        check_same_weights(self.model, self.accelerator)
+        check_model_config(self.model.config)
+        attach_head_function(self.model)
+        head_rows, self.hidden_size = head_shape(self.model)
+        check_vocabulary(self.model.config, head_rows, len(self.tokenizer))
+
+    def _run_teacher(
+        self, teacher: Teacher, jobs: list[ScoringJob], shape: tuple[int, int, int], *, with_direction: bool
+    ) -> TargetStates:
+        device = self.accelerator.device
+
+        def max_over_ranks(count):
+            return int(self.accelerator.gather(torch.tensor([count], device=device)).max())
+
+        with teacher.active(), self.accelerator.autocast():
+            if not self._head_checked:
+                check_output_head(
+                    self.model, self.model, torch.tensor([[self.tokenizer.eos_token_id] * 4], device=device)
+                )
+                self._head_checked = True
+            return score_contexts(
+                TeacherForward(self.model, self.model, teacher.observe_head, teacher.wants_head),
+                jobs,
+                shape=shape,
+                dtype=torch.promote_types(self.model.dtype, torch.float32),
+                device=device,
+                pad_id=self.tokenizer.pad_token_id,
+                tokens_per_forward=self.args.teacher_tokens_per_forward,
+                with_direction=with_direction,
+                linear_head=not caps_logits(self.model),
+                max_over_ranks=max_over_ranks,
+                sharing=self._sharing,
+            )
+
+    def loss_in_forward(
+        self, model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, function: Callable
+    ) -> tuple[torch.Tensor, Any]:
+        """Loss and numbers that `function` returns from the student's hidden states, inside the engine's forward.
+
+        Args:
+            model: the student, as the engine wraps it.
+            ids: (B, S) token ids, padded on the left.
+            mask: (B, S), 1 on tokens.
+            function: see `heads.head_function`.
+        """
+        with head_function(self.model, function) as request:
+            output = model(input_ids=ids, attention_mask=mask, position_ids=positions_from_mask(mask))
+        # The loss that came through the engine's forward, not the one inside it: output hooks may have wrapped it,
+        # and rounded it (FSDP2's mixed precision): the value is the one inside.
+        loss, numbers = output["loss"], request.result[1]
+        return loss + (request.result[0] - loss).detach(), numbers
+
+    def create_optimizer(self, *args, **kwargs):
+        """The parent's optimizer without empty parameter groups (LoRA trains no bias or norm), on which DeepSpeed with
+        torch 2.13 is reported to fail."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
