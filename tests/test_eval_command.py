@@ -167,7 +167,7 @@ def run_folder(tmp_path, spoilt):
     for step in (2, 10):
         (run / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     (run / "README.md").write_text(
-        '# Run\n\n"evaluation": "not measured"\n\n## Results\n\nNot measured\n\n## Rest\n\nkept\n'
+        '# Run\n\n## Results\n\nNot measured\n\n## Method\n\n"evaluation": "not measured", kept\n'
     )
     return run
 

@@ -10,7 +10,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,7 @@ class EvaluationCallback(TrainerCallback):
         samples = self._sample()
         result = []
         if self.trainer.accelerator.is_main_process:
-            result = [summarize(samples, [row["solution"] for row in self.rows])]
+            result = [replace(summarize(samples, [row["solution"] for row in self.rows]), completions=())]
         return gather_object(result)[0]
 
     def _sample(self) -> list[list[Completion]]:
