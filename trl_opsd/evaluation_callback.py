@@ -57,7 +57,7 @@ class EvaluationCallback(TrainerCallback):
         chat_template_kwargs (`Mapping`, *optional*): the student's if None.
 
     Raises:
-        ValueError: no question, `every` below 1, or several samples at temperature 0.
+        ValueError: no question, `every` below 1, several samples at temperature 0, or an engine that shards the weights.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class EvaluationCallback(TrainerCallback):
         if every is not None and every < 1:
             raise ValueError(f"every is {every}; set it to 1 or more steps, or to None to measure at the end alone.")
         check_sampling(num_samples, temperature)
+        check_whole_weights(trainer)
         args = trainer.args
         template = getattr(args, "prompt_template", None)
         self.trainer, self.every, self.name, self.seed = trainer, every, name, seed
@@ -174,10 +175,7 @@ class EvaluationCallback(TrainerCallback):
         return gather_object(result)[0]
 
     def _sample(self) -> list[list[Completion]]:
-        """Completions of all questions, each sampled on one rank.
-
-        Every rank has the same number of questions, some twice, because sharded weights make a forward a collective.
-        """
+        """Completions of all questions, shared out to the ranks; each has as many, so a few come twice."""
         trainer, num_rows = self.trainer, len(self.rows)
         rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
         own = [index % num_rows for index in range(rank, rank + num_rows + (-num_rows) % world, world)]
@@ -192,7 +190,6 @@ class EvaluationCallback(TrainerCallback):
                 chat_template_kwargs=render | self.chat_template_kwargs,
                 seed=seed_of_rank(self.seed, rank),
                 progress=trainer.is_world_process_zero() and not trainer.args.disable_tqdm,
-                synced_gpus=True if world > 1 and _shares_weights(trainer) else None,
                 **self.sampling,
             )
         by_index: dict[int, list[Completion]] = {}
@@ -248,5 +245,16 @@ def seed_of_rank(seed: int, rank: int) -> int:
     return seed if rank == 0 else int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
 
 
-def _shares_weights(trainer) -> bool:
-    return trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+def check_whole_weights(trainer) -> None:
+    """Refuse engines that shard the weights, under which measuring was never run.
+
+    Raises:
+        ValueError: under ZeRO-3 or FSDP.
+    """
+    stage = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else 0
+    engine = "FSDP" if trainer.is_fsdp_enabled else "ZeRO-3" if stage == 3 else None
+    if engine is not None:
+        raise ValueError(
+            f"EvaluationCallback was not tried under {engine}, where every forward is a collective. Leave it out and "
+            "evaluate base and checkpoints with `trl-opsd eval`, or train with ZeRO-2 or DDP."
+        )

@@ -47,7 +47,6 @@ def generate_completions(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: bool = False,
-    synced_gpus: bool | None = None,
 ) -> list[list[Completion]]:
     """Samples `num_samples` completions of every prompt with `model.generate`.
 
@@ -64,7 +63,6 @@ def generate_completions(
         chat_template_kwargs (`Mapping`, *optional*): for example `{"enable_thinking": False}`.
         seed (`int`): the draws are a function of it; the caller's random state is left as it was.
         progress (`bool`): shows a progress bar.
-        synced_gpus (`bool`, *optional*): ranks that share weights go on until all have ended, see `model.generate`.
 
     Returns:
         `list[list[Completion]]`: one list of `num_samples` per prompt, in the order of `prompts`.
@@ -79,7 +77,7 @@ def generate_completions(
     sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-    sampling |= {"max_new_tokens": max_new_tokens, "num_return_sequences": num_samples, "synced_gpus": synced_gpus}
+    sampling |= {"max_new_tokens": max_new_tokens, "num_return_sequences": num_samples}
     completions: list[list[Completion]] = [[] for _ in rendered]
     with _evaluation_mode(model), torch.random.fork_rng(_accelerators(model)), torch.no_grad():
         torch.manual_seed(seed)
