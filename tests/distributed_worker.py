@@ -22,6 +22,7 @@ from engines import CELL, GLOBAL_BATCH, RESUME_FROM, STEPS, TEXTS, TOKEN_IDS, ma
 from peft import LoraConfig, get_peft_model
 
 from trl_opsd.demo.tokenizer import build_tokenizer
+from trl_opsd.evaluation_callback import EvaluationCallback
 from trl_opsd.losses import tiles
 from trl_opsd.sharding import local_part, release, whole_shape
 from trl_opsd.train import TRAINERS, finish
@@ -158,6 +159,23 @@ def reread_teacher(trainer, folder):
     return max(differences, default=0.0)
 
 
+def measure_on_the_way(trainer):
+    """Three questions, which two ranks cannot share evenly; returns a list that gets the texts of every measurement."""
+    callback = EvaluationCallback(
+        trainer, list(make_rows())[:3], every=2, num_samples=1, temperature=0.0, max_new_tokens=12, batch_size=1
+    )
+    seen, sample = [], callback._sample
+
+    def note():
+        samples = sample()
+        seen.append([completion.text for group in samples for completion in group])
+        return samples
+
+    callback._sample = note
+    trainer.add_callback(callback)
+    return seen
+
+
 def run_cell(cell, run, folder):
     trainer = make_trainer(cell, run, folder)
     counter = gathers.HeadGathers(trainer)
@@ -179,9 +197,12 @@ def run_cell(cell, run, folder):
         return optimizer
 
     trainer.create_optimizer = created
+    texts = measure_on_the_way(trainer) if cell["measures"] else []
     with counter:
         trainer.train()
     numbers = {
+        "texts": texts,
+        "measured": [entry["step"] for entry in trainer.state.log_history if "eval/k" in entry],
         "engine": engine_of(trainer),
         "world": trainer.accelerator.num_processes,
         "history": history_of(trainer),

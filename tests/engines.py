@@ -43,6 +43,7 @@ CELL = {
     "seed_by_rank": False,  # a model object that every rank made on its own
     "wrong_on_last_rank": False,  # rollouts by place: the first ranks have right ones only
     "resume": False,
+    "measures": False,  # an EvaluationCallback samples greedily on the way
 }
 
 METHODS = ("opsd", "ogls-sd", "purified-opsd")

@@ -2,6 +2,7 @@
 """`trl-opsd eval`: models on sets of questions, resumable, compared question by question with the first."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_opsd import cli, eval_command
 from trl_opsd.arguments import UsageError
 from trl_opsd.demo import build_rows, model_path
+from trl_opsd.eval_models import EvaluatedModel, resolve_models
 from trl_opsd.questions import BENCHMARKS, benchmark_row
 from trl_opsd.verification import verify
 
@@ -64,6 +66,8 @@ def test_finished_results_are_not_run_again_and_other_settings_are_refused(tmp_p
     assert len(loads) == 1 and path.read_text() == before
     assert cli.main([*line, "--max_new_tokens", "32"]) == 2
     assert "max_new_tokens was 64, is 32" in capsys.readouterr().err
+    assert cli.main([*line, "--backend", "vllm"]) == 2
+    assert "backend was 'transformers', is 'vllm'" in capsys.readouterr().err
 
 
 def test_a_result_that_was_not_finished_is_run_again(tmp_path, questions, monkeypatch):
@@ -150,3 +154,84 @@ def test_a_model_with_a_slash_in_its_name_gets_one_folder(tmp_path):
         eval_command.result_path(options, "a/b", "aime24", 3)
         == tmp_path / "results" / "a--b" / "aime24" / "seed-3.json"
     )
+
+
+@pytest.fixture
+def run_folder(tmp_path, spoilt):
+    """A run: a wrecked checkpoint 2, a good one 10, a half-written 20, a wrecked model at the end, a card."""
+    run = tmp_path / "run"
+    shutil.copytree(spoilt, run)
+    shutil.copytree(spoilt, run / "checkpoint-2")
+    shutil.copytree(model_path(), run / "checkpoint-10")
+    shutil.copytree(model_path(), run / "checkpoint-20")
+    for step in (2, 10):
+        (run / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (run / "README.md").write_text(
+        '# Run\n\n## Results\n\nNot measured\n\n## Method\n\n"evaluation": "not measured", kept\n'
+    )
+    return run
+
+
+def test_a_run_counts_by_its_last_model(tmp_path, run_folder):
+    assert resolve_models(["a/b", str(run_folder)]) == [
+        EvaluatedModel("a/b", "a/b", "as given"),
+        EvaluatedModel(str(run_folder), str(run_folder), "last"),
+    ]
+    (run_folder / "config.json").unlink()
+    newest = str(run_folder / "checkpoint-10")  # not 20, which is half-written, and not 2, which is last by name
+    assert resolve_models([str(run_folder)], "all") == [EvaluatedModel(str(run_folder), newest, "last")]
+    for step in (2, 10):
+        shutil.rmtree(run_folder / f"checkpoint-{step}")
+    with pytest.raises(UsageError, match="no complete checkpoint"):
+        resolve_models([str(run_folder)])
+
+
+def test_a_checkpoint_that_is_named_is_taken_as_given(run_folder):
+    path = str(run_folder / "checkpoint-2")
+    assert resolve_models([path]) == [EvaluatedModel(path, path, "as given")]
+
+
+def test_the_rule_is_stated_and_the_best_of_a_course_is_no_result(tmp_path, questions, run_folder, capsys):
+    line = words(tmp_path, "--models", model_path(), run_folder, "--datasets", questions, "--num_questions", 2)
+    cli.main(line)
+    assert "Checkpoint rule: last." in capsys.readouterr().out
+    assert not list((tmp_path / "results").rglob("*checkpoint-*"))
+    cli.main([*line, "--checkpoints", "all", "--add_to_card"])
+    shown = capsys.readouterr().out
+    assert "1 half-written checkpoints are passed over" in shown and "are a course, not results" in shown
+    assert "chosen by these very questions and therefore too high: 100.0 (checkpoint-10)" in shown
+    summary = json.loads((tmp_path / "results" / "summary.json").read_text())
+    assert [(entry["checkpoint"], entry["avg_at_k"]) for entry in summary] == [
+        ("as given", 1.0),
+        ("on the way", 0.0),
+        ("on the way", 1.0),
+        ("last", 0.0),
+    ]
+    card = (run_folder / "README.md").read_text()
+    assert "| this model | 0.000 |" in card and "checkpoint-10" not in card and str(tmp_path) not in card
+    assert '"checkpoint_rule": "last"' in card and '"evaluation": "off"' in card and "kept" in card
+    assert card.count("| questions.jsonl: 2, k = 1 |") == 2
+
+
+def test_without_a_course_nothing_is_said_of_a_best(tmp_path, questions, capsys):
+    cli.main(words(tmp_path, "--models", model_path(), "--datasets", questions, "--num_questions", 1))
+    shown = capsys.readouterr().out
+    assert "Checkpoint rule: every model as it was named." in shown and "Best of" not in shown
+
+
+def test_a_model_without_a_card_is_refused_before_anything_is_sampled(tmp_path, questions, spoilt, capsys):
+    line = words(tmp_path, "--models", model_path(), spoilt, "--datasets", questions, "--add_to_card")
+    assert cli.main(line) == 2
+    assert "has no README.md" in capsys.readouterr().err and not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--backend", "vllm", "--batch_size", "4"], "--batch_size is of --backend transformers"),
+        (["--vllm_options", "{}"], "--vllm_options is of --backend vllm"),
+    ],
+)
+def test_settings_of_the_other_backend_are_refused(tmp_path, questions, capsys, given, message):
+    assert cli.main(words(tmp_path, "--models", model_path(), "--datasets", questions, *given)) == 2
+    assert message in capsys.readouterr().err

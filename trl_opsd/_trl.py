@@ -9,7 +9,7 @@ when TRL has moved.
 import inspect
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import trl
 from accelerate.utils import gather_object
 from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer
+from trl.models import unwrap_model_for_generation
 
 from .checkpoints import load_state, save_state, writing_checkpoint
 
@@ -64,6 +65,16 @@ def dict_fields(config_class: type) -> list[str]:
 def installed_fields(*names: str) -> tuple[str, ...]:
     """Those of `names` that are fields of GRPOConfig: TRL 1.6 and 1.8 added some."""
     return tuple(name for name in names if name in GRPOConfig.__dataclass_fields__)
+
+
+def model_for_generation(trainer: Any) -> AbstractContextManager:
+    """Context of a trainer's model without its engine, with ZeRO-3's weights gathered as for rollouts."""
+    args = trainer.args
+    settings = {"gather_deepspeed3_params": getattr(args, "ds3_gather_for_generation", True)}
+    name = "gradient_checkpointing_kwargs"  # which TRL 1.0 does not take
+    if name in inspect.signature(unwrap_model_for_generation).parameters:
+        settings[name] = args.gradient_checkpointing_kwargs
+    return unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, **settings)
 
 
 def trusts_remote_code(config: GRPOConfig) -> bool:

@@ -7,17 +7,19 @@ compared with, question by question.
 
 import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .adapters import FORMATS
 from .arguments import UsageError
+from .eval_models import RULES, EvaluatedModel, resolve_models
+from .eval_summary import add_to_cards, check_cards, summarize, table_of
 from .questions import BENCHMARKS, load_questions
 
+BACKENDS = ("transformers", "vllm")
 _THINKING = {"on": {"enable_thinking": True}, "off": {"enable_thinking": False}, "default": {}}
-_SHOWN = ("avg_at_k", "pass_at_k", "majority_at_k", "mean_completion_length", "cut_share", "markers_per_1000_tokens")
+_BATCH_SIZE = 32
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -31,6 +33,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     names = ", ".join(BENCHMARKS)
     parser.add_argument("--models", nargs="+", required=True, help="Hub ids or folders, LoRA adapters too; base first")
+    parser.add_argument(
+        "--checkpoints",
+        choices=RULES,
+        default="last",
+        help="of a run's folder (it holds checkpoint-*): the model at its end, or its earlier checkpoints too as a course",
+    )
     parser.add_argument("--datasets", nargs="+", required=True, help=f"{names}, a local file, or a Hub id")
     parser.add_argument("--split", default="test", help="split of a Hub id")
     parser.add_argument("--dataset_format", choices=[*FORMATS], help="how rows of files and Hub ids are read")
@@ -48,9 +56,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_new_tokens", type=int, default=38_912, help="length limit of a completion")
     parser.add_argument("--thinking", choices=[*_THINKING], default="default", help="`enable_thinking` of the template")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one evaluation per seed")
-    parser.add_argument("--batch_size", type=int, default=32, help="completions sampled at once")
+    parser.add_argument("--backend", choices=BACKENDS, default="transformers", help="what samples")
+    parser.add_argument(
+        "--batch_size", type=int, help=f"completions transformers samples at once; {_BATCH_SIZE} if unset"
+    )
+    parser.add_argument("--vllm_options", type=json.loads, help="JSON of further arguments of vllm.LLM")
     parser.add_argument("--dtype", default="auto", help="of the weights: auto, bfloat16, float32")
     parser.add_argument("--output_dir", default="outputs/eval", help="a JSON file per model, set and seed, and a table")
+    parser.add_argument("--add_to_card", action="store_true", help="put base and result into each run's README.md")
     parser.add_argument("--save_completions", action="store_true", help="put the sampled texts into the files too")
     return parser
 
@@ -58,22 +71,47 @@ def make_parser() -> argparse.ArgumentParser:
 def run(arguments: list[str]) -> None:
     """Evaluate as a command line says; prints the table and writes it with `summary.json` into the output folder."""
     options = make_parser().parse_args(arguments)
-    sets = {
-        name: load_questions(name, options) for name in options.datasets
-    }  # a wrong name shows before any model loads
-    for model in options.models:
-        _evaluate_model(model, sets, options)
-    summary = summarize(options)
+    _check_backend(options)
+    models = resolve_models(options.models, options.checkpoints)
+    if options.add_to_card:
+        check_cards(models)
+    # A wrong name shows before any model loads.
+    sets = {name: load_questions(name, options) for name in options.datasets}
+    for model in models:
+        _evaluate_model(model.path, sets, options)
+    records = _read_records(models, options)
+    summary = summarize(models, records, options.datasets, options.seeds, settings_of(options))
     output = Path(options.output_dir)
     (output / "summary.json").write_text(json.dumps(summary, indent=2))
     table = table_of(summary)
     (output / "table.md").write_text(table + "\n")
     print(f"\n{table}\n\nFiles are in {output}.")
+    for folder in add_to_cards(models, summary) if options.add_to_card else ():
+        print(f"The card of {folder} shows the numbers.")
+
+
+def _check_backend(options: argparse.Namespace) -> None:
+    """Refuse settings that the chosen backend would pass over."""
+    if options.backend == "vllm" and options.batch_size is not None:
+        raise UsageError("--batch_size is of --backend transformers; vLLM batches by itself. Leave it out.")
+    if options.backend != "vllm" and options.vllm_options is not None:
+        raise UsageError("--vllm_options is of --backend vllm; leave it out or set the backend.")
+
+
+def _read_records(models: list[EvaluatedModel], options: argparse.Namespace) -> dict[tuple[str, str], list]:
+    return {
+        (model.path, dataset): [
+            json.loads(result_path(options, model.path, dataset, seed).read_text()) for seed in options.seeds
+        ]
+        for model in models
+        for dataset in options.datasets
+    }
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """What must be equal for two results to be compared."""
     names = ("num_samples", "temperature", "top_p", "top_k", "max_new_tokens", "thinking", "prompt_template", "dtype")
+    names = (*names, "backend")
     return {name: getattr(options, name) for name in (*names, "num_questions")}
 
 
@@ -93,7 +131,7 @@ def _evaluate_model(model: str, sets: dict[str, list], options: argparse.Namespa
                 _check_settings(path, options)
                 print(f"{path}: done before")
                 continue
-            loaded = loaded or load_model(model, options.dtype)
+            loaded = loaded or _load(model, options)
             print(f"{model} on {dataset}, seed {seed}: {len(rows)} questions, {options.num_samples} samples each")
             result = evaluate_rows(*loaded, rows, seed, options)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +150,14 @@ def _check_settings(path: Path, options: argparse.Namespace) -> None:
         raise UsageError(f"{path} was made with other settings: {'; '.join(changed)}. Choose another --output_dir.")
 
 
+def _load(model: str, options: argparse.Namespace) -> tuple[Any, Any]:
+    if options.backend == "vllm":
+        from .vllm_sampling import load_engine
+
+        return load_engine(model, options.dtype, options.vllm_options)
+    return load_model(model, options.dtype)
+
+
 def load_model(name: str, dtype: str) -> tuple[Any, Any]:
     """A model, on the accelerator if there is one, and its tokenizer."""
     import torch
@@ -126,60 +172,26 @@ def load_model(name: str, dtype: str) -> tuple[Any, Any]:
 
 def evaluate_rows(model: Any, tokenizer: Any, rows: list, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """One result as its file holds it."""
-    from .evaluation import evaluate
+    from .evaluation import summarize as summarize_samples
 
-    sampling = {
-        name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens", "batch_size")
-    }
-    result = evaluate(
+    sampling = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")}
+    if options.backend == "vllm":
+        from .vllm_sampling import generate_completions
+    else:
+        from .generation import generate_completions
+
+        sampling["batch_size"] = options.batch_size or _BATCH_SIZE
+    samples = generate_completions(
         model,
         tokenizer,
-        rows,
+        [row["prompt"] for row in rows],
         num_samples=options.num_samples,
         chat_template_kwargs=_THINKING[options.thinking],
         seed=seed,
         progress=True,
         **sampling,
     )
-    record = asdict(result)
+    record = asdict(summarize_samples(samples, [row["solution"] for row in rows]))
     if not options.save_completions:
         del record["completions"]
     return record
-
-
-def summarize(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A line per set and model: numbers averaged over seeds, an interval over questions, the difference to the first."""
-    import numpy as np
-
-    from .evaluation import bootstrap_interval, paired_difference
-
-    lines = []
-    for dataset in options.datasets:
-        first: Sequence[float] | None = None
-        for model in options.models:
-            records = [json.loads(result_path(options, model, dataset, seed).read_text()) for seed in options.seeds]
-            scores = np.mean([record["per_question_scores"] for record in records], axis=0).tolist()
-            line = {"dataset": dataset, "model": model, "seeds": options.seeds, "num_questions": len(scores)}
-            line |= {name: float(np.mean([record[name] for record in records])) for name in _SHOWN}
-            line |= {"num_samples": options.num_samples, "avg_per_seed": [record["avg_at_k"] for record in records]}
-            line["interval"] = bootstrap_interval(scores)
-            line["difference"] = None if first is None else tuple(paired_difference(scores, first))
-            first = scores if first is None else first
-            lines.append(line)
-    return lines
-
-
-def table_of(summary: list[dict[str, Any]]) -> str:
-    """The lines as a Markdown table, accuracies in percent, intervals of 95 % over questions."""
-    k = summary[0]["num_samples"]
-    head = ["set", "model", f"avg@{k}", "95 %", f"pass@{k}", f"maj@{k}", "length", "cut", "difference to first, 95 %"]
-    rows = [head, ["---"] * len(head)]
-    for line in summary:
-        low, high = (100 * value for value in line["interval"])
-        difference = "-"
-        if line["difference"] is not None:
-            difference = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * value for value in line["difference"]))
-        percents = [f"{100 * line[name]:.1f}" for name in ("avg_at_k", "pass_at_k", "majority_at_k", "cut_share")]
-        numbers = [percents[0], f"[{low:.1f}, {high:.1f}]", *percents[1:3], f"{line['mean_completion_length']:.0f}"]
-        rows.append([line["dataset"], line["model"], *numbers, percents[3], difference])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -38,10 +38,14 @@ class PublishingTrainer(TargetTrainer):
         facts["dataset_name"] = dataset_name = dataset_name or facts["dataset_name"]
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if evaluation is not None:
-            facts["evaluation"] = (self.state.global_step, evaluation)
+            self.keep_evaluation(evaluation)
         measured_at, numbers = facts["evaluation"] or (None, None)
         if self.is_world_process_zero():
             write_card(self, dataset_name, numbers if measured_at == self.state.global_step else None)
+
+    def keep_evaluation(self, evaluation) -> None:
+        """Keep numbers of the weights as they are for the cards written of them; see `create_model_card`."""
+        self._card_facts["evaluation"] = (self.state.global_step, evaluation)
 
     def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
         """Upload model, tokenizer and card; tried again after a fault of server or network.
