@@ -34,7 +34,7 @@ from .checks import named_place
 from .tail_anchor import tail_mask
 
 _BATCHES_TO_WARN = 10
-_DECOMPOSED_ROLLOUTS = 8  # per process
+DECOMPOSED_ROLLOUTS = 8  # per process
 
 
 class TargetTrainer(RolloutTrainer):
@@ -209,7 +209,7 @@ class TargetTrainer(RolloutTrainer):
         """Log how much of the teacher's signal on some rollouts the solution alone explains; costs three views of them."""
         ids = [completion[:length] for completion in self._completion_lists(batch)]
         picked = [row for row, rollout in enumerate(rollouts) if ids[row] and not is_missing(rollout.solution)]
-        picked = picked[:_DECOMPOSED_ROLLOUTS]
+        picked = picked[:DECOMPOSED_ROLLOUTS]
 
         def states(teacher: Teacher, template: str) -> torch.Tensor:
             jobs = []
