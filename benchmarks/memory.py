@@ -110,7 +110,9 @@ def measure(case):
     )
     torch.manual_seed(0)
     small = copy.deepcopy(config_of("demo"))
-    small.update({"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "layer_types": ["full_attention"]})
+    small.update(
+        {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    )
     warm_up = copy.deepcopy(args)
     warm_up.max_steps, warm_up.max_completion_length = 1, 8
     train(small, warm_up, rows, tokenizer, peft_config)
