@@ -76,6 +76,8 @@ def measure(case):
     from transformers import AutoTokenizer
 
     from trl_opsd import OPSDConfig
+    from trl_opsd.collators import TeacherCollator
+    from trl_opsd.contexts import Rollout
     from trl_opsd.demo import model_path
     from trl_opsd.footprint import measure_footprint
     from trl_opsd.memory import Workload, plan_memory
@@ -85,7 +87,8 @@ def measure(case):
     config, tokenizer = config_of(case["model"]), AutoTokenizer.from_pretrained(model_path())
     peft_config = LoraConfig(r=64, lora_alpha=128, lora_dropout=0.05, target_modules="all-linear")
     peft_config = peft_config if case["lora"] else None
-    rows = [{"prompt": "1" * 60, "solution": "2" * 20} for _ in range(16)]
+    # Of several lengths, because only a padded batch has an attention mask.
+    rows = [{"prompt": "1" * (60 - index % 4), "solution": "2" * 20} for index in range(16)]
     args = OPSDConfig(
         tempfile.mkdtemp(),
         per_device_train_batch_size=case["batch"],
@@ -100,11 +103,18 @@ def measure(case):
         disable_tqdm=True,
     )
     footprint = measure_footprint(config, torch.float32, autocast=cuda, peft_config=peft_config)
+    collator = TeacherCollator.from_settings(tokenizer, args)
+    context = max(
+        len(collator.encode(row["prompt"], view).ids)
+        for row in rows
+        for view in OPSD.contexts([Rollout(row["prompt"], row["solution"], "")], args, None)[0]
+    )
+    prompt = max(len(tokenizer(row["prompt"])["input_ids"]) for row in rows)
     planned = plan_memory(
         footprint,
         args,
         OPSD,
-        workload=Workload(prompt=60, solution=480 - 60),
+        workload=Workload(prompt=prompt, solution=context - prompt),
         autocast=cuda,
         device="cuda" if cuda else "cpu",
     )
@@ -125,6 +135,8 @@ def measure(case):
     parts = {f"{part.phase}: {part.name}": round(part.bytes / 2**20, 1) for part in planned.parts}
     line = {**case, "planned_mb": round(planned.total / 2**20, 1), "measured_mb": round(measured / 2**20, 1)}
     line |= {
+        "prompt": prompt,
+        "context": context,
         "ratio": round(planned.total / measured, 2),
         "peak_phase": planned.peak_phase,
         "parts": parts,
@@ -183,13 +195,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--trained", nargs="+", default=("all", "lora"), choices=("all", "lora"))
+    parser.add_argument("--checkpointing", nargs="+", default=("off", "on"), choices=("off", "on"))
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
         return measure(json.loads(options.case))
     lines = []
     for model, lora, checkpointing in product(
-        options.models, [name == "lora" for name in options.trained], (False, True)
+        options.models, [name == "lora" for name in options.trained], [name == "on" for name in options.checkpointing]
     ):
         case = {"model": model, "lora": lora, "checkpointing": checkpointing}
         case |= {"batch": 8, "completion": 128} if model == "demo" else {"batch": 1, "completion": 32}
