@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Planned against measured peak memory of a training run, each in a process of its own.
 
-`python benchmarks/memory.py` prints one JSON line a run and a table. On a CPU the peak is the resident memory above what was
-there before the model was made, sampled every 2 ms; on a GPU `torch.cuda.max_memory_allocated`.
+`python benchmarks/memory.py` prints one JSON line a run and a table. Each first trains a step of a model of a few thousand
+parameters, so that what libraries load is not counted. On a CPU the peak is then the kernel's high-water mark of the resident
+memory above that, reset at every phase (Linux); on a GPU `torch.cuda.max_memory_allocated`.
 """
 
 import argparse
+import copy
+import ctypes
 import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from itertools import product
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -41,33 +42,42 @@ def config_of(name):
     )
 
 
-class ResidentPeak(threading.Thread):
-    """Samples the resident memory of this process; glibc gives freed blocks back at once (see `run`)."""
+class ResidentPeak:
+    """Peaks of the resident memory of this process by phase, above what it held when this was made."""
 
     def __init__(self):
-        super().__init__(daemon=True)
-        self.most = self.start_bytes = self.now()
-        self.phases, self.phase, self.stopped = {}, "start", False
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        self.phases, self.phase = {}, "start"
+        self._reset()
+        self.start_bytes = self._peak()
+
+    def enter(self, phase):
+        held = self._peak() - self.start_bytes
+        self.phases[self.phase] = max(self.phases.get(self.phase, 0), held)
+        self._reset()
+        self.phase = phase
 
     @staticmethod
-    def now():
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    def _peak():
+        with open("/proc/self/status") as file:
+            line = next(line for line in file if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
 
-    def run(self):
-        while not self.stopped:
-            held = self.now() - self.start_bytes
-            self.phases[self.phase] = max(self.phases.get(self.phase, 0), held)
-            time.sleep(0.002)
+    @staticmethod
+    def _reset():
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
 
 
 def measure(case):
     import torch
-    from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from trl_opsd import OPSDConfig, OPSDTrainer
+    from trl_opsd import OPSDConfig
+    from trl_opsd.collators import TeacherCollator
+    from trl_opsd.contexts import Rollout
     from trl_opsd.demo import model_path
     from trl_opsd.footprint import measure_footprint
     from trl_opsd.memory import Workload, plan_memory
@@ -77,7 +87,8 @@ def measure(case):
     config, tokenizer = config_of(case["model"]), AutoTokenizer.from_pretrained(model_path())
     peft_config = LoraConfig(r=64, lora_alpha=128, lora_dropout=0.05, target_modules="all-linear")
     peft_config = peft_config if case["lora"] else None
-    rows = [{"prompt": "1" * 60, "solution": "2" * 20} for _ in range(16)]
+    # Of several lengths, because only a padded batch has an attention mask.
+    rows = [{"prompt": "1" * (60 - index % 4), "solution": "2" * 20} for index in range(16)]
     args = OPSDConfig(
         tempfile.mkdtemp(),
         per_device_train_batch_size=case["batch"],
@@ -92,39 +103,40 @@ def measure(case):
         disable_tqdm=True,
     )
     footprint = measure_footprint(config, torch.float32, autocast=cuda, peft_config=peft_config)
+    collator = TeacherCollator.from_settings(tokenizer, args)
+    context = max(
+        len(collator.encode(row["prompt"], view).ids)
+        for row in rows
+        for view in OPSD.contexts([Rollout(row["prompt"], row["solution"], "")], args, None)[0]
+    )
+    prompt = max(len(tokenizer(row["prompt"])["input_ids"]) for row in rows)
     planned = plan_memory(
         footprint,
         args,
         OPSD,
-        workload=Workload(prompt=60, solution=480 - 60),
+        workload=Workload(prompt=prompt, solution=context - prompt),
         autocast=cuda,
         device="cuda" if cuda else "cpu",
     )
     torch.manual_seed(0)
-    warm_up(torch)
-    gc.collect()
-    watch = ResidentPeak()
-    watch.start()
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.generation_config.eos_token_id = None
-    trainer = OPSDTrainer(
-        model=model,
-        args=args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        peft_config=peft_config,
+    small = copy.deepcopy(config_of("demo"))
+    small.update(
+        {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
     )
-    del model
-    follow_phases(trainer, watch)
-    trainer.generation_config.eos_token_id, trainer.generation_config.min_new_tokens = None, case["completion"]
-    trainer.train()
-    watch.stopped = True
-    watch.join()
+    warm_up = copy.deepcopy(args)
+    warm_up.max_steps, warm_up.max_completion_length = 1, 8
+    train(small, warm_up, rows, tokenizer, peft_config)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    watch = ResidentPeak()
+    train(config, args, rows, tokenizer, peft_config, watch)
     phases = {name: round(held / 2**20, 1) for name, held in watch.phases.items()}
     measured = torch.cuda.max_memory_allocated() if cuda else max(watch.phases.values())
     parts = {f"{part.phase}: {part.name}": round(part.bytes / 2**20, 1) for part in planned.parts}
     line = {**case, "planned_mb": round(planned.total / 2**20, 1), "measured_mb": round(measured / 2**20, 1)}
     line |= {
+        "prompt": prompt,
+        "context": context,
         "ratio": round(planned.total / measured, 2),
         "peak_phase": planned.peak_phase,
         "parts": parts,
@@ -133,14 +145,30 @@ def measure(case):
     print(json.dumps(line), flush=True)
 
 
-def warm_up(torch):
-    """Load what the first step of any model loads, so that it does not count."""
-    layer = torch.nn.Linear(64, 64)
-    optimizer = torch.optim.AdamW(layer.parameters())
-    layer(torch.randn(4, 64)).sum().backward()
-    optimizer.step()
-    import torch._dynamo
-    from trl import GRPOTrainer  # noqa: F401
+def train(config, args, rows, tokenizer, peft_config, watch=None):
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    from trl_opsd import OPSDTrainer
+
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    trainer = OPSDTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=copy.deepcopy(peft_config),
+    )
+    del model
+    if watch is not None:
+        follow_phases(trainer, watch)
+    trainer.generation_config.eos_token_id = None
+    trainer.generation_config.min_new_tokens = args.max_completion_length
+    trainer.train()
+    if watch is not None:
+        watch.enter("end")
 
 
 def follow_phases(trainer, watch):
@@ -148,31 +176,33 @@ def follow_phases(trainer, watch):
         original = getattr(owner, name)
 
         def call(*args, **kwargs):
-            before, watch.phase = watch.phase, phase
+            before = watch.phase
+            watch.enter(phase)
             try:
                 return original(*args, **kwargs)
             finally:
-                watch.phase = before
+                watch.enter(before)
 
         setattr(owner, name, call)
 
     within(trainer, "_generate_single_turn", "sampling")
     within(trainer, "_run_teacher", "scoring")
     within(trainer, "training_step", "training")
-    watch.phase = "step and rest"
+    watch.enter("step and rest")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--trained", nargs="+", default=("all", "lora"), choices=("all", "lora"))
+    parser.add_argument("--checkpointing", nargs="+", default=("off", "on"), choices=("off", "on"))
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
         return measure(json.loads(options.case))
     lines = []
     for model, lora, checkpointing in product(
-        options.models, [name == "lora" for name in options.trained], (False, True)
+        options.models, [name == "lora" for name in options.trained], [name == "on" for name in options.checkpointing]
     ):
         case = {"model": model, "lora": lora, "checkpointing": checkpointing}
         case |= {"batch": 8, "completion": 128} if model == "demo" else {"batch": 1, "completion": 32}

@@ -2,6 +2,7 @@
 """The dry run: a healthy set-up is shown without a warning, and each known mismatch is named."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -96,7 +97,34 @@ def test_the_parameters_of_a_large_model_are_counted_without_making_them(dry_run
     small = AutoConfig.from_pretrained(model_path())
     attention = 2 * (small.num_attention_heads + small.num_key_value_heads) * small.head_dim * 4096
     count = 36 * (attention + 3 * 4096 * 12288)  # embeddings and norms are below the digits shown
-    assert f"memory     {count / 1e9:.3g}B parameters" in text
+    assert f"memory     {count / 1e9:.3g}B parameters; " in text
+    line = next(line for line in text.splitlines() if line.startswith("  memory"))
+    # float32 weights, gradients, the frozen teacher's copy and two moments: the largest part, the moments, is 8 bytes.
+    total, largest = re.fullmatch(
+        r".*; (\S+) GiB on each GPU \(single, peak in \w+\), most for optimizer states: (\S+)", line
+    ).groups()
+    assert float(largest) == pytest.approx(8 * count / 2**30, rel=0.02) and float(total) > 2.5 * float(largest)
+
+
+def test_the_memory_line_is_of_the_launchers_engine_and_shares(dry_run):
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8, "layer_types": None}
+    totals = {}
+    for engine, launcher in {
+        "single": [],
+        "zero3": ["--accelerate_config", "zero3_cpu", "--num_processes", "8"],
+    }.items():
+        _, text = dry_run(launcher=launcher, **sizes)
+        totals[engine] = float(re.search(rf"; (\S+) GiB on each GPU \({engine}, peak in", text).group(1))
+    assert totals["zero3"] < 0.6 * totals["single"]
+
+
+def test_a_model_that_cannot_be_planned_says_so_and_is_no_error(dry_run, monkeypatch):
+    def refuse(*args):
+        raise ValueError("it routes tokens")
+
+    monkeypatch.setattr("trl_opsd.dry_run.facts.Planned", refuse)
+    code, text = dry_run()
+    assert code == 0 and "parameters; not planned: it routes tokens\n" in text
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory plan: counts against real models, parts against real tensors, the docs' tables against the code."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from trl_opsd import OGLSSDConfig, OPSDTrainer, PurifiedOPSDConfig, PurifiedOPSDTrainer
 from trl_opsd import plan as command
-from trl_opsd.footprint import load_config, measure_footprint
+from trl_opsd.footprint import Growth, load_config, measure_footprint
 from trl_opsd.memory import GIB, Workload, plan_memory
 from trl_opsd.methods import OGLS_SD, OPSD, PURIFIED_OPSD
 
 ROOT = Path(__file__).parents[1]
 LORA = LoraConfig(r=4, target_modules="all-linear")
-LENGTH = 70
 
 
 def small_config(**overrides):
@@ -55,8 +55,9 @@ def test_parameters_are_counted_as_in_the_real_model(footprints, lora):
     assert footprints[lora].head == (96, 32) and footprints[lora].head_trains != lora
 
 
+@pytest.mark.parametrize("length", [70, 300])
 @pytest.mark.parametrize("lora", [False, True], ids=["all", "lora"])
-def test_what_is_kept_for_the_backward_is_about_what_the_real_model_keeps(footprints, lora):
+def test_what_is_kept_for_the_backward_is_what_the_real_model_keeps_of_a_padded_batch(footprints, lora, length):
     model, kept = real_model(lora), {}
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
 
@@ -67,13 +68,24 @@ def test_what_is_kept_for_the_backward_is_about_what_the_real_model_keeps(footpr
         return tensor
 
     backbone = (model.get_base_model() if lora else model).base_model
+    mask = torch.ones(1, length, dtype=torch.long)
+    mask[0, :3] = 0
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = backbone(input_ids=torch.zeros(1, LENGTH, dtype=torch.long), use_cache=False)
+        output = backbone(input_ids=torch.zeros_like(mask), attention_mask=mask, use_cache=False)
     assert output.last_hidden_state.requires_grad
     real = sum(storage.nbytes() for storage in kept.values())
     planned = footprints[lora]
-    told = planned.saved_fixed + LENGTH * (5 * planned.saved_layer + planned.saved_rest)
-    assert told == pytest.approx(real, rel=0.12)
+    told = 5 * planned.saved_layer.at(1, length) + planned.saved_rest.at(1, length)
+    assert told == pytest.approx(real, rel=1e-6)
+
+
+def test_a_growth_is_the_parabola_through_its_counts():
+    growth = Growth.through((2, 5, 11), [7 + 3 * n + 0.5 * n * n for n in (2, 5, 11)])
+    assert (growth.fixed, growth.token, growth.pair) == pytest.approx((7, 3, 0.5))
+    assert growth.at(4, 10) == pytest.approx(7 + 4 * (3 * 10 + 0.5 * 100))
+    assert growth.at(4, 10, attended=30) == pytest.approx(7 + 4 * (3 * 10 + 0.5 * 300))
+    above = Growth.above((2, 5, 11), [max(40 * n, 4 * n * n) for n in (2, 5, 11)])
+    assert above.at(1, 2) == pytest.approx(80) and above.at(1, 11) == pytest.approx(484) and above.at(1, 5) >= 200
 
 
 def test_the_cache_holds_keys_and_values_of_every_layer(footprints):
@@ -148,6 +160,35 @@ def test_purified_needs_two_buffers_and_groups_a_cache(footprints, make_args):
     assert bytes_of(steered, "KV cache of shared") > 0 == bytes_of(purified, "KV cache of shared")
 
 
+@pytest.mark.parametrize(
+    ("method", "config", "settings", "states"),
+    [
+        (OPSD, None, {}, 1),
+        (PURIFIED_OPSD, PurifiedOPSDConfig, {}, 3),
+        # The anchor, the solution, and each of four rollouts as right or wrong, the rollout itself among them or not.
+        (OGLS_SD, OGLSSDConfig, {"exclude_own_rollout": False}, 6),
+        (OGLS_SD, OGLSSDConfig, {"exclude_own_rollout": True}, 5),
+        (OGLS_SD, OGLSSDConfig, {"max_contexts_per_pool": 1}, 3),
+    ],
+)
+def test_a_head_that_caps_its_logits_keeps_every_view(footprints, make_args, method, config, settings, states):
+    if config is OGLSSDConfig:
+        settings = {"num_generations": 4, "distillation_length": 8, **settings}
+    args = make_args(*[config] * (config is not None), **settings)
+    one = args.per_device_train_batch_size * args.steps_per_generation
+    one *= 32 * 4 * min(args.distillation_length or args.max_completion_length, args.max_completion_length)
+    capped = plan_memory(replace(footprints[False], caps_logits=True), args, method)
+    assert bytes_of(capped, "targets") == states * one
+    linear = plan_memory(footprints[False], args, method)
+    assert bytes_of(linear, "targets") == min(2, states) * one
+
+
+def test_the_decomposition_holds_three_views(footprints, make_args):
+    plan = plan_memory(footprints[False], make_args(decomposition_steps=1, max_completion_length=10), OPSD)
+    assert bytes_of(plan, "views of the decomposition") == 3 * 8 * 10 * 32 * 4
+    assert not bytes_of(plan_memory(footprints[False], make_args(), OPSD), "views of the decomposition")
+
+
 @pytest.mark.parametrize(("engine", "told"), [("zero1", "engine='zero1' is not known"), ("single", "num_gpus=4")])
 def test_an_impossible_engine_is_refused(footprints, make_args, engine, told):
     with pytest.raises(ValueError, match=told):
@@ -176,6 +217,16 @@ def test_the_command_prints_the_parts_and_a_verdict(folder, capsys):
     command.main(words)
     printed = capsys.readouterr().out
     assert "| always | weights |" in printed and "| **peak** |" in printed and "Fits into 80 GiB." in printed
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+def test_groups_that_only_all_gpus_together_make_are_planned(folder, capsys):
+    words = ["--model_name_or_path", folder, "--method", "ogls-sd", "--num_gpus", "8", "--distillation_length", "64"]
+    words += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1", "--num_generations", "8"]
+    command.main(words)
+    assert "ogls-sd, 8 GPUs, ddp" in capsys.readouterr().out
+    args, _ = command._run_arguments("ogls-sd", words[6:], 8)
+    assert (args.gradient_accumulation_steps, args.steps_per_generation) == (1, 1)
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")

@@ -112,6 +112,12 @@ def option_value(arguments: Sequence[str], name: str) -> str | None:
     return value if equals else " ".join(values[-1][1:])
 
 
+def given_value(arguments: Sequence[str], name: str) -> Any:
+    """What an option was last given, or else its key of the recipe of `--config`; None without either."""
+    value, recipe = option_value(arguments, name), option_value(arguments, "config")
+    return read_recipe(recipe).get(name) if value is None and recipe is not None else value
+
+
 def _launcher_words_of_recipe(own: Sequence[str], own_names: set[str]) -> list[str]:
     path = option_value(own, "config")
     words: list[str] = []

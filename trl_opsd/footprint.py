@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model of a config weighs and what its forwards hold, without weights.
 
-Parameters are counted on the meta device; what a forward keeps for the backward, and what it holds while it runs, is read from
-fake tensors. Both are done with one and two layers, the latter on two lengths, which gives the part of a layer and of a
-token, exactly where a model is the same layer many times over.
+Parameters are counted on the meta device; what a forward keeps for its backward, and what both hold while they run, is read
+from fake tensors. All is done with one and two layers, the latter on three lengths, which gives the part of a layer, of a
+token and of a pair of tokens, exactly where a model is the same layer many times over. On fake tensors transformers
+makes the attention mask that a padded batch has; it is what grows with the pairs.
 """
 
 import copy
 import weakref
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
-from .heads import causal_lm
+from .heads import caps_logits, causal_lm
 
 # The published shapes: hidden size, layers, heads, key-value heads, intermediate size, tied embeddings.
 _QWEN3 = {
@@ -29,7 +31,7 @@ _QWEN3 = {
     "Qwen3-32B": (5120, 64, 64, 8, 25600, False),
 }
 SHAPES = tuple(_QWEN3)
-_LENGTHS = (128, 256)
+_LENGTHS = (257, 1025, 4097)  # no model's width, so that no activation has a weight's shape
 
 
 def load_config(name: str) -> Any:
@@ -52,6 +54,47 @@ def load_config(name: str) -> Any:
 
 
 @dataclass(frozen=True)
+class Growth:
+    """Bytes that grow with the length of a row.
+
+    Attributes:
+        fixed: whatever the rows, such as weights cast by autocast.
+        token: of each token.
+        pair: of each pair of a token and one that it may attend to.
+    """
+
+    fixed: float = 0.0
+    token: float = 0.0
+    pair: float = 0.0
+
+    @classmethod
+    def through(cls, lengths: Sequence[int], counts: Sequence[float]) -> "Growth":
+        """The parabola through three counts of a row."""
+        (a, b, c), (x, y, z) = lengths, counts
+        first, second = (y - x) / (b - a), (z - y) / (c - b)
+        pair = (second - first) / (c - a)
+        token = first - pair * (a + b)
+        return cls(x - token * a - pair * a * a, token, pair)
+
+    @classmethod
+    def above(cls, lengths: Sequence[int], counts: Sequence[float]) -> "Growth":
+        """Exact at the first and the last of some lengths, not below a peak that changes its place between them."""
+        per_token = counts[0] / lengths[0], counts[-1] / lengths[-1]
+        pair = (per_token[1] - per_token[0]) / (lengths[-1] - lengths[0])
+        return cls(0.0, per_token[0] - pair * lengths[0], pair)
+
+    def at(self, rows: float, length: int, attended: int | None = None) -> float:
+        """Bytes of rows of a length, whose tokens attend to so many (None: to their own row)."""
+        return self.fixed + rows * length * (self.token + self.pair * (length if attended is None else attended))
+
+    def __add__(self, other: "Growth") -> "Growth":
+        return Growth(self.fixed + other.fixed, self.token + other.token, self.pair + other.pair)
+
+    def __mul__(self, times: float) -> "Growth":
+        return Growth(self.fixed * times, self.token * times, self.pair * times)
+
+
+@dataclass(frozen=True)
 class Footprint:
     """Counts and bytes of one model in one precision.
 
@@ -65,11 +108,12 @@ class Footprint:
         parameter_bytes: of one parameter of the base.
         adapter_bytes: of one trainable parameter.
         hidden_bytes: of one element of the hidden states.
-        saved_fixed: bytes kept for the backward whatever the number of tokens, all layers.
-        saved_layer: bytes a token that one layer keeps for its backward.
-        saved_rest: bytes a token that the rest keeps.
-        running: bytes a token that a forward without gradients holds at its peak.
-        running_fixed: bytes it holds whatever the number of tokens, such as weights cast by autocast.
+        head_tied: whether the head's weight is the input embedding's.
+        caps_logits: whether the head caps its logits, so that a target's views are kept apart.
+        saved_layer: what one layer keeps for its backward.
+        saved_rest: what the rest keeps.
+        backward: what a backward holds at its peak above that, the largest gradient of a layer's weight among it.
+        running: what a forward without gradients holds at its peak.
         cache: bytes a token of the KV cache, all layers.
     """
 
@@ -82,11 +126,12 @@ class Footprint:
     parameter_bytes: int
     adapter_bytes: int
     hidden_bytes: int
-    saved_fixed: float
-    saved_layer: float
-    saved_rest: float
-    running: float
-    running_fixed: float
+    head_tied: bool
+    caps_logits: bool
+    saved_layer: Growth
+    saved_rest: Growth
+    backward: Growth
+    running: Growth
     cache: float
 
 
@@ -108,16 +153,18 @@ def measure_footprint(config: Any, dtype: torch.dtype, *, autocast: bool = True,
         traces = [[_trace(model, length, autocast) for length in _LENGTHS] for model in (one, two)]
     except RuntimeError as error:
         raise ValueError(f"model: {config.model_type} cannot be planned without its weights ({error}).") from error
-    (a1, b1), (a2, b2) = [[trace.saved for trace in row] for row in traces]
-    step = _LENGTHS[1] - _LENGTHS[0]
-    slope, layer_slope = (b1 - a1) / step, ((b2 - a2) - (b1 - a1)) / step
-    fixed, layer_fixed = a1 - slope * _LENGTHS[0], (a2 - a1) - layer_slope * _LENGTHS[0]
-    running = (traces[0][1].running - traces[0][0].running) / step
-    casts = [row[0].running - running * _LENGTHS[0] for row in traces]
+    saved, running = (
+        [Growth.through(_LENGTHS, [getattr(trace, name) for trace in row]) for row in traces]
+        for name in ("saved", "running")
+    )
+    backward = Growth.above(_LENGTHS, [trace.peak - trace.saved for trace in traces[0]])
+    layer = saved[1] + saved[0] * -1
+    casts = running[1].fixed - running[0].fixed  # autocast keeps every layer's
     total, trainable = (
         _count(one, trained) + (layers - 1) * (_count(two, trained) - _count(one, trained)) for trained in (False, True)
     )
     head = causal_lm(one).get_output_embeddings().weight
+    inputs = causal_lm(one).get_input_embeddings().weight
     return Footprint(
         parameters=total,
         trainable=trainable,
@@ -128,11 +175,12 @@ def measure_footprint(config: Any, dtype: torch.dtype, *, autocast: bool = True,
         parameter_bytes=dtype.itemsize,
         adapter_bytes=next(p for p in one.parameters() if p.requires_grad).dtype.itemsize,
         hidden_bytes=traces[0][0].hidden_bytes,
-        saved_fixed=fixed + (layers - 1) * layer_fixed,
-        saved_layer=layer_slope,
-        saved_rest=slope - layer_slope,
-        running=running,
-        running_fixed=max(0.0, casts[0] + (layers - 1) * (casts[1] - casts[0])),
+        head_tied=head is inputs,
+        caps_logits=caps_logits(one),
+        saved_layer=layer,
+        saved_rest=saved[0] + layer * -1,
+        backward=backward + Growth(_largest_gradient(one, autocast)),
+        running=replace(running[0], fixed=max(0.0, running[0].fixed + (layers - 1) * casts)),
         cache=layers * traces[0][0].cache / _LENGTHS[0],
     )
 
@@ -160,6 +208,15 @@ def _count(model: nn.Module, trained_only: bool) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained_only)
 
 
+def _largest_gradient(model: nn.Module, autocast: bool) -> int:
+    """Bytes of the largest gradient of a layer's weight, in the dtype it was computed in and in its own."""
+    ends = [
+        module.weight for module in (causal_lm(model).get_input_embeddings(), causal_lm(model).get_output_embeddings())
+    ]
+    layers = [p for p in model.parameters() if p.requires_grad and all(p is not end for end in ends)]
+    return max((p.numel() * (p.dtype.itemsize + 2 * (autocast and p.dtype.itemsize > 2)) for p in layers), default=0)
+
+
 class _Backbone(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -172,18 +229,21 @@ class _Backbone(nn.Module):
 @dataclass(frozen=True)
 class _Trace:
     saved: int
+    peak: int
     running: int
     cache: int
     hidden_bytes: int
 
 
 def _trace(model: nn.Module, length: int, autocast: bool) -> _Trace:
-    """Bytes of one forward over `length` tokens on fake tensors."""
+    """Bytes of one forward and its backward over `length` tokens on fake tensors."""
     with FakeTensorMode():
         state = {
             f"model.{name}": torch.empty(t.shape, dtype=t.dtype, device="cpu").requires_grad_(t.requires_grad)
             for name, t in [*model.named_parameters(), *model.named_buffers()]
         }
+        for tensor in state.values():
+            tensor.grad = torch.empty_like(tensor) if tensor.requires_grad else None  # so that a backward adds to it
         own = {tensor.untyped_storage()._cdata for tensor in state.values()}
         ids = torch.zeros(1, length, dtype=torch.long)
         saved: dict[int, Any] = {}
@@ -194,17 +254,26 @@ def _trace(model: nn.Module, length: int, autocast: bool) -> _Trace:
                 saved[storage._cdata] = storage  # kept, so that its address is not given away
             return tensor
 
-        def run(use_cache):
+        def run(use_cache=False):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 return functional_call(_Backbone(model), state, (ids, use_cache))
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = run(False)
-        with torch.no_grad(), _PeakMode() as peak:
+            hidden = run().last_hidden_state
+        kept, size = sum(storage.nbytes() for storage in saved.values()), hidden.element_size()
+        del hidden
+        saved.clear()
+        with _PeakMode() as peak:
+            hidden = run().last_hidden_state
+            peak.ignored = {tensor.shape for tensor in state.values()}  # gradients of weights, counted on their own
+            hidden.backward(torch.empty_like(hidden))
+        del hidden
+        with torch.no_grad(), _PeakMode() as forward:
+            run()
+        with torch.no_grad():
             layer = run(True).past_key_values.layers[0]
         cache = sum(getattr(layer, name).untyped_storage().nbytes() for name in ("keys", "values"))
-        hidden = output.last_hidden_state.element_size()
-        return _Trace(sum(s.nbytes() for s in saved.values()), peak.most, cache, hidden)
+        return _Trace(kept, peak.most, forward.most, cache, size)
 
 
 class _PeakMode(TorchDispatchMode):
@@ -213,13 +282,16 @@ class _PeakMode(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.now = self.most = 0
+        self.ignored: set[torch.Size] = set()
         self._alive: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         output = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in known:
+            if not isinstance(tensor, torch.Tensor) or {tensor.shape, tensor.shape[::-1]} & self.ignored:
+                continue
+            if (storage := tensor.untyped_storage())._cdata not in known:
                 self._add(storage)
         self.most = max(self.most, self.now)
         return output

@@ -5,14 +5,17 @@ Some parts are there all the time, the others belong to one phase of a step: sam
 forward and backward of a micro-batch. The peak is what is always there and the largest phase.
 """
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
+from .contexts import Rollout
 from .footprint import Footprint
 from .losses.projection import WIDENED_ROWS
 from .losses.targets import LinearShape
 from .losses.tiles import BLOCK_BYTES, MIN_TILE_TOKENS, TILE_BYTES
 from .methods import Method
+from .trainers.targets import DECOMPOSED_ROLLOUTS
 
 ENGINES = ("single", "ddp", "zero2", "zero3", "fsdp2")
 GIB = 2**30
@@ -154,6 +157,25 @@ class _Run:
         return self.method.shape(self.args, 0).uses_direction
 
     @property
+    def num_views(self) -> tuple[int, int]:
+        """Teacher contexts of a rollout, and those of its direction, at most: the method is asked about every group."""
+        size, most = self.args.num_generations, (1, 0)
+        for num_right in range(size + 1) if self.method.needs_reward else (0,):
+            rewards = [float(index < num_right) for index in range(size)]
+            group = [Rollout("", "solution", str(index), reward) for index, reward in enumerate(rewards)]
+            for views in self.method.contexts(group, self.args, random.Random(0)):
+                most = max(most, (len(views), sum(view.direction != 0 for view in views)))
+        return most
+
+    @property
+    def num_states(self) -> int:
+        """Hidden states that a target holds for each position; a head that caps its logits keeps views apart."""
+        views, directions = self.num_views
+        if not self.model.caps_logits:
+            return 1 + self.uses_direction
+        return max(1, views - directions) + directions * self.uses_direction
+
+    @property
     def context(self) -> int:
         """Tokens of the longest teacher prompt."""
         inserted = self.workload.solution
@@ -174,7 +196,7 @@ class _Run:
         moments = 2 if "8bit" in self.args.optim else 2 * self.trained_bytes
         per_parameter = moments if not self.deepspeed else 12  # float32 weights and both moments
         shards = 1 if self.engine in ("single", "ddp") else self.num_gpus
-        states = self.rows * self.distilled * model.head[1] * 4 * (1 + self.uses_direction)
+        states = self.rows * self.distilled * model.head[1] * 4 * self.num_states
         colocated = self.args.use_vllm and self.args.vllm_mode == "colocate"
         return [
             Part("weights", "always", weights),
@@ -209,20 +231,22 @@ class _Run:
         model, length = self.model, self.workload.prompt + self.args.max_completion_length
         whole = self.engine == "zero3" and self.args.ds3_gather_for_generation
         logits = self.rows * model.head[0] * 32  # scores, sorted with their indices, probabilities, their sums
+        prefill = model.running.at(self.rows, self.workload.prompt)
         return [
             Part("gathered weights", "sampling", 2 * model.parameters if whole else self._gathered()),
             Part("KV cache", "sampling", self.rows * length * model.cache),
-            Part(
-                "forward", "sampling", self.rows * self.workload.prompt * model.running + model.running_fixed + logits
-            ),
+            Part("forward, or logits of a step", "sampling", max(prefill, model.running.fixed + logits)),
         ]
 
     def scoring(self) -> list[Part]:
         model, job = self.model, self.context + self.distilled
-        views = 1 + 2 * self.uses_direction
+        views, _ = self.num_views
         tokens = max(job, min(self.args.teacher_tokens_per_forward, self.rows * views * job))
         shared = self.method.needs_group and self.args.share_contexts
-        computed = max(self.context, tokens * self.distilled // job) if shared else tokens
+        forward = model.running.at(tokens / job, self.distilled if shared else job, job)
+        if shared:
+            forward = max(forward, model.running.at(1, self.context))
+        decomposed = 3 * min(DECOMPOSED_ROLLOUTS, self.rows) if self.args.decomposition_steps else 0
         cast = 2 * model.trainable if self._casts_teacher() else 0
         return [
             Part("gathered weights", "scoring", self._gathered()),
@@ -231,8 +255,9 @@ class _Run:
                 "scoring",
                 cast / (self.num_gpus if self.splits_weights else 1),
             ),
-            Part("teacher forward", "scoring", computed * model.running + model.running_fixed),
+            Part("teacher forward", "scoring", forward),
             Part("KV cache of shared contexts", "scoring", tokens * model.cache if shared else 0),
+            Part("views of the decomposition", "scoring", decomposed * self.distilled * model.head[1] * 4),
         ]
 
     def _casts_teacher(self) -> bool:
@@ -243,24 +268,30 @@ class _Run:
         )
 
     def training(self) -> list[Part]:
+        model, length = self.model, self.workload.prompt + self.distilled
+        size = self.args.per_device_train_batch_size
+        kept = model.saved_rest.at(size, length)
+        if self.args.gradient_checkpointing:
+            kept += model.saved_layer.at(size, length)
+            kept += size * length * model.num_layers * model.head[1] * model.hidden_bytes
+        else:
+            kept += model.num_layers * model.saved_layer.at(size, length)
+        head = 4 * self.head_entries if model.head_trains else 0  # its gradient, summed in float32
+        # In turn: the loss; that sum scaled into a second one; the backward, to whose end a tied head's gradient waits.
+        most = max(self._tiles() + head, 2 * head, model.backward.at(size, length) + head * model.head_tied)
         return [
             Part("gathered weights", "training", self._gathered()),
-            Part("activations", "training", self._activations()),
-            Part("loss", "training", self._loss()),
+            Part("activations", "training", kept),
+            Part("states of the loss", "training", self._states()),
+            Part("loss, then backward", "training", most),
         ]
 
-    def _activations(self) -> float:
-        model = self.model
-        tokens = self.args.per_device_train_batch_size * (self.workload.prompt + self.distilled)
-        backward = 2 * model.running  # gradients of a layer's activations
-        if not self.args.gradient_checkpointing:
-            layers = model.num_layers * model.saved_layer
-            return model.saved_fixed + tokens * (layers + model.saved_rest + backward)
-        inputs = model.num_layers * model.head[1] * model.hidden_bytes
-        rest = max(model.saved_rest, 0)
-        return model.saved_fixed / model.num_layers + tokens * (inputs + model.saved_layer + rest + backward)
+    def _states(self) -> float:
+        """Student's states and their gradient in float32, the micro-batch's rows of the targets."""
+        positions = self.args.per_device_train_batch_size * self.distilled
+        return positions * self.model.head[1] * (4 + 2 * self.model.hidden_bytes + 4 * self.num_states)
 
-    def _loss(self) -> float:
+    def _tiles(self) -> float:
         model, (vocabulary, hidden) = self.model, self.model.head
         positions = self.args.per_device_train_batch_size * self.distilled
         shape = self.method.shape(self.args, 0)
@@ -268,13 +299,10 @@ class _Run:
         step = min(positions, max(MIN_TILE_TOKENS, TILE_BYTES[self.device] // (4 * vocabulary)))
         tiles = step * vocabulary * (4 * num_tiles + (2 if self.device == "cuda" else 0))
         blocks = 8 * min(BLOCK_BYTES[self.device], step * vocabulary * 4)
-        states = positions * hidden * (4 + 4 + 4 * self.uses_direction + 2 * model.hidden_bytes)
         if self.device == "cuda":
             head = 2 * self.head_entries if model.parameter_bytes > 2 else 0  # narrowed once
         else:
             head = 4 * WIDENED_ROWS * hidden if model.parameter_bytes < 4 else 0
-        if model.head_trains:  # summed in float32, then scaled into a second one
-            head += 2 * 4 * self.head_entries + (
-                self.head_entries * model.parameter_bytes if model.parameter_bytes < 4 else 0
-            )
-        return tiles + blocks + states + head
+        if model.head_trains and model.parameter_bytes < 4:  # the second sum, in the head's dtype
+            head += self.head_entries * model.parameter_bytes
+        return tiles + blocks + head

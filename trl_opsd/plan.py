@@ -17,7 +17,7 @@ from trl import get_peft_config
 
 from .footprint import SHAPES, Footprint, load_config, measure_footprint
 from .memory import ENGINES, GIB, MemoryPlan, Workload, plan_memory
-from .train import TRAINERS, parse
+from .train import TRAINERS, parse_as_one_of
 
 NUM_GPUS = (1, 4, 8, 64)
 LORA = LoraConfig(r=64, lora_alpha=128, lora_dropout=0.05, target_modules="all-linear")
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
         write_docs(Path(options.write_docs))
         return
     engine, num_gpus = read_engine(options.accelerate_config, options.num_gpus)
-    args, model_args = _run_arguments(options.method, rest)
+    args, model_args = _run_arguments(options.method, rest, num_gpus)
     if model_args.model_name_or_path is None:
         raise ValueError(f"model_name_or_path is not set; give a model's folder or one of {SHAPES}.")
     run = Planned(
@@ -66,10 +66,10 @@ def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(arguments)
 
 
-def _run_arguments(method: str, arguments: list[str]) -> tuple[Any, Any]:
+def _run_arguments(method: str, arguments: list[str], num_gpus: int = 1) -> tuple[Any, Any]:
     """The run's settings, read on any machine: a laptop without a GPU would refuse `bf16`."""
-    fixed = ["--bf16", "false", "--use_cpu", "true"]
-    _, args, model_args = parse(method, ["--output_dir", "plan", *arguments, *fixed])
+    words = ["--output_dir", "plan", *arguments]
+    _, args, model_args = parse_as_one_of(num_gpus, method, words, "--bf16=false", "--use_cpu=true")
     return args, model_args
 
 

@@ -24,7 +24,7 @@ from trl import (
 )
 
 from .adapters import FORMATS, rewrite_prompt, to_sft_row
-from .arguments import read_command_line
+from .arguments import given_value, read_command_line
 from .config import option
 from .rewards import accuracy_reward
 from .trainers.base import SelfDistillationTrainer
@@ -209,6 +209,29 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[DataArguments, Any, Mode
     # What the parser leaves over are the launcher's keys of the recipe; all others are known by now.
     *parsed, _ = make_parser(name).parse_args_and_config(args=line.own, return_remaining_strings=True)
     return tuple(parsed)
+
+
+def parse_as_one_of(
+    processes: int, name: str, arguments: Sequence[str], *neutral: str
+) -> tuple[DataArguments, Any, ModelConfig]:
+    """Parse what each of several processes would, in this one, where TRL would count a single one's rollouts.
+
+    Args:
+        processes: that the run has.
+        name: a method of `TRAINERS`.
+        arguments: as in `parse`.
+        *neutral: words that win over them.
+    """
+    scaled = ("gradient_accumulation_steps", "steps_per_generation")
+    words = []
+    for field in scaled:
+        value = given_value(arguments, field) or TRAINERS[name].config_class.__dataclass_fields__[field].default
+        if value is not None:
+            words.append(f"--{field}={int(value) * processes}")
+    script_args, args, model_args = parse(name, [*arguments, *neutral, *words])
+    for field in scaled:
+        setattr(args, field, getattr(args, field) // processes)
+    return script_args, args, model_args
 
 
 def main(name: str, arguments: Sequence[str]) -> Any:

@@ -12,11 +12,11 @@ from .._trl import trusts_remote_code
 from ..arguments import UsageError
 from ..collators import TeacherCollator
 from ..methods import Method
-from ..train import TRAINERS, load_rows, parse
+from ..train import TRAINERS, load_rows, parse_as_one_of
 from ..validation import check_model_config, check_rows
 from ..verification import verifies
 from . import mismatches
-from .facts import as_one_process, model_facts, num_processes, run_facts
+from .facts import model_facts, num_processes, run_facts
 from .views import View, row_lines, views_of
 
 # Settings that a machine without a GPU refuses; nothing here reads them. The last word of an option wins.
@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> int:
 
 def _report(name: str, arguments: Sequence[str], num_rows: int) -> list[str]:
     processes = num_processes(arguments, name)
-    script_args, args, model_args = parse(name, [*arguments, *_NEUTRAL, *as_one_process(arguments, name, processes)])
+    script_args, args, model_args = parse_as_one_of(processes, name, arguments, *_NEUTRAL)
     method = TRAINERS[name].method
     rows = load_rows(script_args, script_args.dataset_train_split)
     size = len(rows) if hasattr(rows, "__len__") else None
@@ -61,7 +61,8 @@ def _report(name: str, arguments: Sequence[str], num_rows: int) -> list[str]:
     collator = TeacherCollator.from_settings(tokenizer, args)
     views = [views_of(row, method, args, collator) for row in rows]
     print(f"{method.name} on {model_args.model_name_or_path}, data {script_args.dataset_name}\n")
-    for label, text in [*run_facts(args, processes, size), *model_facts(config, model_args, views, args)]:
+    facts = run_facts(args, processes, size) + model_facts(config, model_args, views, args, name, arguments)
+    for label, text in facts:
         print(f"  {label:11}{text}")
     for index in range(min(num_rows, len(rows))):
         print(f"\n--- row {index} " + "-" * 60)

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
+from trl import get_peft_config
 
-from ..arguments import option_value, read_command_line, read_recipe
+from ..arguments import given_value, option_value, read_command_line
 from ..card import thinking_modes
 from ..launch import accelerate_config_path
-from ..train import TRAINERS, argument_types
+from ..memory import GIB, Workload
+from ..plan import Planned, read_engine
+from ..train import argument_types
 from .views import View
 
 _THINKING = {True: "on", False: "off", None: "as the template has it"}
@@ -29,26 +32,11 @@ def num_processes(arguments: Sequence[str], name: str) -> int:
     return int(given or os.environ.get("WORLD_SIZE", 1))
 
 
-def as_one_process(arguments: Sequence[str], name: str, processes: int) -> list[str]:
-    """Words that make a parser in this one process see the batches of all of them: accumulation times processes."""
-    recipe = option_value(arguments, "config")
-    chosen = read_recipe(recipe) if recipe is not None else {}
-    words = []
-    for field in ("gradient_accumulation_steps", "steps_per_generation"):
-        default = TRAINERS[name].config_class.__dataclass_fields__[field].default
-        value = option_value(arguments, field) or chosen.get(field, default)
-        if value is not None:
-            words.append(f"--{field}={int(value) * processes}")
-    return words
-
-
 def run_facts(args: Any, processes: int, dataset_size: int | None) -> list[tuple[str, str]]:
     """Thinking, batch, steps and loss, a line each."""
     modes = {role: _THINKING[mode] for role, mode in thinking_modes(args).items()}
-    # The parser was shown one process with the batches of all (`as_one_process`).
-    step = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    generated = args.per_device_train_batch_size * args.steps_per_generation
-    accumulation = args.gradient_accumulation_steps // processes
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    generated = args.per_device_train_batch_size * args.steps_per_generation * processes
     steps = f"{args.max_steps} optimizer steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     if args.max_steps > 0 and dataset_size:
         epochs = args.max_steps * step / args.num_generations / dataset_size
@@ -63,7 +51,7 @@ def run_facts(args: Any, processes: int, dataset_size: int | None) -> list[tuple
         (
             "batch",
             f"{step} rollouts a step = {args.per_device_train_batch_size} per device x "
-            f"{accumulation} accumulation x {processes} process{'es' * (processes > 1)}",
+            f"{args.gradient_accumulation_steps} accumulation x {processes} process{'es' * (processes > 1)}",
         ),
         ("groups", f"{generated // args.num_generations} prompts x {args.num_generations} rollouts a generation batch"),
         ("steps", steps),
@@ -75,19 +63,40 @@ def run_facts(args: Any, processes: int, dataset_size: int | None) -> list[tuple
     ]
 
 
-def model_facts(config: Any, model_args: Any, views: list[list[View]], args: Any) -> list[tuple[str, str]]:
-    """Parameters and the longest prompts; the weights are counted, not loaded."""
+def model_facts(
+    config: Any, model_args: Any, views: list[list[View]], args: Any, name: str, arguments: Sequence[str]
+) -> list[tuple[str, str]]:
+    """The longest prompts, parameters and what a GPU holds; the weights are counted, not loaded."""
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
     size = f"{count / 1e9:.3g}B" if count > 1e9 else f"{count / 1e6:.3g}M"
-    lora = model_args.use_peft
-    copies = 1 if lora or args.teacher_model_kind == "live" else 2
-    trained = "adapter and its optimizer on top" if lora else "gradients and AdamW on top, 12 to 16 bytes a parameter"
     longest = {is_student: 0 for is_student in (True, False)}
     for view in (view for row in views for view in row):
         longest[view.name == "student"] = max(longest[view.name == "student"], len(view.ids))
-    weights = f"{2 * copies * count / 1e9:.3g} GB of weights in bf16 ({copies} cop{'y' if copies == 1 else 'ies'})"
+    workload = Workload(longest[True], max(0, longest[False] - longest[True]))
+    try:
+        planned = _planned(config, model_args, args, name, arguments, workload)
+    except ValueError as error:
+        planned = f"not planned: {error}"
     return [
         ("prompts", f"longest of {len(views)} rows: student {longest[True]} tokens, teacher {longest[False]}"),
-        ("memory", f"{size} parameters, {weights}; {trained}"),
+        ("memory", f"{size} parameters; {planned}"),
     ]
+
+
+def _planned(config: Any, model_args: Any, args: Any, name: str, arguments: Sequence[str], workload: Workload) -> str:
+    """Total on each GPU and the largest part of it."""
+    bf16 = str(given_value(arguments, "bf16")).lower() != "false"  # the parser here was told not to need it
+    launcher = read_command_line(arguments, argument_types(name)).launcher
+    chosen = option_value(launcher, "accelerate_config")
+    path = None if chosen is None else str(accelerate_config_path(chosen))
+    engine, num_gpus = read_engine(path, num_processes(arguments, name))
+    run = Planned(config, args, name, get_peft_config(model_args), model_args.dtype, bf16, workload)
+    plan = run.plan(engine, num_gpus)
+    largest = max(
+        (part for part in plan.parts if part.phase in ("always", plan.peak_phase)), key=lambda part: part.bytes
+    )
+    return (
+        f"{plan.total / GIB:.3g} GiB on each GPU ({engine}, peak in {plan.peak_phase}), "
+        f"most for {largest.name}: {largest.bytes / GIB:.3g}"
+    )

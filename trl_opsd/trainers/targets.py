@@ -33,7 +33,7 @@ from .tail_anchor import tail_mask
 from .teaching import SelfTeaching
 
 _BATCHES_TO_WARN = 10
-_DECOMPOSED_ROLLOUTS = 8  # per process
+DECOMPOSED_ROLLOUTS = 8  # per process
 
 
 class TargetTrainer(SelfTeaching, RolloutTrainer):
@@ -183,7 +183,7 @@ class TargetTrainer(SelfTeaching, RolloutTrainer):
         """Log how much of the teacher's signal on some rollouts the solution alone explains; costs three views of them."""
         ids = [completion[:length] for completion in self._completion_lists(batch)]
         picked = [row for row, rollout in enumerate(rollouts) if ids[row] and not is_missing(rollout.solution)]
-        picked = picked[:_DECOMPOSED_ROLLOUTS]
+        picked = picked[:DECOMPOSED_ROLLOUTS]
 
         def states(teacher: Teacher, template: str) -> torch.Tensor:
             jobs = []
