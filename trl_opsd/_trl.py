@@ -261,6 +261,16 @@ class RolloutTrainer(NamedByMethod, GRPOTrainer):
             kwargs["chat_template"] = self.chat_template
         return kwargs
 
+    def limit_rollouts(self, length: int | None) -> None:
+        """Sample at most `length` new tokens from now on, whichever engine samples; None for the longest allowed."""
+        length = length or self.max_completion_length
+        if self.use_vllm:
+            self.vllm_generation.max_completion_length = length
+        else:
+            self.generation_config.max_new_tokens = length
+        if "max_new_tokens" in (getattr(self, "generation_kwargs", None) or {}):  # continuous batching reads these
+            self.generation_kwargs["max_new_tokens"] = length
+
     def add_metrics(self, metrics: dict[str, float]) -> None:
         """Log numbers that are the same on every rank; averaged over the logging interval."""
         for name, value in metrics.items():

@@ -78,6 +78,12 @@ class OPSDConfig(SelfDistillationSettings, GRPOConfig):
     logging_first_step: bool = option(
         True, "Log the first step too: the untrained model's, which the guard compares with."
     )
+    sample_distilled_only: bool = option(
+        False,
+        "Sampling stops where distillation does, so that no token is sampled in vain; rewards then see rollouts without "
+        "their end. For methods and rewards that read the answer: off.",
+    )
+
     # Scoring and rewards.
     share_contexts: bool = option(
         True,
@@ -127,12 +133,29 @@ class OPSDConfig(SelfDistillationSettings, GRPOConfig):
                 f"num_generations={self.num_generations} with reward_weight={self.reward_weight}: TRL's advantages "
                 "need at least 2 rollouts a prompt. Set num_generations to 2 or more, or reward_weight to 0."
             )
+        if self.sample_distilled_only:
+            self._check_short_rollouts()
         if self.steps_per_generation % self.gradient_accumulation_steps:
             raise ValueError(
                 f"steps_per_generation={self.steps_per_generation} is not a multiple of gradient_accumulation_steps="
                 f"{self.gradient_accumulation_steps}: the loss is a mean over the tokens of a whole optimizer step, "
                 "so they must be known when it starts. Set steps_per_generation to a multiple, or leave it unset."
             )
+
+    def _check_short_rollouts(self) -> None:
+        if self.distillation_length is None and self.distillation_length_start is None:
+            raise ValueError(
+                "sample_distilled_only=True has no length to stop at: set distillation_length, or distillation_length_start "
+                "and distillation_length_steps; or lower max_completion_length alone."
+            )
+        for name, why in {
+            "reward_weight": "a reward in the loss reads whole rollouts",
+            "mask_truncated_completions": "it would leave out every rollout that is stopped",
+        }.items():
+            if getattr(self, name):
+                raise ValueError(
+                    f"sample_distilled_only=True with {name}={getattr(self, name)!r}: {why}. Leave one of them out."
+                )
 
     def _warn_unused(self) -> None:
         if self.reward_weight > 0:

@@ -95,6 +95,12 @@ class SelfDistillationSettings:
     distillation_length: int | None = option(
         None, "Only the first so many tokens of a rollout are distilled. None for all."
     )
+    distillation_length_start: int | None = option(
+        None,
+        "So many at the first step, then linearly more up to `distillation_length`, or to the longest rollout. None for "
+        "the same at every step.",
+    )
+    distillation_length_steps: int = option(0, "Optimizer steps that `distillation_length_start` takes to grow.")
     num_loss_tokens_to_skip: int = option(0, "So many first tokens of a rollout are not distilled.")
 
     def _read_texts(self) -> None:
@@ -126,6 +132,15 @@ class SelfDistillationSettings:
             clip_value=self.clip_value,
         )
 
+    def distillation_length_at(self, step: int) -> int | None:
+        """Tokens of a rollout that are distilled after `step` optimizer steps; None for all."""
+        start, end = self.distillation_length_start, self.distillation_length
+        if start is None:
+            return end
+        longest = getattr(self, self._rollout_limit)
+        end = longest if end is None else min(end, longest or end)
+        return round(start + (end - start) * min(1.0, step / self.distillation_length_steps))
+
     def _check_loss(self) -> None:
         if self.loss_temperature is None:
             self.loss_temperature = self.temperature
@@ -136,7 +151,8 @@ class SelfDistillationSettings:
         require(self.num_loss_tokens_to_skip >= 0, self, "num_loss_tokens_to_skip", "0 or more")
         length, longest = self.distillation_length, getattr(self, self._rollout_limit)
         require(length is None or length > 0, self, "distillation_length", "a positive number of tokens, or None")
-        for name in ("distillation_length", self._rollout_limit):
+        self._check_growth()
+        for name in ("distillation_length_start", "distillation_length", self._rollout_limit):
             limit = getattr(self, name)
             if limit is not None and self.num_loss_tokens_to_skip >= limit:
                 raise ValueError(
@@ -148,6 +164,25 @@ class SelfDistillationSettings:
                 f"distillation_length={length} is above {self._rollout_limit}={longest}; "
                 "every token of a rollout is distilled.",
                 stacklevel=4,
+            )
+
+    def _check_growth(self) -> None:
+        start, steps = self.distillation_length_start, self.distillation_length_steps
+        require(start is None or start > 0, self, "distillation_length_start", "a positive number of tokens, or None")
+        require(steps >= 0, self, "distillation_length_steps", "0 or more")
+        if (start is None) != (steps == 0):
+            raise ValueError(
+                f"distillation_length_start={start} with distillation_length_steps={steps}: set both to have the distilled "
+                "length grow, or neither."
+            )
+        ends = [end for end in (self.distillation_length, getattr(self, self._rollout_limit)) if end is not None]
+        if start is None:
+            return
+        if not ends or start >= min(ends):
+            raise ValueError(
+                f"distillation_length_start={start} has nowhere to grow to: distillation_length="
+                f"{self.distillation_length}, {self._rollout_limit}={getattr(self, self._rollout_limit)}. Lower it, or "
+                "leave it unset."
             )
 
     def _check_teacher(self) -> None:

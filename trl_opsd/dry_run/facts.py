@@ -42,7 +42,10 @@ def run_facts(args: Any, processes: int, dataset_size: int | None) -> list[tuple
         epochs = args.max_steps * step / args.num_generations / dataset_size
         steps += f", {epochs:.2g} epochs of {dataset_size} rows"
     clip = f"clip {args.clip} {args.clip_value}" if args.clip else "no clip"
-    distilled = args.distillation_length or args.max_completion_length
+    distilled = str(args.distillation_length or args.max_completion_length)
+    if args.distillation_length_start is not None:
+        distilled = f"{args.distillation_length_start} to {distilled} (over {args.distillation_length_steps} steps)"
+    end = "; sampling stops there" if args.sample_distilled_only else ""
     return [
         (
             "thinking",
@@ -57,7 +60,7 @@ def run_facts(args: Any, processes: int, dataset_size: int | None) -> list[tuple
         ("steps", steps),
         (
             "rollouts",
-            f"up to {args.max_completion_length} tokens at temperature {args.temperature}; first {distilled} distilled",
+            f"up to {args.max_completion_length} tokens at temperature {args.temperature}; first {distilled} distilled{end}",
         ),
         ("loss", f"{args.divergence}, {clip}, temperature {args.loss_temperature}; teacher {args.teacher_model_kind}"),
     ]

@@ -118,11 +118,18 @@ class SelfDistillationTrainer(PublishingTrainer):
         self._unsplit_batches = 0
         self.add_callback(_StepHooks(self))
         if args.guard != "off":
-            moves = self.method.shape(args, 0) != self.method.shape(args, args.max_steps)
-            # A target that moves away by plan (OGLS-SD's lambda) says nothing by its divergence.
-            self.add_callback(
-                CollapseGuard(args.guard, [limit for limit in LIMITS if not (moves and limit.key == "divergence")])
-            )
+            planned = self._planned_changes()
+            self.add_callback(CollapseGuard(args.guard, [limit for limit in LIMITS if limit.key not in planned]))
+
+    def _planned_changes(self) -> set[str]:
+        """Logged numbers that change by plan, which the guard is not to take for a collapse."""
+        args, planned = self.args, set()
+        if self.method.shape(args, 0) != self.method.shape(args, args.max_steps):  # OGLS-SD's lambda
+            planned.add("divergence")
+        if args.distillation_length_start is not None:
+            planned |= {"divergence", "student_entropy"}  # of other positions
+            planned |= {"completions/mean_length"} if args.sample_distilled_only else set()
+        return planned
 
     def _make_collator(self) -> TeacherCollator:
         positions = num_positions(self.model.config)

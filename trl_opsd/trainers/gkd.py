@@ -235,6 +235,8 @@ class OPSDGKDTrainer(SelfTeaching, NamedByMethod, GKDTrainer):
         the rollouts' ids; both masks select the same tokens in the same order."""
         own = inputs["labels"] != IGNORED
         length, skipped = self.args.distillation_length, self.args.num_loss_tokens_to_skip
+        if self.mode == "train":
+            length = self.args.distillation_length_at(self.state.global_step)
         completions = [ids[is_own].tolist()[:length] for ids, is_own in zip(inputs["input_ids"], own, strict=True)]
         place = own.cumsum(dim=1) - 1
         columns = own & (place >= skipped)
