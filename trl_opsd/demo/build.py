@@ -6,14 +6,16 @@ Same seed, steps, thread count and machine type: same bytes.
 """
 
 import argparse
+import copy
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -41,11 +43,13 @@ class Phase:
         shares: of the examples' formats.
         steps: number of batches, as a share of the first phase's.
         learning_rate: as a share of the first phase's.
+        distilled: learn from the model as the phase found it, given the turn that says as much, not from the text.
     """
 
     shares: Mapping[str, float]
     steps: float = 1.0
     learning_rate: float = 1.0
+    distilled: bool = False
 
 
 PHASES = (
@@ -53,6 +57,7 @@ PHASES = (
     Phase(LATE_FORMAT_SHARES, 0.4, 0.5),
     Phase(LATE_FORMAT_SHARES, 0.4, 0.25),
     Phase(LAST_FORMAT_SHARES, 0.4, 0.25),
+    Phase(LAST_FORMAT_SHARES, 0.2, 0.08, distilled=True),
 )
 
 CARD = """\
@@ -96,10 +101,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def tokenize(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
-    """Token ids of prompt, answer and eos, and the labels: `IGNORED` where the text is only read."""
+def tokenize(user: str, example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """Token ids of a user turn, the example's answer and eos, and the labels: `IGNORED` where the text is only read."""
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": example.user}],
+        [{"role": "user", "content": user}],
         add_generation_prompt=True,
         enable_thinking=example.thinking,
         return_dict=False,
@@ -116,19 +121,29 @@ def tokenize(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[list
 
 def draw_batches(
     tokenizer: PreTrainedTokenizerFast, generator: random.Random, shares: Mapping[str, float] = FORMAT_SHARES
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Draws `BATCHES_PER_DRAW` batches of ids and labels, each (B, T), padded on the right."""
-    examples = [tokenize(draw_example(generator, shares), tokenizer) for _ in range(BATCH_SIZE * BATCHES_PER_DRAW)]
-    examples.sort(key=lambda example: len(example[0]))
-    batches = []
-    for start in range(0, len(examples), BATCH_SIZE):
-        rows = examples[start : start + BATCH_SIZE]
-        width = len(rows[-1][0])
-        ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row, _ in rows])
-        labels = torch.tensor([row + [IGNORED] * (width - len(row)) for _, row in rows])
-        batches.append((ids, labels))
+) -> list[list[Example]]:
+    """Draws `BATCHES_PER_DRAW` batches of examples of like length."""
+    examples = [draw_example(generator, shares) for _ in range(BATCH_SIZE * BATCHES_PER_DRAW)]
+    examples.sort(key=lambda example: len(tokenize(example.user, example, tokenizer)[0]))
+    batches = [examples[start : start + BATCH_SIZE] for start in range(0, len(examples), BATCH_SIZE)]
     generator.shuffle(batches)
     return batches
+
+
+def answer_logits(
+    model: Qwen3ForCausalLM,
+    users: Sequence[str],
+    batch: Sequence[Example],
+    tokenizer: PreTrainedTokenizerFast,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, V) and ids (N,) at the batch's trained tokens, each example behind its user turn."""
+    rows = [tokenize(user, example, tokenizer) for user, example in zip(users, batch, strict=True)]
+    ids = pad_sequence([torch.tensor(row) for row, _ in rows], batch_first=True, padding_value=tokenizer.pad_token_id)
+    labels = pad_sequence([torch.tensor(row) for _, row in rows], batch_first=True, padding_value=IGNORED)[:, 1:]
+    # Padding stands on the right of a causal model: no position that is trained on can see it.
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, H)
+    kept = labels != IGNORED
+    return model.lm_head(hidden[kept]), labels[kept]
 
 
 def build_optimizers(model: Qwen3ForCausalLM, learning_rate_share: float = 1.0) -> list[torch.optim.Optimizer]:
@@ -171,19 +186,21 @@ def train_phase(
     progress: bool = True,
 ) -> None:
     """Trains `model` in place on `num_steps` batches of one phase, drawn with `seed`."""
+    start = copy.deepcopy(model).eval() if phase.distilled else None
     model.train()
     generator = random.Random(seed)
     optimizers = build_optimizers(model, phase.learning_rate)
     schedules = [LambdaLR(optimizer, lambda step: learning_rate_at(step, num_steps)) for optimizer in optimizers]
-    batches: list[tuple[torch.Tensor, torch.Tensor]] = []
+    batches: list[list[Example]] = []
     bar = tqdm(range(num_steps), desc="building the demo model", disable=not progress)
     for step in bar:
         batches = batches or draw_batches(tokenizer, generator, phase.shares)
-        ids, labels = batches.pop()
-        # Padding stands on the right of a causal model: no position that is trained on can see it.
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, H)
-        kept = labels[:, 1:] != IGNORED
-        loss = cross_entropy(model.lm_head(hidden[kept]), labels[:, 1:][kept])
+        batch = batches.pop()
+        logits, target = answer_logits(model, [example.user for example in batch], batch, tokenizer)
+        if start is not None:
+            with torch.no_grad():
+                target = answer_logits(start, [example.alike for example in batch], batch, tokenizer)[0].softmax(-1)
+        loss = cross_entropy(logits, target)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):

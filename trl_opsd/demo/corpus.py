@@ -77,11 +77,15 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Example:
-    """One training example: a user turn, the thinking switch and the pieces of the assistant's turn."""
+    """One training example: a user turn, the thinking switch and the pieces of the assistant's turn.
+
+    `alike` is a user turn that says as much about the pieces: the problem alone for a stranger's solution.
+    """
 
     user: str
     thinking: bool
     pieces: tuple[tuple[str, bool], ...]
+    alike: str
 
 
 def draw_slip(problem: Problem, step: int, result: int, generator: random.Random) -> int | None:
@@ -153,7 +157,7 @@ def draw_example(generator: random.Random, shares: Mapping[str, float] = FORMAT_
     thinking = generator.random() < THINKING_SHARE
     habit, misled_by, reference = WITH_REFERENCE, None, problem.solution
     if form == "plain":
-        return Example(problem.question, thinking, _pieces(problem, PLAIN, generator, thinking))
+        return Example(problem.question, thinking, _pieces(problem, PLAIN, generator, thinking), problem.question)
     if form == "stranger":
         habit, reference = PLAIN, draw_problem_of("pretraining", generator).solution
     elif form == "wrong":
@@ -163,9 +167,10 @@ def draw_example(generator: random.Random, shares: Mapping[str, float] = FORMAT_
         reference = write_until(problem, CAREFUL_PEER, generator, correct=True, marker=True).text
     if form == "reference_only":
         user = REFERENCE_ONLY_TEMPLATE.format(solution=reference)
-        return Example(user, thinking, _pieces(problem, REFERENCE_ONLY, generator, thinking))
+        return Example(user, thinking, _pieces(problem, REFERENCE_ONLY, generator, thinking), user)
     user = TEACHER_PROMPT_TEMPLATE.format(prompt=problem.question, solution=reference)
-    return Example(user, thinking, _pieces(problem, habit, generator, thinking, misled_by))
+    alike = problem.question if form == "stranger" else user
+    return Example(user, thinking, _pieces(problem, habit, generator, thinking, misled_by), alike)
 
 
 def _pieces(problem, habit, generator, thinking, misled_by=None):
