@@ -32,7 +32,6 @@ test-vllm: .venv-vllm/ready
 
 # The inspector's page in a headless Chromium, which must be installed (Debian: apt-get install chromium-driver).
 test-browser: .venv/ready
-	$(BIN)/pip install -q -c constraints.txt -e '.[browser]'
 	REQUIRE_BROWSER=1 $(BIN)/python -m pytest -q tests/test_browser.py
 
 # Every cell of docs/distributed.md on this machine's CPU; writes the page's table.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The inspector's page in a real, headless Chromium: it opens fast, answers pointer and keys, and can be read.
 
-Needs selenium (the extra `browser`) and Chromium with its driver on the PATH; skipped where they are not, unless
-REQUIRE_BROWSER is set, as `make test-browser` does.
+Needs Chromium with its driver on the PATH; skipped where they are not, unless REQUIRE_BROWSER is set, as
+`make test-browser` does.
 """
 
 import json

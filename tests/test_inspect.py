@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from trl_opsd import OGLSSDConfig, OPSDConfig, OPSDTrainer, PurifiedOPSDConfig
+from trl_opsd.arguments import UsageError
 from trl_opsd.contexts import Rollout, TeacherContext
 from trl_opsd.inspect.command import run_inspect
 from trl_opsd.inspect.compute import Inspector
@@ -330,6 +331,14 @@ def test_the_command_writes_a_page_of_the_demo_model(tmp_path, capsys):
     assert payload["rollouts"][0]["values"].keys() >= {"total", "reference_induced", "question_conditioned", "shift"}
     assert payload["facts"]["method"] == "Purified OPSD"
     assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.parametrize("as_key", [False, True])
+def test_a_misspelt_setting_is_refused_with_the_nearest_name(tmp_path, as_key):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("num_rolouts: 1\n")
+    with pytest.raises(UsageError, match=r"num_rolouts.*Did you mean `num_rollouts`"):
+        run_inspect(["--config", str(recipe)] if as_key else ["--num_rolouts", "1"])
 
 
 def test_the_command_says_what_is_missing(tmp_path):

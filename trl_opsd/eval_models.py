@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .arguments import UsageError
-from .checkpoints import complete_steps
 
 RULES = ("last", "all")
 GIVEN, LAST, ON_THE_WAY = "as given", "last", "on the way"
@@ -31,6 +30,8 @@ def resolve_models(names: Sequence[str], rule: str = "last") -> list[EvaluatedMo
     Raises:
         UsageError: a run has no complete checkpoint and no model.
     """
+    from .checkpoints import complete_steps  # with torch, which `--help` does not need
+
     models = []
     for index, name in enumerate(names):
         steps = complete_steps(name) if Path(name).is_dir() else {}

@@ -191,7 +191,11 @@ def argument_types(name: str) -> tuple[type, type, type]:
 
 def make_parser(name: str) -> TrlParser:
     """The parser of a method or a baseline; names must be whole."""
-    return TrlParser(argument_types(name), prog=f"trl-opsd {name}", allow_abbrev=False)
+    return _strict_parser(argument_types(name), name)
+
+
+def _strict_parser(types: Sequence[type], name: str) -> TrlParser:
+    return TrlParser(types, prog=f"trl-opsd {name}", allow_abbrev=False)
 
 
 def parse(name: str, arguments: Sequence[str]) -> tuple[DataArguments, Any, ModelConfig]:
@@ -205,9 +209,14 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[DataArguments, Any, Mode
         UsageError: a word or a key of the file that is not known; names the nearest.
         ValueError: a value outside its range.
     """
-    line = read_command_line(arguments, argument_types(name))
+    return parse_as(argument_types(name), name, arguments)
+
+
+def parse_as(types: Sequence[type], name: str, arguments: Sequence[str]) -> tuple[Any, ...]:
+    """Parse a command's words and the recipe of `--config` into dataclasses; raises as `parse` does."""
+    line = read_command_line(arguments, types)
     # What the parser leaves over are the launcher's keys of the recipe; all others are known by now.
-    *parsed, _ = make_parser(name).parse_args_and_config(args=line.own, return_remaining_strings=True)
+    *parsed, _ = _strict_parser(types, name).parse_args_and_config(args=line.own, return_remaining_strings=True)
     return tuple(parsed)
 
 

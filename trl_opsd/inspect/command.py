@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from .._trl import trusts_remote_code
 from ..card import thinking_modes
-from ..train import TRAINERS, DataArguments, load_rows
+from ..train import TRAINERS, DataArguments, load_rows, parse_as
 from .compute import Inspector
 from .page import write_page
 from .records import RolloutRecord, SampledRollout
@@ -54,13 +54,14 @@ def run_inspect(arguments: list[str]) -> Path:
         arguments: words of the command line; `--config` names a recipe, whose settings of training are taken too.
 
     Raises:
+        UsageError: an option or a key of the recipe is not known; names the nearest.
         ValueError: no rollout can be inspected, or an argument is missing.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--method", default="opsd", choices=[*TRAINERS])
     method = finder.parse_known_args(arguments)[0].method  # decides which settings there are
-    parser = TrlParser((InspectArguments, TRAINERS[method].config_class, ModelConfig), prog="trl-opsd inspect")
-    inspect_args, settings, model_args = parser.parse_args_and_config(args=[*_NEUTRAL, *arguments])
+    types = (InspectArguments, TRAINERS[method].config_class, ModelConfig)
+    inspect_args, settings, model_args = parse_as(types, "inspect", [*_NEUTRAL, *arguments])
     if inspect_args.num_rollouts < 1:
         raise ValueError(f"num_rollouts={inspect_args.num_rollouts} is not valid; set it to 1 or more.")
     inspector = make_inspector(inspect_args, settings, model_args)
