@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +41,7 @@ def reset_peak(device: str) -> float:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     else:
+        give_back_free_memory()
         reset_resident_peak()
     return peak(device)
 
@@ -50,13 +51,16 @@ def peak(device: str) -> float:
     return torch.cuda.max_memory_allocated() if device == "cuda" else resident_peak()
 
 
-def reset_resident_peak() -> None:
-    """Give free memory back to the system and set the kernel's high-water mark to what is resident; Linux only."""
-    try:
+def give_back_free_memory() -> None:
+    """Return what the C library keeps of freed memory to the system, where that is glibc."""
+    with suppress(OSError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def reset_resident_peak() -> None:
+    """Set the kernel's high-water mark of this process to what is resident now; Linux only."""
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
 
 
 def resident_peak() -> float:
