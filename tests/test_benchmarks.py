@@ -37,7 +37,10 @@ def test_every_contender_has_a_row_and_its_gradient_is_that_of_float64(load, tmp
         else:
             assert row["median_s"] > 0 and row["tokens_per_s"] > 0
             assert (row["loss_error"] is None) == (backend == "floor")
-    ours = [row for (_, backend, _), row in rows.items() if backend == "ours"]
+    with_loss = [row for row in rows.values() if row["loss_error"] is not None]
+    assert dtype != "float32" or all(row["gradient_error"] < bound for row in with_loss)  # all of 64 tokens are top-100
+    ours = [row for row in with_loss if row["backend"] == "ours"]
+    assert len(ours) == 2 * len(benchmark.CASES)
     assert all(row["note"] is None and row["loss_error"] < bound for row in ours)
     # A clipped term has no gradient: next to the bound, rounding decides.
     assert all(row["gradient_error"] < bound for row in ours if dtype == "float32" or "clip" not in row["what"])
