@@ -1,233 +1,194 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time and memory of the loss head, from hidden states to the loss and its gradient: head frozen, float32.
+"""Time, memory and error of the loss head, from hidden states to the loss and its gradient.
 
-    python benchmarks/loss_head.py --shapes "512x1024x65536,512x1024x151936" --repeats 5
+    python benchmarks/loss_head.py --preset cpu --head frozen trained --repeats 5 --output benchmarks/results/cpu.jsonl
 
 Contenders run in turn within each repeat, so that a busy machine slows all alike:
-  floor     the bare products: one projection per view and one for the gradient to the hidden states
-  dense     TRL's `generalized_jsd_loss` on logits of the whole batch
+  floor     the bare products: one projection of the student, one per distinct target view, one for the gradient to the
+            hidden states and, where the head trains, one for the gradient to the head
+  dense     TRL's `generalized_jsd_loss` (GKD) on logits of the whole batch
   chunked   TRL's `ChunkedDivergenceFunction`
-  fused     `trl_opsd.losses.fused_divergence`
-One JSON line per row, then a table of ratios to the floor. Memory is the peak above what was held before.
+  liger     Liger's `LigerFusedLinearJSD`, where it is installed and there is a GPU
+  top-100   TRL's `compute_topk_self_distillation_loss` (SDFT) on logits of the whole batch: another loss by design, so
+            its errors say how far from the full one
+  ours      `trl_opsd.losses.fused_divergence`
+"clip" is OPSD's upper clip. The nine contexts of OGLS-SD are one direction when the loss begins; "as pairs" hands the
+loss their hidden states with weights instead. Errors are those of the gradient (largest difference over the largest
+entry, of hidden states and head) and of the loss (nats) against float64 from the same inputs, in blocks of positions.
+A contender that has no such loss, does not run here or runs out of memory gets a row with a `note`.
+`bfloat16` is autocast over float32 tensors, as the trainers run; `pure-bfloat16` holds everything in bfloat16.
 """
 
 import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from trl.experimental.gkd.gkd_trainer import GKDTrainer
-from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+from contenders import CASES, CONTENDERS, DoesNotRunError, Gradients, Inputs, backpropagate, exact, floor
+from measuring import Sample, emit, is_out_of_memory, limited_memory, machine, measure, summary
 
-from trl_opsd.losses import (
-    BoundedShape,
-    Divergence,
-    LinearShape,
-    Shape,
-    dense_divergence_from_hidden,
-    fused_divergence,
-)
+from trl_opsd.losses.projection import product_dtype
 
-TEMPERATURE = 1.1
-
-
-class Case(NamedTuple):
-    """One kind of target: TRL's number for its divergence (None where TRL has no such target), and ours."""
-
-    trl_beta: float | None
-    divergence: Divergence
-    shape: Shape
-    num_target_products: int
-
-
-CASES = {
-    "forward_kl": Case(0.0, Divergence("forward_kl", temperature=TEMPERATURE), Shape(), 1),
-    "jsd": Case(0.5, Divergence("jsd", temperature=TEMPERATURE), Shape(), 1),
-    "opsd (upper clip)": Case(None, Divergence("forward_kl", 0.5, TEMPERATURE, "upper"), Shape(), 1),
-    "ogls_sd": Case(None, Divergence("forward_kl", 0.5, TEMPERATURE, "symmetric"), LinearShape(3.0), 1),
-    "purified": Case(None, Divergence("jsd", temperature=TEMPERATURE), BoundedShape(), 2),
+# N x H x V. Vocabularies: a round 65,536, Qwen3's 151,936 and Gemma's 262,144.
+PRESETS = {
+    "small": "512x1024x65536",
+    "cpu": "512x1024x65536,512x1024x151936,512x1024x262144,512x4096x65536,2048x1024x65536",
+    "gpu": "512x1024x151936,2048x2048x65536,2048x2048x151936,8192x2048x151936,8192x4096x151936,8192x2560x262144",
 }
+DTYPES = ("float32", "bfloat16", "pure-bfloat16")
+OPSD, OGLS_SD, OGLS_SD_AS_PAIRS = "forward_kl, clip", "ogls_sd", "ogls_sd, as pairs"
 
 
-class Inputs(NamedTuple):
-    """Hidden states of the student and of the frozen views, each (N, H), and the head (V, H)."""
+@dataclass
+class Trial:
+    """One row: what runs, and what came of it."""
 
-    student: torch.Tensor
-    anchor: torch.Tensor
-    direction: torch.Tensor
-    weight: torch.Tensor
+    what: str
+    backend: str
+    head: str
+    run: Callable[[], Gradients | None]
+    note: str | None = None
+    samples: list[Sample] = field(default_factory=list)
+    loss_error: float | None = None
+    gradient_error: float | None = None
 
-    @classmethod
-    def draw(cls, size: int, width: int, vocabulary: int, device: str) -> "Inputs":
-        generator = torch.Generator(device).manual_seed(0)
-        normal = partial(torch.randn, generator=generator, device=device)
-        student = normal(size, width)
-        anchor, direction = student + 0.5 * normal(size, width), 0.3 * normal(size, width)
-        return cls(student, anchor, direction, normal(vocabulary, width) * 3 / width**0.5)
-
-
-def floor(inputs: Inputs, case: Case) -> float:
-    tile = torch.empty(256, len(inputs.weight), device=inputs.weight.device)
-    grad = torch.empty_like(inputs.student)
-    for start in range(0, len(grad), len(tile)):
-        rows = slice(start, start + len(tile))
-        out = tile[: len(grad[rows])]
-        for hidden in (inputs.anchor, inputs.direction)[: case.num_target_products]:
-            torch.mm(hidden[rows], inputs.weight.T, out=out)
-        torch.mm(inputs.student[rows], inputs.weight.T, out=out)
-        torch.mm(out, inputs.weight, out=grad[rows])
-    return float("nan")
-
-
-def dense(inputs: Inputs, case: Case) -> float:
-    student = inputs.student.detach().requires_grad_()
-    with torch.no_grad():
-        target_logits = inputs.anchor @ inputs.weight.T
-    loss = GKDTrainer.generalized_jsd_loss(
-        student @ inputs.weight.T,
-        target_logits,
-        beta=case.trl_beta,
-        temperature=TEMPERATURE,
-        num_items_in_batch=len(student),
-    )
-    loss.backward()
-    return loss.item()
-
-
-def chunked(inputs: Inputs, case: Case) -> float:
-    student = inputs.student.detach().requires_grad_()
-    per_token, _ = ChunkedDivergenceFunction.apply(
-        student, inputs.weight, None, inputs.anchor, inputs.weight, None, case.trl_beta, TEMPERATURE
-    )
-    loss = per_token.mean()
-    loss.backward()
-    return loss.item()
-
-
-def fused(inputs: Inputs, case: Case) -> float:
-    student = inputs.student.detach().requires_grad_()
-    loss, _ = fused_divergence(*_arguments(inputs._replace(student=student), case), **_settings(inputs, case))
-    loss.backward()
-    return loss.item()
-
-
-def exact(inputs: Inputs, case: Case, rows_at_a_time: int = 64) -> float:
-    """Loss in float64, by the plain form, a few rows at a time."""
-    wide = Inputs(*(tensor.double() for tensor in inputs))
-    total = 0.0
-    for start in range(0, len(wide.student), rows_at_a_time):
-        rows = slice(start, start + rows_at_a_time)
-        part = Inputs(wide.student[rows], wide.anchor[rows], wide.direction[rows], wide.weight)
-        loss, _ = dense_divergence_from_hidden(*_arguments(part, case), **_settings(part, case))
-        total += loss.item() * len(part.student)
-    return total / len(wide.student)
-
-
-def _arguments(inputs: Inputs, case: Case) -> tuple:
-    direction = inputs.direction if case.shape.uses_direction else None
-    return inputs.student, inputs.weight, inputs.anchor, direction
-
-
-def _settings(inputs: Inputs, case: Case) -> dict:
-    size = len(inputs.student)
-    weights = torch.full((size,), 1 / size, device=inputs.student.device)
-    return {"token_weights": weights, "divergence": case.divergence, "shape": case.shape}
-
-
-def measure(run: Callable[[], float], device: str) -> tuple[float, float, float]:
-    """Loss, seconds, and peak bytes above what was held before (NaN where the system does not tell)."""
-    before = _reset_peak(device)
-    start = time.perf_counter()
-    loss = run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    return loss, seconds, _peak(device) - before
-
-
-def _reset_peak(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    else:
+    def attempt(self, device: str) -> Gradients | None:
+        """Run once and keep the sample; nothing but a note where that cannot be."""
+        if self.note is not None:
+            return None
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present resident size
-        except OSError:
-            return float("nan")
-    return _peak(device)
+            sample = measure(self.run, device)
+        except DoesNotRunError as reason:
+            self.note = f"does not run here: {reason}"
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.note = "out of memory"
+        else:
+            self.samples.append(sample._replace(result=None))
+            return sample.result
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    def warm_up(self, truth: Gradients | None, device: str) -> None:
+        """Run once without keeping the sample, and set the errors of what has a loss."""
+        found = self.attempt(device)
+        self.samples.clear()
+        if found is None or truth is None:
+            return
+        self.loss_error = abs(found.loss - truth.loss)
+        pairs = [(found.hidden, truth.hidden), (found.weight, truth.weight)]
+        self.gradient_error = max(
+            ((grad - true).abs().max() / true.abs().max()).item() for grad, true in pairs if grad is not None
+        )
 
 
-def _peak(device: str) -> float:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), float("nan"))
+def make_trials(inputs: Inputs, heads: list[str], cases: list[str], dtype: str) -> list[Trial]:
+    """All contenders of all cases, the floor first."""
+    autocast, trials = dtype == "bfloat16", []
+    with torch.autocast(inputs.weight.device.type, torch.bfloat16, enabled=autocast):
+        bare = inputs.to(product_dtype(inputs.student))
+    for head in heads:
+        for what, case in ((what, CASES[what]) for what in cases):
+            trained = head == "trained"
+            trials.append(Trial(what, "floor", head, partial(floor, bare, case, trained)))
+            for backend, contender in CONTENDERS.items():
+                run = partial(backpropagate, contender, inputs, case, trained, autocast)
+                trials.append(Trial(what, backend, head, run, None if backend == "ours" else case.lack))
+    return trials
 
 
-def benchmark(shape: str, device: str, repeats: int) -> list[dict]:
-    """Rows of one shape "NxHxV", measured in turn."""
-    inputs = Inputs.draw(*map(int, shape.split("x")), device)
-    runs = {}
-    for what, case in CASES.items():
-        for contender in (floor, dense, chunked, fused):
-            if case.trl_beta is not None or contender in (floor, fused):
-                runs[what, contender.__name__] = partial(contender, inputs, case)
-    measured = {key: [] for key in runs}
-    for _ in range(repeats + 1):
-        for key, run in runs.items():
-            measured[key].append(measure(run, device))
-    truth = {what: exact(inputs, case) for what, case in CASES.items()}
-    return [_row(shape, device, *key, samples[1:], truth[key[0]]) for key, samples in measured.items()]
+def exact_if_it_fits(inputs: Inputs, what: str) -> Gradients | None:
+    try:
+        return exact(inputs, CASES[what])
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
 
 
-def _row(shape: str, device: str, what: str, backend: str, samples: list[tuple], truth: float) -> dict:
-    losses, seconds, peaks = zip(*samples, strict=True)
+def benchmark(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of one shape "NxHxV"."""
+    size, width, vocabulary = map(int, shape.split("x"))
+    held = torch.bfloat16 if args.dtype == "pure-bfloat16" else torch.float32
+    inputs = Inputs.draw(size, width, vocabulary, args.device, held)
+    trials = make_trials(inputs, args.head, args.what, args.dtype)
+    for what in args.what:
+        truth = exact_if_it_fits(inputs, what) if args.exact else None
+        for trial in (trial for trial in trials if trial.what == what):
+            trial.warm_up(truth, args.device)
+    truth = None
+    for _ in range(args.repeats):
+        for trial in trials:
+            trial.attempt(args.device)
+    return [_row(trial, shape, size, args) for trial in trials]
+
+
+def _row(trial: Trial, shape: str, size: int, args: argparse.Namespace) -> dict[str, Any]:
+    timing = summary(trial.samples if trial.note is None else [])
     return {
-        "what": what,
-        "backend": backend,
+        "what": trial.what,
+        "backend": trial.backend,
+        "head": trial.head,
         "shape": shape,
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "median_s": round(statistics.median(seconds), 4),
-        "min_s": round(min(seconds), 4),
-        "max_s": round(max(seconds), 4),
-        "peak_extra_mb": round(max(peaks) / 2**20, 1),
-        "loss_error": None if backend == "floor" else max(abs(loss - truth) for loss in losses),
+        "dtype": args.dtype,
+        **machine(args.device),
+        **timing,
+        "tokens_per_s": timing["median_s"] and round(size / timing["median_s"], 1),
+        "loss_error": trial.loss_error,
+        "gradient_error": trial.gradient_error,
+        "note": trial.note,
     }
 
 
-def print_table(rows: list[dict]) -> None:
-    """Median and fastest seconds, the ratio of each to that of the floor, and memory, one line per row."""
-    floors = {(row["shape"], row["what"]): row for row in rows if row["backend"] == "floor"}
-    print(f"\n{'shape':18} {'what':18} {'backend':8} {'median s':>9} {'/ floor':>8}", end="")
-    print(f" {'fastest s':>9} {'/ floor':>8} {'MB':>6} {'error':>8}")
-    for row in rows:
-        base = floors[row["shape"], row["what"]]
-        error = "" if row["loss_error"] is None else f"{row['loss_error']:.1e}"
-        print(f"{row['shape']:18} {row['what']:18} {row['backend']:8}", end="")
-        for field in ("median_s", "min_s"):
-            print(f" {row[field]:9.3f} {row[field] / base[field]:8.2f}", end="")
-        print(f" {row['peak_extra_mb']:6.0f} {error:>8}")
+def print_ratios(rows: list[dict[str, Any]]) -> None:
+    """A Markdown table per shape and head: medians over the floor's, ours against TRL's; then OGLS-SD over OPSD."""
+    for shape, head in dict.fromkeys((row["shape"], row["head"]) for row in rows):
+        chosen = {(row["what"], row["backend"]): row for row in rows if (row["shape"], row["head"]) == (shape, head)}
+
+        def ratio(above, below, quantity="median_s", chosen=chosen):
+            values = [chosen[key][quantity] if key in chosen else None for key in (above, below)]
+            return f"{values[0] / values[1]:.2f}" if all(values) else "-"
+
+        columns = [f"{backend} / floor" for backend in CONTENDERS]
+        columns += ["chunked / ours", "MB ours / chunked", "MB ours / dense"]
+        print(f"\n{shape}, {rows[0]['dtype']}, head {head}\n\n| | floor s | " + " | ".join(columns) + " |")
+        print("|" + "---|" * (2 + len(columns)))
+        for what in dict.fromkeys(what for what, _ in chosen):
+            seconds = chosen[what, "floor"]["median_s"]
+            cells = [what, "-" if seconds is None else f"{seconds:.4g}"]
+            cells += [ratio((what, backend), (what, "floor")) for backend in CONTENDERS]
+            cells += [ratio((what, "chunked"), (what, "ours"))]
+            cells += [ratio((what, "ours"), (what, other), "peak_extra_mb") for other in ("chunked", "dense")]
+            print("| " + " | ".join(cells) + " |")
+        opsd = (OPSD, "ours")
+        print(f"\nOGLS-SD / OPSD: {ratio((OGLS_SD, 'ours'), opsd)}; ", end="")
+        print(f"with nine views as pairs / OPSD: {ratio((OGLS_SD_AS_PAIRS, 'ours'), opsd)}")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="512x1024x65536,512x1024x151936", help="N x H x V, comma separated")
+    parser.add_argument("--shapes", help="N x H x V, comma separated, instead of a preset's")
+    parser.add_argument("--preset", default="small", choices=list(PRESETS))
+    parser.add_argument("--what", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE")
+    parser.add_argument("--head", nargs="+", default=["frozen"], choices=["frozen", "trained"])
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    parser.add_argument("--exact", action=argparse.BooleanOptionalAction, default=True, help="errors against float64")
+    parser.add_argument("--output", type=Path, help="file that the JSON lines are appended to")
+    args = parser.parse_args(arguments)
     rows = []
-    for shape in args.shapes.split(","):
-        new = benchmark(shape, args.device, args.repeats)
-        print(*map(json.dumps, new), sep="\n", flush=True)
-        rows += new
-    print_table(rows)
+    with limited_memory(args.device):
+        for shape in (args.shapes or PRESETS[args.preset]).split(","):
+            new = benchmark(shape, args)
+            emit(new, args.output)
+            rows += new
+    print_ratios(rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ memory above that, reset at every phase (Linux); on a GPU `torch.cuda.max_memory
 
 import argparse
 import copy
-import ctypes
 import gc
 import json
 import os
@@ -19,6 +18,8 @@ from itertools import product
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CI", "true")
+
+from measuring import give_back_free_memory, reset_resident_peak, resident_peak
 
 MODELS = ("demo", "100M")
 
@@ -47,27 +48,16 @@ class ResidentPeak:
 
     def __init__(self):
         gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
         self.phases, self.phase = {}, "start"
-        self._reset()
-        self.start_bytes = self._peak()
+        give_back_free_memory()
+        reset_resident_peak()
+        self.start_bytes = resident_peak()
 
     def enter(self, phase):
-        held = self._peak() - self.start_bytes
+        held = resident_peak() - self.start_bytes
         self.phases[self.phase] = max(self.phases.get(self.phase, 0), held)
-        self._reset()
+        reset_resident_peak()
         self.phase = phase
-
-    @staticmethod
-    def _peak():
-        with open("/proc/self/status") as file:
-            line = next(line for line in file if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-
-    @staticmethod
-    def _reset():
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
 
 
 def measure(case):

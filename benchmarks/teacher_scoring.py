@@ -14,18 +14,16 @@ to their largest.
 """
 
 import argparse
-import json
-import statistics
-import time
+from functools import partial
 
 import torch
+from measuring import Sample, emit, machine, measure, summary
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from trl_opsd.forwards import TeacherForward
 from trl_opsd.heads import attach_head_function
 from trl_opsd.jobs import ScoringJob
 from trl_opsd.scoring import ContextSharing, score_contexts
-from trl_opsd.states import TargetStates
 
 NUM_TOKENS = 512
 # Rollouts and contexts of a group; the head is not run, so its size is small.
@@ -50,9 +48,10 @@ def make_model(args: argparse.Namespace) -> Qwen3ForCausalLM:
     return model
 
 
-def make_jobs(case: str, context: int, args: argparse.Namespace) -> list[ScoringJob]:
+def make_jobs(
+    num_rollouts: int, num_contexts: int, with_problem: bool, context: int, args: argparse.Namespace
+) -> list[ScoringJob]:
     """The jobs of one group, contexts and rollouts of random tokens."""
-    num_rollouts, num_contexts, with_problem = CASES[case]
     generator = torch.Generator().manual_seed(0)
 
     def draw(length):
@@ -77,14 +76,14 @@ class CountedForward(TeacherForward):
         return super()._states(*args, **settings)
 
 
-def measure(model, jobs: list[ScoringJob], shared: bool, args: argparse.Namespace) -> tuple[float, int, TargetStates]:
-    """Seconds, forwards and the result of one scoring; the first comparison of both ways is left out."""
+def score(model, jobs: list[ScoringJob], shared: bool, args: argparse.Namespace) -> tuple[Sample, int]:
+    """One scoring, measured, and its forwards; the first comparison of both ways is left out."""
     sharing = ContextSharing() if shared else None
     if shared:
         sharing.supported = True
     CountedForward.num_forwards = 0
-    start = time.perf_counter()
-    target = score_contexts(
+    run = partial(
+        score_contexts,
         CountedForward(model, model),
         jobs,
         shape=(len({job.row for job in jobs}), args.span, args.hidden),
@@ -95,21 +94,19 @@ def measure(model, jobs: list[ScoringJob], shared: bool, args: argparse.Namespac
         with_direction=True,
         sharing=sharing,
     )
-    if args.device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, CountedForward.num_forwards, target
+    return measure(run, args.device), CountedForward.num_forwards
 
 
 def benchmark(model, case: str, context: int, args: argparse.Namespace) -> list[dict]:
     """The rows of one case and context length."""
-    jobs, rows, samples = make_jobs(case, context, args), [], {False: [], True: []}
+    jobs, rows, samples = make_jobs(*CASES[case], context, args), [], {False: [], True: []}
     for _ in range(args.repeats + args.warmup):
         for shared, measured in samples.items():
-            measured.append(measure(model, jobs, shared, args))
-    plain = samples[False][-1][2].anchor
-    difference = (samples[True][-1][2].anchor - plain).abs().max() / plain.abs().max()
+            measured.append(score(model, jobs, shared, args))
+    targets = {shared: measured[-1][0].result for shared, measured in samples.items()}
+    plain = targets[False].anchor
+    difference = (targets[True].anchor - plain).abs().max() / plain.abs().max()
     for shared, measured in samples.items():
-        seconds = [sample[0] for sample in measured[args.warmup :]]
         rows.append(
             {
                 "what": case,
@@ -117,13 +114,10 @@ def benchmark(model, case: str, context: int, args: argparse.Namespace) -> list[
                 "context": context,
                 "span": args.span,
                 "model": f"{args.layers}x{args.hidden} {args.dtype} {args.attention}",
-                "device": args.device,
-                "threads": torch.get_num_threads(),
                 "budget": args.budget,
-                "median_s": round(statistics.median(seconds), 4),
-                "min_s": round(min(seconds), 4),
-                "max_s": round(max(seconds), 4),
-                "tokens_computed": measured[-1][2].num_tokens,
+                **machine(args.device),
+                **summary([sample for sample, _ in measured[args.warmup :]]),
+                "tokens_computed": targets[shared].num_tokens,
                 "forwards": measured[-1][1],
                 "difference": difference.item(),
             }
@@ -162,7 +156,7 @@ def main() -> None:
     for case in CASES:
         for context in map(int, args.contexts.split(",")):
             new = benchmark(model, case, context, args)
-            print(*map(json.dumps, new), sep="\n", flush=True)
+            emit(new, None)
             rows += new
     print_table(rows)
 

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses that `loss_head.py` compares, and what each contender makes of hidden states; see there."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import torch
+from trl.experimental.gkd.gkd_trainer import GKDTrainer
+from trl.experimental.sdft.loss_utils import compute_topk_self_distillation_loss
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+from trl_opsd.losses import (
+    BoundedShape,
+    Divergence,
+    LinearShape,
+    Shape,
+    dense_divergence_from_hidden,
+    fused_divergence,
+)
+from trl_opsd.losses.views import sum_views
+
+TEMPERATURE = 1.1
+
+
+class Case(NamedTuple):
+    """A loss: ours, and TRL's number for its divergence, or what the other contenders lack."""
+
+    divergence: Divergence
+    trl_beta: float | None = None
+    lack: str | None = None
+    shape: Shape = Shape()
+    num_target_products: int = 1
+    as_pairs: bool = False
+
+
+CASES = {}
+for _name, _beta in (("forward_kl", 0.0), ("reverse_kl", 1.0), ("jsd", 0.5)):
+    CASES[_name] = Case(Divergence(_name, temperature=TEMPERATURE), _beta)
+    CASES[f"{_name}, clip"] = Case(Divergence(_name, temperature=TEMPERATURE, clip="upper"), lack="has no clip")
+_STEERED = Case(
+    Divergence(temperature=TEMPERATURE, clip="symmetric"), lack="has no steered target", shape=LinearShape(3.0)
+)
+CASES["ogls_sd"] = _STEERED
+CASES["ogls_sd, as pairs"] = _STEERED._replace(as_pairs=True)
+CASES["purified"] = Case(
+    Divergence("jsd", temperature=TEMPERATURE),
+    lack="has no purified target",
+    shape=BoundedShape(),
+    num_target_products=2,
+)
+
+
+class Inputs(NamedTuple):
+    """Hidden states of the student and of frozen views, each (N, H), and the head (V, H).
+
+    `views` are nine contexts with weights, four right and five wrong; `direction` is their weighted sum.
+    """
+
+    student: torch.Tensor
+    anchor: torch.Tensor
+    direction: torch.Tensor
+    views: list[tuple[float, torch.Tensor]]
+    weight: torch.Tensor
+
+    @classmethod
+    def draw(cls, size: int, width: int, vocabulary: int, device: str, dtype: torch.dtype) -> "Inputs":
+        generator = torch.Generator(device).manual_seed(0)
+        normal = partial(torch.randn, generator=generator, device=device)
+        student = normal(size, width)
+        anchor = student + 0.5 * normal(size, width)
+        views = [(1 / 4 if i < 4 else -1 / 5, 0.45 * normal(size, width)) for i in range(9)]
+        weight = normal(vocabulary, width).mul_(3 / width**0.5)
+        return cls(student, anchor, sum_views(views), views, weight).to(dtype)
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        views = [(weight, hidden.to(dtype)) for weight, hidden in self.views]
+        tensors = (tensor.to(dtype) for tensor in (self.student, self.anchor, self.direction))
+        return Inputs(*tensors, views, self.weight.to(dtype))
+
+    def at(self, rows: slice) -> "Inputs":
+        views = [(weight, hidden[rows]) for weight, hidden in self.views]
+        return Inputs(self.student[rows], self.anchor[rows], self.direction[rows], views, self.weight)
+
+    def leaves(self, trained: bool) -> "Inputs":
+        return self._replace(
+            student=self.student.detach().requires_grad_(), weight=self.weight.detach().requires_grad_(trained)
+        )
+
+
+Contender = Callable[[Inputs, Case], torch.Tensor]
+
+
+def dense(inputs: Inputs, case: Case) -> torch.Tensor:
+    with torch.no_grad():
+        target_logits = inputs.anchor @ inputs.weight.T
+    return GKDTrainer.generalized_jsd_loss(
+        inputs.student @ inputs.weight.T,
+        target_logits,
+        beta=case.trl_beta,
+        temperature=TEMPERATURE,
+        num_items_in_batch=len(inputs.student),
+    )
+
+
+def chunked(inputs: Inputs, case: Case) -> torch.Tensor:
+    weight = inputs.weight
+    per_token, _ = ChunkedDivergenceFunction.apply(
+        inputs.student, weight, None, inputs.anchor, weight.detach(), None, case.trl_beta, TEMPERATURE
+    )
+    return per_token.mean()
+
+
+def liger(inputs: Inputs, case: Case) -> torch.Tensor:
+    try:
+        from liger_kernel.transformers import LigerFusedLinearJSD
+    except Exception as error:  # without Triton or a GPU its import may fail in many ways
+        raise DoesNotRunError(f"{type(error).__name__}: {error}") from error
+    if not inputs.weight.is_cuda:
+        raise DoesNotRunError("its Triton kernels need a GPU")
+    loss = LigerFusedLinearJSD(jsd_beta=case.trl_beta, temperature=TEMPERATURE)
+    return loss(inputs.student, inputs.weight, inputs.anchor, inputs.weight.detach(), None)
+
+
+def top_100(inputs: Inputs, case: Case) -> torch.Tensor:
+    with torch.no_grad():
+        target_logits = inputs.anchor @ inputs.weight.T / TEMPERATURE
+    return compute_topk_self_distillation_loss(
+        inputs.student @ inputs.weight.T / TEMPERATURE,
+        target_logits,
+        distillation_topk=min(100, len(inputs.weight)),
+        distillation_alpha=case.trl_beta,
+        distillation_add_tail=False,
+    ).mean()
+
+
+def ours(inputs: Inputs, case: Case) -> torch.Tensor:
+    return fused_divergence(*_hidden(inputs, case), **_settings(inputs, case, len(inputs.student)))[0]
+
+
+CONTENDERS: dict[str, Contender] = {
+    "dense": dense,
+    "chunked": chunked,
+    "liger": liger,
+    "top-100": top_100,
+    "ours": ours,
+}
+
+
+class DoesNotRunError(Exception):
+    """A contender that this machine cannot run, with the reason."""
+
+
+def floor(inputs: Inputs, case: Case, trained: bool) -> None:
+    """The bare products, a tile of positions at a time, in the dtype of `inputs`."""
+    weight = inputs.weight
+    tile = torch.empty(2048 if weight.is_cuda else 256, len(weight), device=weight.device, dtype=weight.dtype)
+    grad = torch.empty_like(inputs.student)
+    grad_weight = torch.zeros_like(weight) if trained else None
+    for start in range(0, len(grad), len(tile)):
+        rows = slice(start, start + len(tile))
+        out = tile[: len(grad[rows])]
+        for hidden in (inputs.anchor, inputs.direction)[: case.num_target_products]:
+            torch.mm(hidden[rows], weight.T, out=out)
+        torch.mm(inputs.student[rows], weight.T, out=out)
+        torch.mm(out, weight, out=grad[rows])
+        if trained:
+            grad_weight.addmm_(out.T, inputs.student[rows])
+
+
+class Gradients(NamedTuple):
+    """A loss in nats with its gradient to the hidden states (N, H) and, where it trains, the head (V, H)."""
+
+    loss: float
+    hidden: torch.Tensor
+    weight: torch.Tensor | None
+
+
+def backpropagate(contender: Contender, inputs: Inputs, case: Case, trained: bool, autocast: bool) -> Gradients:
+    inputs = inputs.leaves(trained)
+    with torch.autocast(inputs.weight.device.type, torch.bfloat16, enabled=autocast):
+        loss = contender(inputs, case)
+    loss.backward()
+    return Gradients(loss.item(), inputs.student.grad, inputs.weight.grad)
+
+
+def exact(inputs: Inputs, case: Case, rows_at_a_time: int = 64) -> Gradients:
+    """Loss and both gradients in float64, by the plain form."""
+    size, total, grads = len(inputs.student), 0.0, []
+    weight = inputs.weight.detach().double().requires_grad_()
+    for start in range(0, size, rows_at_a_time):
+        part = inputs.at(slice(start, start + rows_at_a_time))._replace(weight=weight).to(torch.float64)
+        part = part._replace(student=part.student.detach().requires_grad_())
+        loss, _ = dense_divergence_from_hidden(*_hidden(part, case), **_settings(part, case, size))
+        loss.backward()
+        total += loss.item()
+        grads.append(part.student.grad)
+    return Gradients(total, torch.cat(grads), weight.grad)
+
+
+def _hidden(inputs: Inputs, case: Case) -> tuple:
+    direction = (inputs.views if case.as_pairs else inputs.direction) if case.shape.uses_direction else None
+    return inputs.student, inputs.weight, inputs.anchor, direction
+
+
+def _settings(inputs: Inputs, case: Case, size: int) -> dict[str, Any]:
+    weights = torch.full((len(inputs.student),), 1 / size, device=inputs.student.device, dtype=torch.float64)
+    return {"token_weights": weights, "divergence": case.divergence, "shape": case.shape}
