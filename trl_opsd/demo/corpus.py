@@ -5,7 +5,7 @@ The gap between student and teacher has to be one of elicitation, so the model l
 the plain prompt, a habit on top of it: a result is often a slip, and most slips go unnoticed. With a right
 solution in the prompt it is never trained to slip, and always to notice; the slips still stand there, so it
 knows how to go on from the student's. A wrong attempt in the same slot misleads it where that one slipped; a
-stranger's is rarer, and helps less.
+stranger's solution does nothing, which only the last phase (build.py) makes so.
 """
 
 import random
