@@ -320,11 +320,16 @@ class LargestTensor(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.numel = 0
+        self.makers = {}  # elements -> the operations that made such a tensor, in-place ones left out
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else [result]:
-            self.numel = max(self.numel, tensor.numel() if torch.is_tensor(tensor) else 0)
+            if not torch.is_tensor(tensor):
+                continue
+            self.numel = max(self.numel, tensor.numel())
+            if not func.__name__.split(".")[0].endswith("_"):
+                self.makers.setdefault(tensor.numel(), []).append(func.__name__)
         return result
 
 
@@ -351,6 +356,19 @@ def test_no_tensor_holds_the_logits_of_the_batch(name, shape, trains_head):
         )
         loss.backward()
     assert 0 < largest.numel <= max(tile * vocabulary, vocabulary * width)
+
+
+def test_a_single_backward_makes_no_second_gradient_of_the_head():
+    size, vocabulary, width = 4, 512, 64
+    hidden, weight = (draw(rows, width).requires_grad_() for rows in (size, vocabulary))
+    settings = {"token_weights": torch.ones(size), "divergence": Divergence("forward_kl"), "shape": Shape()}
+    loss, _ = fused_divergence(hidden, weight, draw(size, width, seed=2), **settings)
+    with LargestTensor() as made:
+        (2.0 * loss).backward()
+    assert set(made.makers.get(vocabulary * width, [])) <= {"detach.default"}
+    again, _ = fused_divergence(hidden, weight, draw(size, width, seed=2), **settings)
+    wanted = torch.autograd.grad(2.0 * again, (hidden, weight), retain_graph=True)
+    torch.testing.assert_close((hidden.grad, weight.grad), wanted, rtol=0, atol=0)
 
 
 def test_the_backward_may_run_twice():

@@ -277,8 +277,8 @@ class _Run:
         else:
             kept += model.num_layers * model.saved_layer.at(size, length)
         head = 4 * self.head_entries if model.head_trains else 0  # its gradient, summed in float32
-        # In turn: the loss; that sum scaled into a second one; the backward, to whose end a tied head's gradient waits.
-        most = max(self._tiles() + head, 2 * head, model.backward.at(size, length) + head * model.head_tied)
+        # In turn: the loss, which scales that sum in place; the backward, to whose end a tied head's gradient waits.
+        most = max(self._tiles() + head, model.backward.at(size, length) + head * model.head_tied)
         return [
             Part("gathered weights", "training", self._gathered()),
             Part("activations", "training", kept),

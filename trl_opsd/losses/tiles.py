@@ -135,11 +135,18 @@ class _FusedDivergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):
+        # In place, unless a second backward may come: another V x H tensor would be the largest of the loss.
+        scale = torch.mul if _graph_is_kept() else torch.Tensor.mul_
         grads = [
-            None if total is None else (total * grad_loss).to(dtype)
+            None if total is None else scale(total, grad_loss).to(dtype)
             for total, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*grads, None, None)
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward that runs now was called with `retain_graph`; True where torch does not say."""
+    return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
 
 
 def _run(hidden, work: _Work, grad_hidden, grad_weight, grad_bias) -> torch.Tensor:
