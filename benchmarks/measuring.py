@@ -2,6 +2,7 @@
 """What the benchmarks share: seconds and peak memory of a call, where it ran, rows as JSON lines."""
 
 import ctypes
+import gc
 import json
 import math
 import statistics
@@ -68,6 +69,25 @@ def resident_peak() -> float:
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), math.nan)
+
+
+class PhasePeaks:
+    """Peaks of memory by phase, above what was held when this was made."""
+
+    def __init__(self, device: str):
+        gc.collect()
+        self.device, self.phases, self.phase = device, {}, "start"
+        self.start_bytes = reset_peak(device)
+
+    def enter(self, phase: str) -> None:
+        """End the phase that runs and begin another."""
+        held = peak(self.device) - self.start_bytes
+        self.phases[self.phase] = max(self.phases.get(self.phase, 0), held)
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            reset_resident_peak()
+        self.phase = phase
 
 
 @contextmanager

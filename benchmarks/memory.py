@@ -8,7 +8,6 @@ memory above that, reset at every phase (Linux); on a GPU `torch.cuda.max_memory
 
 import argparse
 import copy
-import gc
 import json
 import os
 import subprocess
@@ -19,7 +18,7 @@ from itertools import product
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CI", "true")
 
-from measuring import give_back_free_memory, reset_resident_peak, resident_peak
+from measuring import PhasePeaks
 
 MODELS = ("demo", "100M")
 
@@ -41,23 +40,6 @@ def config_of(name):
         vocab_size=65_536,
         tie_word_embeddings=False,
     )
-
-
-class ResidentPeak:
-    """Peaks of the resident memory of this process by phase, above what it held when this was made."""
-
-    def __init__(self):
-        gc.collect()
-        self.phases, self.phase = {}, "start"
-        give_back_free_memory()
-        reset_resident_peak()
-        self.start_bytes = resident_peak()
-
-    def enter(self, phase):
-        held = resident_peak() - self.start_bytes
-        self.phases[self.phase] = max(self.phases.get(self.phase, 0), held)
-        reset_resident_peak()
-        self.phase = phase
 
 
 def measure(case):
@@ -118,7 +100,7 @@ def measure(case):
     train(small, warm_up, rows, tokenizer, peft_config)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    watch = ResidentPeak()
+    watch = PhasePeaks("cpu")
     train(config, args, rows, tokenizer, peft_config, watch)
     phases = {name: round(held / 2**20, 1) for name, held in watch.phases.items()}
     measured = torch.cuda.max_memory_allocated() if cuda else max(watch.phases.values())

@@ -35,7 +35,6 @@ Memory is the kernel's high-water mark of the resident memory on a CPU (Linux), 
 """
 
 import argparse
-import ctypes
 import json
 import os
 import random
@@ -44,6 +43,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -54,7 +54,8 @@ os.environ.setdefault("CI", "true")
 
 import torch
 from datasets import Dataset
-from memory import ResidentPeak, config_of
+from measuring import PhasePeaks, give_back_free_memory, peak
+from memory import config_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from trl_opsd.demo import model_path
@@ -96,26 +97,19 @@ class GivenRollouts:
         return SimpleNamespace(sequences=ids) if return_dict_in_generate else ids
 
 
-class PeakMemory(ResidentPeak):
+class PeakMemory(PhasePeaks):
     """Peaks above what was held when this was made, and that of the loss above what was held when it began."""
 
     loss_bytes = 0
 
     def enter_loss(self):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is freed but resident would hide as much of the peak
+        give_back_free_memory()  # what is freed but resident would hide as much of the peak
         self.enter("loss")
-        self.held = self._peak()
+        self.held = peak(self.device)
 
     def leave_loss(self, _):
-        self.loss_bytes = max(self.loss_bytes, self._peak() - self.held)
+        self.loss_bytes = max(self.loss_bytes, peak(self.device) - self.held)
         self.enter("rest")
-
-
-class PeakAllocated(PeakMemory):
-    """The same of torch's memory on a GPU."""
-
-    _peak = staticmethod(torch.cuda.max_memory_allocated)
-    _reset = staticmethod(torch.cuda.reset_peak_memory_stats)
 
 
 class Probe(TrainerCallback):
@@ -124,7 +118,7 @@ class Probe(TrainerCallback):
     def __init__(self, trainer, case):
         self.times, self.losses, self.warmup = [], [], case["warmup"]
         self.cuda = case["device"] == "cuda"
-        self.memory = PeakAllocated() if self.cuda else PeakMemory()
+        self.memory = PeakMemory(case["device"])
         self.training_step, trainer.training_step = trainer.training_step, self.keep_loss
         trainer.model.base_model.register_forward_hook(self.after_backbone)
         trainer.add_callback(self)
@@ -311,7 +305,10 @@ def measure(case):
     else:
         trainer.generation_config.min_new_tokens = case["completion"]
     probe = Probe(trainer, case)
-    trainer.train()
+    with torch.profiler.profile() if case["profile"] else nullcontext() as profile:
+        trainer.train()
+    if case["profile"]:
+        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=14), file=sys.stderr)
     probe.memory.enter("end")
     seconds, cpu_seconds = (
         [end - start for start, end in pairwise(times)] for times in zip(*probe.times[case["warmup"] :], strict=True)
@@ -348,6 +345,8 @@ def run(case):
     done = subprocess.run([sys.executable, __file__, "--case", json.dumps(case)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{case['what']}:\n{done.stderr[-4000:]}")
+    if case["profile"]:
+        print(case["what"], done.stderr[done.stderr.index("---") :], sep="\n", file=sys.stderr)
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"seconds"')))
 
 
@@ -412,6 +411,7 @@ def main():
     for name in SHAPES["demo"]:
         parser.add_argument(f"--{name}", type=int, help="instead of the model's default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--profile", action="store_true", help="one run of each, with where its operations' time went")
     parser.add_argument("--output", type=Path, help="file that gets the JSON lines too")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -429,10 +429,11 @@ def main():
 def benchmark(options, folder):
     """Rows of all contenders, their runs in turn."""
     shape = {name: getattr(options, name) or default for name, default in SHAPES[options.model].items()}
-    settings = {name: getattr(options, name) for name in ("model", "rollouts", "steps", "warmup", "device")}
+    names = ("model", "rollouts", "steps", "warmup", "device", "profile")
+    settings = {name: getattr(options, name) for name in names}
     case = {**settings, **shape, **prepare(options.model, options.contenders, folder), "folder": f"{folder}/run"}
     runs = {what: [] for what in options.contenders}
-    for _ in range(options.repeats):
+    for _ in range(1 if options.profile else options.repeats):
         for what in runs:
             runs[what].append(run({**case, "what": what}))
             print(what, json.dumps(runs[what][-1]), file=sys.stderr, flush=True)
