@@ -3,7 +3,6 @@
 
 import copy
 import json
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +13,7 @@ from peft import LoraConfig
 from trl_opsd import OPSDTrainer
 from trl_opsd.demo import build_dataset, build_rows, model_path
 from trl_opsd.evaluation import bootstrap_interval, evaluate, paired_difference
-from trl_opsd.evaluation_callback import FILE, EvaluationCallback, check_whole_weights, seed_of_rank
+from trl_opsd.evaluation_callback import FILE, EvaluationCallback, seed_of_rank
 
 TIMES = ("time/", "step_time", "train_runtime", "per_second", "eval/")
 QUICK = {"num_samples": 2, "max_new_tokens": 24, "seed": 3}
@@ -205,23 +204,6 @@ def test_every_rank_has_as_many_questions_and_each_question_comes_once(build, mo
             assert rank < world - 1
     assert len(set(asked)) == 1 and len(asked) == world
     assert answer == [row["prompt"] for row in callback.rows]
-
-
-@pytest.mark.parametrize(
-    ("engine", "refused"),
-    [
-        ({"is_deepspeed_enabled": True, "stage": 3}, "ZeRO-3"),
-        ({"is_fsdp_enabled": True}, "FSDP"),
-        ({"is_deepspeed_enabled": True, "stage": 2}, None),
-        ({}, None),
-    ],
-)
-def test_engines_that_shard_the_weights_are_refused_by_name(engine, refused):
-    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=engine.pop("stage", None)))
-    flags = {"is_deepspeed_enabled": False, "is_fsdp_enabled": False, **engine}
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(state=state), **flags)
-    with pytest.raises(ValueError, match=f"not tried under {refused}") if refused else nullcontext():
-        check_whole_weights(trainer)
 
 
 def test_ranks_draw_differently_and_the_first_as_one_process_does():

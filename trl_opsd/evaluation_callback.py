@@ -57,7 +57,7 @@ class EvaluationCallback(TrainerCallback):
         chat_template_kwargs (`Mapping`, *optional*): the student's if None.
 
     Raises:
-        ValueError: no question, `every` below 1, several samples at temperature 0, or an engine that shards the weights.
+        ValueError: no question, `every` below 1, or several samples at temperature 0.
     """
 
     def __init__(
@@ -79,7 +79,6 @@ class EvaluationCallback(TrainerCallback):
         if every is not None and every < 1:
             raise ValueError(f"every is {every}; set it to 1 or more steps, or to None to measure at the end alone.")
         check_sampling(num_samples, temperature)
-        check_whole_weights(trainer)
         args = trainer.args
         template = getattr(args, "prompt_template", None)
         self.trainer, self.every, self.name, self.seed = trainer, every, name, seed
@@ -243,18 +242,3 @@ _OWN = {"step", "questions", "per_question_scores"}
 def seed_of_rank(seed: int, rank: int) -> int:
     """The seed itself on the first rank; elsewhere one that other seeds and ranks do not share."""
     return seed if rank == 0 else int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
-
-
-def check_whole_weights(trainer) -> None:
-    """Refuse engines that shard the weights, under which measuring was never run.
-
-    Raises:
-        ValueError: under ZeRO-3 or FSDP.
-    """
-    stage = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else 0
-    engine = "FSDP" if trainer.is_fsdp_enabled else "ZeRO-3" if stage == 3 else None
-    if engine is not None:
-        raise ValueError(
-            f"EvaluationCallback was not tried under {engine}, where every forward is a collective. Leave it out and "
-            "evaluate base and checkpoints with `trl-opsd eval`, or train with ZeRO-2 or DDP."
-        )
