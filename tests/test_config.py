@@ -238,6 +238,7 @@ def test_the_fields_it_adds_are_a_frozen_set():
     assert added_fields() == {
         "clip",
         "clip_value",
+        "compile_loss",
         "decomposition_steps",
         "distillation_length",
         "distillation_length_start",
@@ -299,6 +300,7 @@ def test_mutable_defaults_are_not_shared(make_args):
 COMMAND_LINE = {
     "clip": ("none", None),
     "clip_value": ("0.1", 0.1),
+    "compile_loss": ("true", True),
     "decomposition_steps": ("5", 5),
     "distillation_length": ("3", 3),
     "distillation_length_start": ("2", 2),

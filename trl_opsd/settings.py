@@ -92,6 +92,11 @@ class SelfDistillationSettings:
     loss_reduction: str = option(
         "token", "`token`: mean over all tokens of the optimizer step; `sequence`: mean of each rollout's mean."
     )
+    compile_loss: bool = option(
+        False,
+        "Fuse the loss's elementwise work with torch.compile: faster after a minute of compiling; needs Triton on a GPU, "
+        "a C++ compiler on a CPU.",
+    )
     distillation_length: int | None = option(
         None, "Only the first so many tokens of a rollout are distilled. None for all."
     )

@@ -35,6 +35,7 @@ def fused_divergence(
     logit_softcap: float | None = None,
     num_tokens: int | None = None,
     tile_tokens: int | None = None,
+    compiled: bool = False,
 ) -> tuple[torch.Tensor, FusedDiagnostics]:
     """Weighted sum over positions of the divergence between student and target, from final hidden states.
 
@@ -60,6 +61,7 @@ def fused_divergence(
         logit_softcap: cap of `cap * tanh(z / cap)` (Gemma), > 0, or None.
         num_tokens: compare the first `num_tokens` rows of the head only, in [1, V]; None for all.
         tile_tokens: positions per tile, >= 1; None sizes a tile by `TILE_BYTES`.
+        compiled: fuse the elementwise work with `torch.compile`, which needs Triton on a GPU and a C++ compiler on a CPU.
 
     Returns:
         0-d loss, float32 or float64, and the diagnostics of every position.
@@ -88,7 +90,9 @@ def fused_divergence(
             shape,
         )
 
-    return fused_loss(student_hidden, head, target_at, token_weights, divergence, tile_tokens, **logit_settings)
+    return fused_loss(
+        student_hidden, head, target_at, token_weights, divergence, tile_tokens, compiled=compiled, **logit_settings
+    )
 
 
 def _check(student_hidden, head_weight, anchor_hidden, direction_hidden, token_weights, shape: Shape) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,12 +32,14 @@ def fused_loss(
     token_weights: torch.Tensor,
     divergence: Divergence,
     tile_tokens: int | None,
+    *,
+    compiled: bool = False,
     **logit_settings: Any,
 ) -> tuple[torch.Tensor, FusedDiagnostics]:
     """The loss to any target, which has `num_tiles` and `write` as `TargetViews` has.
 
     Args:
-        student_hidden, token_weights, divergence, tile_tokens: as in [`fused_divergence`].
+        student_hidden, token_weights, divergence, tile_tokens, compiled: as in [`fused_divergence`].
         head: the student's, from `whole_head`.
         target_at: from the positions (n,) of weight other than 0 to their target.
         **logit_settings: `logit_scale` and `softcap` of the student's logits.
@@ -54,6 +57,7 @@ def fused_loss(
         divergence=divergence,
         weights=token_weights.detach()[positions].to(compute_dtype(student_hidden.dtype)),
         tile_tokens=tile_tokens,
+        compiled=compiled,
     )
     loss, stats = _FusedDivergence.apply(
         student_hidden.index_select(0, positions), *head, work, torch.is_grad_enabled()
@@ -88,6 +92,7 @@ class _Work:
     divergence: Divergence
     weights: torch.Tensor  # (n,)
     tile_tokens: int | None
+    compiled: bool
 
     def tiles(self) -> tuple[list[slice], list[torch.Tensor]]:
         """Slices of positions and the buffers (tile, V) they share: the student's, then the target's."""
@@ -103,13 +108,13 @@ class _Work:
         """Diagnostics (6, n) of a tile; with a gradient, `student_logits` (n, V) holds it afterwards."""
         row_bytes = student_logits.shape[1] * student_logits.element_size()
         budget = BLOCK_BYTES.get(student_logits.device.type, BLOCK_BYTES["cpu"])
-        diagnostics = []
+        diagnostics, judge = [], _compiled_sweep() if self.compiled else sweep
         for start in range(0, len(student_logits), max(1, budget // row_bytes)):
             rows = slice(start, start + max(1, budget // row_bytes))
             logits, target = student_logits[rows], target_logits[rows]
             if direction_logits is not None:
                 target = target.add_(self.target.shape(direction_logits[rows]))
-            stats, gradient = sweep(logits, target, self.divergence, with_gradient=with_gradient)
+            stats, gradient = judge(logits, target, self.divergence, with_gradient=with_gradient)
             diagnostics.append(stats)
             if with_gradient:
                 logits.copy_(self.student.through_softcap(gradient, logits))
@@ -142,6 +147,12 @@ class _FusedDivergence(torch.autograd.Function):
             for total, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*grads, None, None)
+
+
+@functools.cache
+def _compiled_sweep() -> Callable:
+    """`sweep` as one kernel or few; compiled at its first call of each kind."""
+    return torch.compile(sweep)
 
 
 def _graph_is_kept() -> bool:

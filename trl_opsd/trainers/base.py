@@ -250,6 +250,7 @@ class SelfDistillationTrainer(PublishingTrainer):
                 target_head_bias=None if target_head is None else target_head.bias,
                 logit_scale=head.logit_scale,
                 logit_softcap=head.logit_softcap,
+                compiled=self.args.compile_loss,
                 num_tokens=self.num_tokens,
             )
             stats = log_values(stats)

@@ -283,6 +283,7 @@ class OPSDGKDTrainer(SelfTeaching, NamedByMethod, GKDTrainer):
                 target_head_bias=None if target_head is None else target_head.bias,
                 logit_scale=head.logit_scale,
                 logit_softcap=head.logit_softcap,
+                compiled=self.args.compile_loss,
             )
             return loss, log_values(stats)
 
