@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shipped demo model, and the script that makes it."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_opsd.demo import build, model_path
-from trl_opsd.demo.build import IGNORED, main, tokenize, train
-from trl_opsd.demo.corpus import Example
+from trl_opsd.demo.build import IGNORED, answer_logits, main, tokenize, train
+from trl_opsd.demo.corpus import Example, draw_example
 from trl_opsd.demo.measure import MAX_NEW_TOKENS, build_views
 from trl_opsd.demo.tokenizer import build_tokenizer
 from trl_opsd.evaluation import evaluate
@@ -81,19 +82,41 @@ def test_thinking_puts_the_chain_into_the_think_block(shipped, views):
 
 def test_what_is_only_read_has_no_label():
     tokenizer = build_tokenizer()
-    example = Example("1+1=?", False, (("1+1=", True), ("3\n", False), ("wait 1+1=2\n\\boxed{2}", True)))
-    ids, labels = tokenize(example, tokenizer)
+    pieces = (("1+1=", True), ("3\n", False), ("wait 1+1=2\n\\boxed{2}", True))
+    ids, labels = tokenize("1+1=?", Example("1+1=?", False, pieces, "1+1=?"), tokenizer)
     assert len(ids) == len(labels)
     trained = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
     assert tokenizer.decode(trained) == "1+1=wait 1+1=2\n\\boxed{2}<|im_end|>"
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
 
 
+def test_only_a_strangers_solution_is_as_good_as_none():
+    generator = random.Random(0)
+    for share, is_stranger in (("stranger", True), ("solution", False), ("wrong", False), ("plain", False)):
+        for _ in range(20):
+            example = draw_example(generator, {share: 1.0})
+            assert (example.alike != example.user) is is_stranger
+            assert example.alike in example.user
+
+
+def test_a_target_behind_another_turn_is_of_the_same_tokens(shipped):
+    model, tokenizer = shipped
+    generator = random.Random(0)
+    batch = [draw_example(generator, {"stranger": 1.0}) for _ in range(3)]
+    with torch.no_grad():
+        logits, ids = answer_logits(model, [example.user for example in batch], batch, tokenizer)
+        alike, same_ids = answer_logits(model, [example.alike for example in batch], batch, tokenizer)
+    assert ids.tolist() == same_ids.tolist() and len(logits) == len(ids)
+    # What the last phase is for: hardly anything is left between the two.
+    kl = (alike.softmax(-1) * (alike.log_softmax(-1) - logits.log_softmax(-1))).sum(-1)
+    assert 0 < kl.mean() < 0.01
+
+
 def test_two_builds_are_equal_to_the_bit():
     tokenizer = build_tokenizer()
-    first, second = (train(tokenizer, seed=7, num_steps=3, progress=False).state_dict() for _ in range(2))
+    first, second = (train(tokenizer, seed=7, num_steps=5, progress=False).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    other = train(tokenizer, seed=8, num_steps=3, progress=False).state_dict()
+    other = train(tokenizer, seed=8, num_steps=5, progress=False).state_dict()
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 

@@ -184,8 +184,10 @@ def test_a_head_that_caps_its_logits_keeps_every_view(footprints, make_args, met
 
 
 def test_the_decomposition_holds_three_views(footprints, make_args):
-    plan = plan_memory(footprints[False], make_args(decomposition_steps=1, max_completion_length=10), OPSD)
-    assert bytes_of(plan, "views of the decomposition") == 3 * 8 * 10 * 32 * 4
+    for rows, decomposed in ((4, 4), (16, 8)):
+        args = make_args(decomposition_steps=1, max_completion_length=10, per_device_train_batch_size=rows)
+        plan = plan_memory(footprints[False], args, OPSD)
+        assert bytes_of(plan, "views of the decomposition") == 3 * decomposed * 10 * 32 * 4
     assert not bytes_of(plan_memory(footprints[False], make_args(), OPSD), "views of the decomposition")
 
 
