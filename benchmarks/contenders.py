@@ -141,13 +141,20 @@ def ours(inputs: Inputs, case: Case) -> torch.Tensor:
     return fused_divergence(*_hidden(inputs, case), **_settings(inputs, case, len(inputs.student)))[0]
 
 
+def compiled(inputs: Inputs, case: Case) -> torch.Tensor:
+    settings = _settings(inputs, case, len(inputs.student))
+    return fused_divergence(*_hidden(inputs, case), **settings, compiled=True)[0]
+
+
 CONTENDERS: dict[str, Contender] = {
     "dense": dense,
     "chunked": chunked,
     "liger": liger,
     "top-100": top_100,
     "ours": ours,
+    "compiled": compiled,
 }
+OURS = ("ours", "compiled")
 
 
 class DoesNotRunError(Exception):

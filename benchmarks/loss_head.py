@@ -12,6 +12,7 @@ Contenders run in turn within each repeat, so that a busy machine slows all alik
   top-100   TRL's `compute_topk_self_distillation_loss` (SDFT) on logits of the whole batch: another loss by design, so
             its errors say how far from the full one
   ours      `trl_opsd.losses.fused_divergence`
+  compiled  the same with its elementwise work fused by torch.compile (`compile_loss`); only where `--backends` names it
 "clip" is OPSD's upper clip. The nine contexts of OGLS-SD are one direction when the loss begins; "as pairs" hands the
 loss their hidden states with weights instead. Errors are those of the gradient (largest difference over the largest
 entry, of hidden states and head) and of the loss (nats) against float64 from the same inputs, in blocks of positions.
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import CASES, CONTENDERS, DoesNotRunError, Gradients, Inputs, backpropagate, exact, floor
+from contenders import CASES, CONTENDERS, OURS, DoesNotRunError, Gradients, Inputs, backpropagate, exact, floor
 from measuring import Sample, emit, is_out_of_memory, limited_memory, machine, measure, summary
 
 from trl_opsd.losses.projection import product_dtype
@@ -87,18 +88,18 @@ class Trial:
         )
 
 
-def make_trials(inputs: Inputs, heads: list[str], cases: list[str], dtype: str) -> list[Trial]:
+def make_trials(inputs: Inputs, args: argparse.Namespace) -> list[Trial]:
     """All contenders of all cases, the floor first."""
-    autocast, trials = dtype == "bfloat16", []
+    autocast, trials = args.dtype == "bfloat16", []
     with torch.autocast(inputs.weight.device.type, torch.bfloat16, enabled=autocast):
         bare = inputs.to(product_dtype(inputs.student))
-    for head in heads:
-        for what, case in ((what, CASES[what]) for what in cases):
+    for head in args.head:
+        for what, case in ((what, CASES[what]) for what in args.what):
             trained = head == "trained"
             trials.append(Trial(what, "floor", head, partial(floor, bare, case, trained)))
-            for backend, contender in CONTENDERS.items():
-                run = partial(backpropagate, contender, inputs, case, trained, autocast)
-                trials.append(Trial(what, backend, head, run, None if backend == "ours" else case.lack))
+            for backend in args.backends:
+                run = partial(backpropagate, CONTENDERS[backend], inputs, case, trained, autocast)
+                trials.append(Trial(what, backend, head, run, None if backend in OURS else case.lack))
     return trials
 
 
@@ -116,7 +117,7 @@ def benchmark(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     size, width, vocabulary = map(int, shape.split("x"))
     held = torch.bfloat16 if args.dtype == "pure-bfloat16" else torch.float32
     inputs = Inputs.draw(size, width, vocabulary, args.device, held)
-    trials = make_trials(inputs, args.head, args.what, args.dtype)
+    trials = make_trials(inputs, args)
     for what in args.what:
         truth = exact_if_it_fits(inputs, what) if args.exact else None
         for trial in (trial for trial in trials if trial.what == what):
@@ -154,14 +155,15 @@ def print_ratios(rows: list[dict[str, Any]]) -> None:
             values = [chosen[key][quantity] if key in chosen else None for key in (above, below)]
             return f"{values[0] / values[1]:.2f}" if all(values) else "-"
 
-        columns = [f"{backend} / floor" for backend in CONTENDERS]
+        backends = [backend for backend in CONTENDERS if any(key[1] == backend for key in chosen)]
+        columns = [f"{backend} / floor" for backend in backends]
         columns += ["chunked / ours", "MB ours / chunked", "MB ours / dense"]
         print(f"\n{shape}, {rows[0]['dtype']}, head {head}\n\n| | floor s | " + " | ".join(columns) + " |")
         print("|" + "---|" * (2 + len(columns)))
         for what in dict.fromkeys(what for what, _ in chosen):
             seconds = chosen[what, "floor"]["median_s"]
             cells = [what, "-" if seconds is None else f"{seconds:.4g}"]
-            cells += [ratio((what, backend), (what, "floor")) for backend in CONTENDERS]
+            cells += [ratio((what, backend), (what, "floor")) for backend in backends]
             cells += [ratio((what, "chunked"), (what, "ours"))]
             cells += [ratio((what, "ours"), (what, other), "peak_extra_mb") for other in ("chunked", "dense")]
             print("| " + " | ".join(cells) + " |")
@@ -175,6 +177,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shapes", help="N x H x V, comma separated, instead of a preset's")
     parser.add_argument("--preset", default="small", choices=list(PRESETS))
     parser.add_argument("--what", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE")
+    standard = [backend for backend in CONTENDERS if backend != "compiled"]
+    parser.add_argument("--backends", nargs="+", default=standard, choices=list(CONTENDERS), help="beside the floor")
     parser.add_argument("--head", nargs="+", default=["frozen"], choices=["frozen", "trained"])
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--repeats", type=int, default=5)

@@ -29,7 +29,7 @@ def test_every_contender_has_a_row_and_its_gradient_is_that_of_float64(load, tmp
     arguments = ["--shapes", "8x16x64", "--head", "frozen", "trained", "--repeats", "1", "--device", "cpu"]
     benchmark.main([*arguments, "--dtype", dtype, "--output", str(output)])
     rows = {(row["what"], row["backend"], row["head"]): row for row in read(output)}
-    assert len(rows) == len(benchmark.CASES) * (1 + len(benchmark.CONTENDERS)) * 2
+    assert len(rows) == len(benchmark.CASES) * len(benchmark.CONTENDERS) * 2  # the floor, but nothing compiled
     for (what, backend, _), row in rows.items():
         if row["note"] is not None:
             assert backend == "liger" or row["note"] == benchmark.CASES[what].lack
