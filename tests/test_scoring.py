@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from trl_opsd import scoring
 from trl_opsd.forwards import TeacherForward
 from trl_opsd.heads import attach_head_function
 from trl_opsd.jobs import ScoringJob, padded_size, plan_forwards
@@ -71,6 +72,13 @@ def score(jobs, run=None, *, shape=(3, 4, H), budget=100, direction=False, **set
         **settings,
     )
     return target, run
+
+
+@pytest.mark.parametrize(("progress", "seconds", "shown"), [(True, 0, True), (True, 60, False), (False, 0, False)])
+def test_a_bar_shows_where_scoring_takes_long(monkeypatch, capfd, progress, seconds, shown):
+    monkeypatch.setattr(scoring, "_SECONDS_TO_BAR", seconds)
+    score([job(5, 2, row=row) for row in range(3)], progress=progress)
+    assert ("scoring:" in capfd.readouterr().err) is shown
 
 
 def test_each_position_holds_the_state_that_predicts_its_token():

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
+from tqdm import tqdm
 
 from .forwards import Run, TeacherForward, score_plain, score_shared
 from .jobs import ScoringJob, SharedBatch, group_by_context, plan_forwards, plan_shared
@@ -16,6 +17,7 @@ from .states import TargetStates, empty_targets
 
 # Of the norm: bfloat16 in other batch shapes differs by about 0.01, a context unread by far more.
 _TOLERANCE = 0.05
+_SECONDS_TO_BAR = 5
 
 
 class ContextSharing:
@@ -68,6 +70,7 @@ def score_contexts(
     linear_head: bool = True,
     max_over_ranks: Callable[[int], int] = lambda count: count,
     sharing: ContextSharing | None = None,
+    progress: bool = False,
 ) -> TargetStates:
     """Run the teacher over all jobs and add up the targets' hidden states.
 
@@ -85,6 +88,7 @@ def score_contexts(
         max_over_ranks: makes every rank run the same number of forwards, which sharded engines need; a rank that
             has fewer runs empty ones.
         sharing: whether contexts that jobs share can be run once; None runs every job on its own.
+        progress: show a bar, once it has taken some seconds.
 
     Returns:
         The anchor and direction; positions behind a rollout's end and rows without a context are zero.
@@ -98,7 +102,8 @@ def score_contexts(
     plain = plan_forwards(alone, tokens_per_forward)
     num_forwards = sum(batch.num_forwards for batch in shared) + len(plain)
     plain += [[_empty_job(pad_id)]] * (max_over_ranks(num_forwards) - num_forwards)
-    for batch in sorted([*shared, *plain], key=_longest, reverse=True):
+    batches = sorted([*shared, *plain], key=_longest, reverse=True)
+    for batch in tqdm(batches, "scoring", unit="batch", leave=False, delay=_SECONDS_TO_BAR, disable=not progress):
         score = score_shared if isinstance(batch, SharedBatch) else score_plain
         for job, hidden in score(run, batch, pad_id, device):
             target.add(job, hidden)

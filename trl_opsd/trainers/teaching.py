@@ -62,6 +62,7 @@ class SelfTeaching:
                 linear_head=not caps_logits(self.model),
                 max_over_ranks=max_over_ranks,
                 sharing=self._sharing,
+                progress=self.is_world_process_zero() and not self.args.disable_tqdm,
             )
 
     def loss_in_forward(
