@@ -4,6 +4,7 @@
 import ast
 import copy
 import inspect
+import math
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
+from launching import run
 from peft import LoraConfig
 from test_contract import EXACT, forward_kl_terms, ids_of, logits_of, loss_of_rows, make_trainer, teacher_prompt
 from transformers import Qwen3ForCausalLM
@@ -20,6 +22,7 @@ from trl_opsd import _trl as seam
 from trl_opsd.contexts import TeacherContext
 from trl_opsd.methods import OPSD, Method
 
+WORKER = str(Path(__file__).parent / "gkd_worker.py")
 CLIP = 0.05
 
 
@@ -389,12 +392,24 @@ def test_another_teacher_is_refused(build, make_model):
         OPSDGKDTrainer(model=make_model(), data_colator=list)
 
 
-@pytest.mark.parametrize("engine", ["DeepSpeed", "FSDP"])
-def test_an_engine_that_shards_is_refused_by_name(build, monkeypatch, engine):
+def test_fsdp_is_refused_by_name(build, monkeypatch):
     model, args = build().model, build().args
-    monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
-    with pytest.raises(ValueError, match=f"{engine} is not supported by OPSDGKDTrainer.*OPSDTrainer"):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"FSDP is not supported by OPSDGKDTrainer.*OPSDTrainer"):
         OPSDGKDTrainer(model=model, args=args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "engine", [*(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("ddp", "zero2")), "zero3"]
+)
+def test_two_processes_train_as_one(tmp_path, engine):
+    given, sampled = run(engine, tmp_path / engine, worker=WORKER)
+    (alone, _) = run("single", tmp_path / "single", worker=WORKER)
+    assert len(given) == len(sampled) == 3
+    for two, one in zip(given, alone, strict=True):
+        assert two == pytest.approx(one, rel=1e-5)
+    assert all(math.isfinite(value) for step in sampled for value in step)
 
 
 def test_answers_are_cut_at_their_end_and_prompts_never(build, rows):

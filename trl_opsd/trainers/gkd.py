@@ -90,22 +90,20 @@ class OPSDGKDConfig(SelfDistillationSettings, GKDConfig):
         self._check_teacher()
 
 
-class _NoTeacher(torch.nn.Module):
-    """In place of the second model that GKDTrainer wants: no weights, and the vocabulary it compares."""
+class _NoTeacher(torch.nn.Linear):
+    """In place of the second model that GKDTrainer wants: the vocabulary it compares, and one weight for DeepSpeed."""
 
     def __init__(self, config: Any):
-        super().__init__()
+        super().__init__(1, 1, bias=False)
         self.config = config
 
 
-def _refuse_sharding(args: OPSDGKDConfig) -> None:
-    """The parent hands its second model to the engine, and a model without weights is not known to pass there."""
-    for name, engine in {"deepspeed_plugin": "DeepSpeed", "fsdp_plugin": "FSDP"}.items():
-        if getattr(args, name, None) is not None or os.environ.get(f"ACCELERATE_USE_{engine.upper()}") == "true":
-            raise ValueError(
-                f"{engine} is not supported by OPSDGKDTrainer. Launch with DDP or one process, or use OPSDTrainer, which "
-                "trains under ZeRO-2, ZeRO-3 and FSDP2."
-            )
+def _refuse_fsdp(args: OPSDGKDConfig) -> None:
+    if getattr(args, "fsdp_plugin", None) is not None or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ValueError(
+            "FSDP is not supported by OPSDGKDTrainer: its parent was never run there. Launch with DDP, ZeRO-2 or ZeRO-3, "
+            "or use OPSDTrainer, which trains under FSDP2 too."
+        )
 
 
 class OPSDGKDTrainer(SelfTeaching, NamedByMethod, GKDTrainer):
@@ -155,7 +153,7 @@ class OPSDGKDTrainer(SelfTeaching, NamedByMethod, GKDTrainer):
         args = args or self.config_class(f"{name.rstrip('/').split('/')[-1] or 'model'}-{self.method.name}")
         if not isinstance(args, self.config_class):
             raise ValueError(f"args is a {type(args).__name__}; give an {self.config_class.__name__}.")
-        _refuse_sharding(args)
+        _refuse_fsdp(args)
         if train_dataset is None:
             raise ValueError("train_dataset is None; give a dataset with the columns `messages` and `solution`.")
         for label, dataset in {"train_dataset": train_dataset, "eval_dataset": eval_dataset}.items():
