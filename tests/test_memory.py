@@ -183,6 +183,15 @@ def test_a_head_that_caps_its_logits_keeps_every_view(footprints, make_args, met
     assert bytes_of(linear, "targets") == min(2, states) * one
 
 
+def test_a_head_that_trains_holds_its_gradient_beside_the_tiles(footprints, make_args):
+    args, peaks = make_args(max_completion_length=256, per_device_train_batch_size=8), {}
+    for trains in (False, True):
+        # So wide a vocabulary that the tiles are the peak, and no backward of layers.
+        wide = replace(footprints[False], head=(100_000, 32), head_trains=trains)
+        peaks[trains] = bytes_of(plan_memory(wide, args, OPSD), "loss, then backward")
+    assert peaks[True] - peaks[False] == 4 * 100_000 * 32
+
+
 def test_the_decomposition_holds_three_views(footprints, make_args):
     for rows, decomposed in ((4, 4), (16, 8)):
         args = make_args(decomposition_steps=1, max_completion_length=10, per_device_train_batch_size=rows)

@@ -180,14 +180,11 @@ class SelfDistillationSettings:
                 f"distillation_length_start={start} with distillation_length_steps={steps}: set both to have the distilled "
                 "length grow, or neither."
             )
-        ends = [end for end in (self.distillation_length, getattr(self, self._rollout_limit)) if end is not None]
-        if start is None:
-            return
-        if not ends or start >= min(ends):
+        length, longest = self.distillation_length, getattr(self, self._rollout_limit)
+        if start is not None and start >= min((end for end in (length, longest) if end is not None), default=0):
             raise ValueError(
-                f"distillation_length_start={start} has nowhere to grow to: distillation_length="
-                f"{self.distillation_length}, {self._rollout_limit}={getattr(self, self._rollout_limit)}. Lower it, or "
-                "leave it unset."
+                f"distillation_length_start={start} has nowhere to grow to: distillation_length={length}, "
+                f"{self._rollout_limit}={longest}. Lower it, or leave it unset."
             )
 
     def _check_teacher(self) -> None:

@@ -19,9 +19,9 @@ from ..card import describe_run
 from ..checkpoints import fingerprint, load_head, resolve_checkpoint, save_head
 from ..collators import TeacherCollator
 from ..config import OPSDConfig
-from ..diagnostics import Diagnostics, log_values
+from ..diagnostics import Diagnostics
 from ..heads import OutputHead, head_function
-from ..losses import fused_divergence, token_weights
+from ..losses import token_weights
 from ..rewards import guard_rewards
 from ..scoring import ContextSharing
 from ..states import read_views
@@ -237,23 +237,9 @@ class SelfDistillationTrainer(PublishingTrainer):
 
         def function(hidden: torch.Tensor, head: OutputHead):
             states = hidden[:, first:]
-            loss, stats = fused_divergence(
-                states[:, : mask.size(1)].flatten(0, 1),
-                head.weight,
-                read_views(batch, "anchor"),
-                read_views(batch, "direction"),
-                token_weights=weights.flatten(),
-                divergence=self.divergence,
-                shape=self.method.shape(self.args, self.state.global_step),
-                head_bias=head.bias,
-                target_head_weight=None if target_head is None else target_head.weight,
-                target_head_bias=None if target_head is None else target_head.bias,
-                logit_scale=head.logit_scale,
-                logit_softcap=head.logit_softcap,
-                compiled=self.args.compile_loss,
-                num_tokens=self.num_tokens,
-            )
-            stats = log_values(stats)
+            distilled = states[:, : mask.size(1)].flatten(0, 1)
+            views = read_views(batch, "anchor"), read_views(batch, "direction")
+            loss, stats = self.divergence_of(distilled, *views, weights.flatten(), head, target_head)
             if "tail_mask" in batch:
                 tail, stats["tail"] = tail_loss(states, head, batch, self.accelerator.num_processes)
                 loss = loss + self.args.tail_anchor_weight * tail

@@ -14,10 +14,10 @@ from .._trl import NamedByMethod, dict_fields, gkd_classes
 from ..card import describe_run
 from ..collators import TeacherCollator
 from ..contexts import Rollout
-from ..diagnostics import Diagnostics, log_values
+from ..diagnostics import Diagnostics
 from ..heads import OutputHead
 from ..jobs import ScoringJob
-from ..losses import fused_divergence, token_weights
+from ..losses import token_weights
 from ..messages import IGNORED, MessagesCollator, check_messages
 from ..methods import OPSD
 from ..settings import SelfDistillationSettings, option
@@ -232,9 +232,7 @@ class OPSDGKDTrainer(SelfTeaching, NamedByMethod, GKDTrainer):
         """Where the states that predict distilled tokens are (B, S - 1), the same by place in the rollout (B, D), and
         the rollouts' ids; both masks select the same tokens in the same order."""
         own = inputs["labels"] != IGNORED
-        length, skipped = self.args.distillation_length, self.args.num_loss_tokens_to_skip
-        if self.mode == "train":
-            length = self.args.distillation_length_at(self.state.global_step)
+        length, skipped = self.distilled_length(), self.args.num_loss_tokens_to_skip
         completions = [ids[is_own].tolist()[:length] for ids, is_own in zip(inputs["input_ids"], own, strict=True)]
         place = own.cumsum(dim=1) - 1
         columns = own & (place >= skipped)
@@ -269,21 +267,8 @@ class OPSDGKDTrainer(SelfTeaching, NamedByMethod, GKDTrainer):
         target_head = self.teacher.head
 
         def function(hidden: torch.Tensor, head: OutputHead):
-            loss, stats = fused_divergence(
-                hidden[:, :-1][columns],
-                head.weight,
-                target.anchor[mask],
-                token_weights=weights[mask],
-                divergence=self.divergence,
-                shape=self.method.shape(self.args, self.state.global_step),
-                head_bias=head.bias,
-                target_head_weight=None if target_head is None else target_head.weight,
-                target_head_bias=None if target_head is None else target_head.bias,
-                logit_scale=head.logit_scale,
-                logit_softcap=head.logit_softcap,
-                compiled=self.args.compile_loss,
-            )
-            return loss, log_values(stats)
+            states = hidden[:, :-1][columns]
+            return self.divergence_of(states, target.anchor[mask], None, weights[mask], head, target_head)
 
         return function
 

@@ -53,7 +53,7 @@ class TargetTrainer(SelfTeaching, RolloutTrainer):
             with named_place(f"{name} row {index}: `prompt`"):
                 self.collator.check_renders(row["prompt"])
         if self.args.sample_distilled_only:
-            self.limit_rollouts(self._horizon() if self.mode == "train" else None)
+            self.limit_rollouts(self.distilled_length() if self.mode == "train" else None)
         template = self.args.prompt_template
         if template is None:
             return rows
@@ -144,20 +144,14 @@ class TargetTrainer(SelfTeaching, RolloutTrainer):
         total[rewards.isnan().all(dim=1)] = torch.nan
         return [None if value != value else value for value in total.tolist()]
 
-    def _horizon(self) -> int | None:
-        """Tokens of a rollout that are distilled now; evaluation takes what training ends with."""
-        if self.mode == "eval":
-            return self.args.distillation_length
-        length = self.args.distillation_length_at(self.state.global_step)
-        if self.args.distillation_length_start is not None:
-            self.add_metrics({"distillation_length": float(length)})
-        return length
-
     def _distilled_mask(self, batch: dict[str, Any], contexts: list[Contexts]) -> torch.Tensor:
         """(B, D), 1 on the positions of a rollout that are distilled: its own tokens, never a tool's."""
         mask = batch["completion_mask"]
         mask = mask * batch["tool_mask"] if "tool_mask" in batch else mask.clone()
-        mask = mask[:, : self._horizon()]
+        length = self.distilled_length()
+        if self.mode == "train" and self.args.distillation_length_start is not None:
+            self.add_metrics({"distillation_length": float(length)})
+        mask = mask[:, :length]
         mask[:, : self.args.num_loss_tokens_to_skip] = 0
         mask[torch.tensor([not views for views in contexts], device=mask.device)] = 0
         return mask

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 
 from ..collators import positions_from_mask
+from ..diagnostics import log_values
 from ..forwards import TeacherForward
-from ..heads import attach_head_function, caps_logits, check_output_head, head_function, head_shape
+from ..heads import OutputHead, attach_head_function, caps_logits, check_output_head, head_function, head_shape
 from ..jobs import ScoringJob
+from ..losses import fused_divergence
+from ..losses.views import Views
 from ..scoring import ContextSharing, score_contexts
 from ..states import TargetStates
 from ..teacher import Teacher
@@ -22,6 +25,7 @@ class SelfTeaching:
 
     _sharing: ContextSharing | None = None
     _head_checked = False
+    num_tokens: int | None = None  # rows of the head that are compared; None for all
 
     def prepare_model_to_teach(self) -> None:
         """Check engine and model, make its hidden states reachable, and learn their width; a collective.
@@ -64,6 +68,39 @@ class SelfTeaching:
                 sharing=self._sharing,
                 progress=self.is_world_process_zero() and not self.args.disable_tqdm,
             )
+
+    def distilled_length(self) -> int | None:
+        """Tokens of a rollout that are distilled now, None for all; evaluation takes what training ends with."""
+        args = self.args
+        return args.distillation_length_at(self.state.global_step) if self.mode == "train" else args.distillation_length
+
+    def divergence_of(
+        self,
+        states: torch.Tensor,
+        anchor: Views,
+        direction: Views | None,
+        weights: torch.Tensor,
+        head: OutputHead,
+        target_head: OutputHead | None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The method's loss now of the student's states (N, H), and its values (N,) for the log; see `fused_divergence`."""
+        loss, stats = fused_divergence(
+            states,
+            head.weight,
+            anchor,
+            direction,
+            token_weights=weights,
+            divergence=self.divergence,
+            shape=self.method.shape(self.args, self.state.global_step),
+            head_bias=head.bias,
+            target_head_weight=None if target_head is None else target_head.weight,
+            target_head_bias=None if target_head is None else target_head.bias,
+            logit_scale=head.logit_scale,
+            logit_softcap=head.logit_softcap,
+            num_tokens=self.num_tokens,
+            compiled=self.args.compile_loss,
+        )
+        return loss, log_values(stats)
 
     def loss_in_forward(
         self, model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, function: Callable
