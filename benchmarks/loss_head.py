@@ -17,11 +17,13 @@ Contenders run in turn within each repeat, so that a busy machine slows all alik
 loss their hidden states with weights instead. Errors are those of the gradient (largest difference over the largest
 entry, of hidden states and head) and of the loss (nats) against float64 from the same inputs, in blocks of positions.
 A contender that has no such loss, does not run here or runs out of memory gets a row with a `note`.
-`bfloat16` is autocast over float32 tensors, as the trainers run; `pure-bfloat16` holds everything in bfloat16.
+`bfloat16` is autocast over float32 tensors, as the trainers run; `pure-bfloat16` holds everything in bfloat16. On a CPU our
+products are in float32 even then; `--narrow-products` rounds their inputs as on a GPU, for the errors alone.
 """
 
 import argparse
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +32,7 @@ from typing import Any
 import torch
 from contenders import CASES, CONTENDERS, OURS, DoesNotRunError, Gradients, Inputs, backpropagate, exact, floor
 from measuring import Sample, emit, is_out_of_memory, limited_memory, machine, measure, summary
+from narrow_products import narrow_products
 
 from trl_opsd.losses.projection import product_dtype
 
@@ -137,6 +140,7 @@ def _row(trial: Trial, shape: str, size: int, args: argparse.Namespace) -> dict[
         "head": trial.head,
         "shape": shape,
         "dtype": args.dtype,
+        "products": "narrow" if args.narrow_products else "of the device",
         **machine(args.device),
         **timing,
         "tokens_per_s": timing["median_s"] and round(size / timing["median_s"], 1),
@@ -184,10 +188,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--exact", action=argparse.BooleanOptionalAction, default=True, help="errors against float64")
+    parser.add_argument("--narrow-products", action="store_true", help="errors of a GPU's products on a CPU; no times")
     parser.add_argument("--output", type=Path, help="file that the JSON lines are appended to")
     args = parser.parse_args(arguments)
     rows = []
-    with limited_memory(args.device):
+    with limited_memory(args.device), narrow_products() if args.narrow_products else nullcontext():
         for shape in (args.shapes or PRESETS[args.preset]).split(","):
             new = benchmark(shape, args)
             emit(new, args.output)

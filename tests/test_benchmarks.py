@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from trl_opsd.losses import projection
+
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -47,6 +49,46 @@ def test_every_contender_has_a_row_and_its_gradient_is_that_of_float64(load, tmp
     printed = capsys.readouterr().out
     for words in ("ours / floor", "chunked / ours", "MB ours / chunked", "OGLS-SD / OPSD: "):
         assert words in printed
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 0.02), ("pure-bfloat16", 0.02)])
+def test_with_the_products_of_a_gpu_the_gradient_is_that_of_float64_up_to_rounding(load, tmp_path, dtype, bound):
+    output = tmp_path / "rows.jsonl"
+    arguments = [
+        "--shapes",
+        "32x64x512",
+        "--head",
+        "trained",
+        "--backends",
+        "ours",
+        "--repeats",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    load("loss_head").main([*arguments, "--dtype", dtype, "--narrow-products", "--output", str(output)])
+    rows = [row for row in read(output) if row["backend"] == "ours"]
+    assert {row["products"] for row in rows} == {"narrow"}
+    assert all(row["loss_error"] < bound / 10 for row in rows)
+    unclipped = [
+        row["gradient_error"] for row in rows if row["what"] in ("forward_kl", "reverse_kl", "jsd", "purified")
+    ]
+    assert len(unclipped) == 4 and max(unclipped) < bound
+    assert dtype == "float32" or min(unclipped) > 1e-4  # the inputs of products were rounded
+
+
+def test_a_heads_gradient_is_added_up_a_slice_at_a_time(load, monkeypatch):
+    contenders, narrow = load("contenders"), load("narrow_products")
+    inputs = contenders.Inputs.draw(32, 64, 512, "cpu", torch.bfloat16)
+    grads = []
+    for rows in (8192, 100):
+        monkeypatch.setattr(projection, "WIDENED_ROWS", rows)
+        with narrow.narrow_products():
+            case = contenders.CASES["jsd"]
+            grads.append(contenders.backpropagate(contenders.ours, inputs, case, True, False))
+    assert grads[0].weight.shape == (512, 64)
+    torch.testing.assert_close(grads[1].weight, grads[0].weight)
+    torch.testing.assert_close(grads[1].hidden, grads[0].hidden)
 
 
 def test_running_out_of_memory_is_a_row(load, monkeypatch, capsys):

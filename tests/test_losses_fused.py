@@ -296,8 +296,7 @@ def test_a_frozen_input_is_left_out_of_the_gradients(frozen):
 def test_no_grad_gives_the_value_without_gradient_products(monkeypatch):
     problem = Problem(("forward_kl", "upper"), BoundedShape(), "bias")
     want = problem.run(fused_divergence)[0]
-    monkeypatch.setattr(projection.Projection, "write_hidden_gradient", None)
-    monkeypatch.setattr(projection.Projection, "add_head_gradient", None)
+    monkeypatch.setattr(projection.Projection, "write_gradients", None)
     with torch.no_grad():
         loss, diagnostics = fused_divergence(
             problem.hidden, problem.weight, problem.anchor, problem.direction, **problem.settings

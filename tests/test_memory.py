@@ -145,6 +145,7 @@ def test_settings_that_save_memory_do(footprints, make_args):
     assert bytes_of(peak(gradient_checkpointing=True), "activations") < bytes_of(peak(), "activations") / 2
     assert peak(footprints[True]).total < peak().total
     assert peak(teacher_tokens_per_forward=8192).of_phase("scoring") < peak().of_phase("scoring")
+    assert bytes_of(peak(), "targets") > bytes_of(peak(offload_targets=True), "targets") == 0
     served = plan_memory(footprints[False], make_args(use_vllm=True, vllm_mode="server"), OPSD)
     assert served.of_phase("sampling") == 0 and bytes_of(served, "vLLM") == 0
     colocated = make_args(use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.25)

@@ -133,11 +133,11 @@ def test_an_anchor_that_is_not_one_view_stays_apart_under_a_capped_head(shares):
     jobs = [job(2 + k, 3, row=2, anchor=share) for k, share in enumerate(shares)]
     columns = score([*jobs, job(6, 2, row=0)], linear_head=False)[0].columns()
     batch = {name: tensor[[2, 0]] for name, tensor in columns.items()}  # as TRL shuffles and splits
-    views = read_views(batch, "anchor")
+    views = read_views(batch, "anchor", torch.device("cpu"))
     assert [hidden.shape for _, hidden in views] == [(8, H)] * sum(share > 0 for share in shares)
     weights = torch.stack([weight for weight, _ in views], dim=1)
     assert weights[:4].sum(1).tolist() == [sum(shares)] * 4 and weights[4:].sum(1).tolist() == [1.0] * 4
-    assert read_views(batch, "direction") is None
+    assert read_views(batch, "direction", torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("budget", [1, 13, 20, 40])

@@ -233,6 +233,10 @@ class RolloutTrainer(NamedByMethod, GRPOTrainer):
     def restore_pending_values(self, values: dict[str, Any]) -> None:
         """Take over what `pending_values` gave; called before the first step of a resumed run."""
 
+    def prepare_micro_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """What a micro-batch gets before its step, when a GPU may still be waited for; asked again when a run resumes."""
+        return {}
+
     def count_loss_items(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """0-d numbers of items of a micro-batch that its losses average over, by the key that gets the global count."""
         raise NotImplementedError
@@ -347,7 +351,9 @@ class RolloutTrainer(NamedByMethod, GRPOTrainer):
         return batch
 
     def _count_window(self, batches):
-        """Give the micro-batches of one optimizer step the counts, over all ranks, that their losses are divided by."""
+        """Prepare the micro-batches of one optimizer step, and give them the counts, over all ranks, of their losses."""
+        for batch in batches:
+            batch.update(self.prepare_micro_batch(batch))
         counts = [self.count_loss_items(batch) for batch in batches]
         sums = torch.stack([torch.stack(list(count.values())).float() for count in counts]).sum(0)
         sums = self.accelerator.reduce(sums, reduction="sum")
@@ -436,6 +442,9 @@ class RolloutTrainer(NamedByMethod, GRPOTrainer):
             self._step, self._buffered_inputs = values["step"], batches or None
             self._resumed_interval = values["interval"]
             self.restore_pending_values(values["own"])
+            for batch in batches:
+                if batch is not None:
+                    batch.update(self.prepare_micro_batch(batch))
         elif self._step % self._batches_per_generation():
             warnings.warn(
                 f"{checkpoint} stands in the middle of a generation batch and does not hold the rest of it for this "

@@ -78,6 +78,10 @@ class OPSDConfig(SelfDistillationSettings, GRPOConfig):
     logging_first_step: bool = option(
         True, "Log the first step too: the untrained model's, which the guard compares with."
     )
+    logging_nan_inf_filter: bool = option(
+        False,
+        "Leave losses that are not finite out of the logged mean. Off: they stop the run, and asking waits for the GPU.",
+    )
     sample_distilled_only: bool = option(
         False,
         "Sampling stops where distillation does, so that no token is sampled in vain; rewards then see rollouts without "
@@ -88,6 +92,11 @@ class OPSDConfig(SelfDistillationSettings, GRPOConfig):
     share_contexts: bool = option(
         True,
         "Read a teacher context once for all rollouts it is used on. Changes no target, only the time of scoring.",
+    )
+    offload_targets: bool = option(
+        False,
+        "Keep the targets' hidden states in host memory until their micro-batch. Changes no number; worth it where many "
+        "long rollouts wait on a GPU.",
     )
     reward_weight: float = option(
         0.0, "Weight of TRL's policy-gradient loss beside the distillation; 0 leaves rewards to the log."

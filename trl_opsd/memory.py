@@ -196,7 +196,8 @@ class _Run:
         moments = 2 if "8bit" in self.args.optim else 2 * self.trained_bytes
         per_parameter = moments if not self.deepspeed else 12  # float32 weights and both moments
         shards = 1 if self.engine in ("single", "ddp") else self.num_gpus
-        states = self.rows * self.distilled * model.head[1] * 4 * self.num_states
+        on_device = 0 if self.args.offload_targets and self.device == "cuda" else self.rows
+        states = on_device * self.distilled * model.head[1] * 4 * self.num_states
         colocated = self.args.use_vllm and self.args.vllm_mode == "colocate"
         return [
             Part("weights", "always", weights),

@@ -67,6 +67,7 @@ def score_contexts(
     pad_id: int,
     tokens_per_forward: int,
     with_direction: bool,
+    result_device: torch.device | None = None,
     linear_head: bool = True,
     max_over_ranks: Callable[[int], int] = lambda count: count,
     sharing: ContextSharing | None = None,
@@ -80,10 +81,11 @@ def score_contexts(
         jobs: what to score.
         shape: (B, D, H): rows, scored length and hidden size of the result.
         dtype: of the result.
-        device: of the inputs and the result.
+        device: of the inputs.
         pad_id: padding token.
         tokens_per_forward: tokens, padding and cached ones included, that one forward holds.
         with_direction: whether the result has a direction.
+        result_device: of the result; None for the inputs'.
         linear_head: whether views may be summed as hidden states; False keeps them apart.
         max_over_ranks: makes every rank run the same number of forwards, which sharded engines need; a rank that
             has fewer runs empty ones.
@@ -94,9 +96,8 @@ def score_contexts(
         The anchor and direction; positions behind a rollout's end and rows without a context are zero.
     """
     # Added up in float32 (float64 for a float64 model): a target of one view keeps the model's own numbers.
-    target = empty_targets(
-        jobs, shape, with_direction=with_direction, linear_head=linear_head, device=device, dtype=dtype
-    )
+    place = {"device": result_device or device, "dtype": dtype}
+    target = empty_targets(jobs, shape, with_direction=with_direction, linear_head=linear_head, **place)
     share = sharing is not None and sharing.check(run, jobs, pad_id, device, max_over_ranks)
     shared, alone = plan_shared(jobs, tokens_per_forward) if share else ([], jobs)
     plain = plan_forwards(alone, tokens_per_forward)

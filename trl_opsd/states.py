@@ -39,7 +39,7 @@ class PartStates:
         if not weight:
             return
         if self.weights is None:
-            self.hidden[job.row, : len(job.rollout)] += weight * states
+            self.hidden[job.row, : len(job.rollout)] += weight * states.to(self.hidden.device)
             return
         place = job.row, self._num_views[job.row]
         self.hidden[place][: len(job.rollout)] = states
@@ -119,12 +119,20 @@ def _one_view_a_row(jobs: Sequence[ScoringJob]) -> bool:
     return all(job.anchor == 1 for job in anchors) and len({job.row for job in anchors}) == len(anchors)
 
 
-def read_views(batch: dict[str, Any], part: str) -> Views | None:
+def offload_states(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A micro-batch's hidden states in host memory, from which a GPU can copy them without waiting."""
+    names = [name for name in ("anchor_hidden", "direction_hidden") if name in batch]
+    states = {name: batch[name].cpu() for name in names}
+    return {name: hidden.pin_memory() for name, hidden in states.items()} if torch.cuda.is_available() else states
+
+
+def read_views(batch: dict[str, Any], part: str, device: torch.device) -> Views | None:
     """Anchor or direction of a (micro-)batch as the loss takes it.
 
     Args:
         batch: holds rows of `TargetStates.columns`.
         part: "anchor" or "direction".
+        device: of the loss; the hidden states may be in host memory.
 
     Returns:
         (B D, H); pairs of weights (B D,) and hidden states (B D, H) where views are kept apart; None without the part.
@@ -132,7 +140,8 @@ def read_views(batch: dict[str, Any], part: str) -> Views | None:
     hidden, weights = batch.get(f"{part}_hidden"), batch.get(f"{part}_weights")
     if hidden is None:
         return None
+    hidden = hidden.to(device, non_blocking=True)
     if weights is None:
         return hidden.flatten(0, 1)
-    views = zip(weights.unbind(1), hidden.unbind(1), strict=True)
+    views = zip(weights.to(device).unbind(1), hidden.unbind(1), strict=True)
     return [(weight.repeat_interleave(view.size(1)), view.flatten(0, 1)) for weight, view in views]

@@ -35,6 +35,7 @@ def fused_divergence(
     logit_softcap: float | None = None,
     num_tokens: int | None = None,
     tile_tokens: int | None = None,
+    positions: torch.Tensor | None = None,
     compiled: bool = False,
 ) -> tuple[torch.Tensor, FusedDiagnostics]:
     """Weighted sum over positions of the divergence between student and target, from final hidden states.
@@ -61,6 +62,7 @@ def fused_divergence(
         logit_softcap: cap of `cap * tanh(z / cap)` (Gemma), > 0, or None.
         num_tokens: compare the first `num_tokens` rows of the head only, in [1, V]; None for all.
         tile_tokens: positions per tile, >= 1; None sizes a tile by `TILE_BYTES`.
+        positions: (n,) int64, where `token_weights` is not 0, if that is known; to find it a GPU must be waited for.
         compiled: fuse the elementwise work with `torch.compile`, which needs Triton on a GPU and a C++ compiler on a CPU.
 
     Returns:
@@ -91,7 +93,15 @@ def fused_divergence(
         )
 
     return fused_loss(
-        student_hidden, head, target_at, token_weights, divergence, tile_tokens, compiled=compiled, **logit_settings
+        student_hidden,
+        head,
+        target_at,
+        token_weights,
+        divergence,
+        tile_tokens,
+        positions=positions,
+        compiled=compiled,
+        **logit_settings,
     )
 
 

@@ -14,7 +14,7 @@ import torch
 
 from .divergences import compute_dtype
 
-# Head rows widened at a time: 8192 x 4096 in float32 is 128 MiB.
+# Head rows widened, or added to, at a time: 8192 x 4096 in float32 is 128 MiB.
 WIDENED_ROWS = 8192
 
 
@@ -69,33 +69,35 @@ class Projection:
         tanh = logits * (self.temperature / self.softcap)
         return gradient.mul_(tanh.mul_(tanh).neg_().add_(1))
 
-    def write_hidden_gradient(self, gradient: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:
-        """Fill `out` (n, H) with the gradient to the hidden states.
-
-        Args:
-            gradient: (n, V) derivative of each position's loss, passed through the softcap.
-            weights: (n,) weight of each position.
-            out: (n, H) float32 or float64.
-        """
-        out.zero_()
-        narrow = gradient.to(self.dtype)
-        for rows, weight in self._slices():
-            _add_product(out, narrow[:, rows], weight)
-        out.mul_(weights.unsqueeze(-1) * self.factor)
-
-    def add_head_gradient(
+    def write_gradients(
         self,
         gradient: torch.Tensor,
         weights: torch.Tensor,
         hidden: torch.Tensor,
+        grad_hidden: torch.Tensor | None,
         grad_weight: torch.Tensor | None,
         grad_bias: torch.Tensor | None,
     ) -> None:
-        """Add to `grad_weight` (V, H) and `grad_bias` (V,) where given; see `write_hidden_gradient`."""
+        """Fill or add to the gradients that are given.
+
+        Args:
+            gradient: (n, V) derivative of each position's loss, passed through the softcap.
+            weights: (n,) weight of each position.
+            hidden: (n, H) hidden states.
+            grad_hidden: (n, H) to fill, float32 or float64, as the others.
+            grad_weight: (V, H) to add to.
+            grad_bias: (V,) to add to.
+        """
         weights = weights * self.factor
+        narrow = gradient.to(self.dtype)
+        if grad_hidden is not None:
+            grad_hidden.zero_()
+            for rows, weight in self._slices():
+                _add_product(grad_hidden, narrow[:, rows], weight)
+            grad_hidden.mul_(weights.unsqueeze(-1))
         if grad_weight is not None:
             weighted = (hidden.to(weights.dtype) * weights.unsqueeze(-1)).to(self.dtype)
-            _add_product(grad_weight, gradient.to(self.dtype).t(), weighted)
+            _add_product(grad_weight, narrow.t(), weighted)
         if grad_bias is not None:
             grad_bias.addmv_(gradient.t(), weights)
 
@@ -125,5 +127,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    else:
-        total += torch.mm(a, b, out_dtype=total.dtype)
+        return
+    for start in range(0, len(total), WIDENED_ROWS):  # else the product of a head's gradient is as large as the head
+        rows = slice(start, start + WIDENED_ROWS)
+        total[rows].add_(torch.mm(a[rows], b, out_dtype=total.dtype))

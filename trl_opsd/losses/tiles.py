@@ -34,13 +34,14 @@ def fused_loss(
     divergence: Divergence,
     tile_tokens: int | None,
     *,
+    positions: torch.Tensor | None = None,
     compiled: bool = False,
     **logit_settings: Any,
 ) -> tuple[torch.Tensor, FusedDiagnostics]:
     """The loss to any target, which has `num_tiles` and `write` as `TargetViews` has.
 
     Args:
-        student_hidden, token_weights, divergence, tile_tokens, compiled: as in [`fused_divergence`].
+        student_hidden, token_weights, divergence, tile_tokens, positions, compiled: as in [`fused_divergence`].
         head: the student's, from `whole_head`.
         target_at: from the positions (n,) of weight other than 0 to their target.
         **logit_settings: `logit_scale` and `softcap` of the student's logits.
@@ -51,7 +52,8 @@ def fused_loss(
         raise ValueError(
             f"tile_tokens={tile_tokens} is below 1; set a number of positions, or None for a size by bytes."
         )
-    positions = token_weights.nonzero().squeeze(-1)
+    if positions is None:
+        positions = nonzero_positions(token_weights)
     work = _Work(
         student=head_projection(head, student_hidden, divergence, logit_settings),
         target=target_at(positions),
@@ -65,6 +67,11 @@ def fused_loss(
     )
     full = stats.new_zeros(len(stats), len(token_weights))
     return loss, FusedDiagnostics(*full.index_copy_(1, positions, stats).unbind(0))
+
+
+def nonzero_positions(mask: torch.Tensor) -> torch.Tensor:
+    """(n,) places of a flattened mask that are not 0; waits for the device."""
+    return mask.flatten().nonzero().squeeze(-1)
 
 
 def whole_head(weight: torch.Tensor, bias: torch.Tensor | None, count: int) -> Head:
@@ -163,8 +170,7 @@ def _graph_is_kept() -> bool:
 
 def _run(hidden, work: _Work, grad_hidden, grad_weight, grad_bias) -> torch.Tensor:
     """Diagnostics (6, n); adds the gradients to those of the three that are given."""
-    with_head = grad_weight is not None or grad_bias is not None
-    with_gradient = with_head or grad_hidden is not None
+    with_gradient = any(grad is not None for grad in (grad_hidden, grad_weight, grad_bias))
     diagnostics = [work.weights.new_zeros(len(FusedDiagnostics._fields), 0)]
     slices, buffers = work.tiles()
     for rows in slices:
@@ -172,8 +178,7 @@ def _run(hidden, work: _Work, grad_hidden, grad_weight, grad_bias) -> torch.Tens
         work.student.write_logits(hidden[rows], student)
         views = work.target.write(rows, target)
         diagnostics.append(work.sweep_tile(student, *views, with_gradient=with_gradient))
-        if grad_hidden is not None:
-            work.student.write_hidden_gradient(student, work.weights[rows], grad_hidden[rows])
-        if with_head:
-            work.student.add_head_gradient(student, work.weights[rows], hidden[rows], grad_weight, grad_bias)
+        if with_gradient:
+            own = None if grad_hidden is None else grad_hidden[rows]
+            work.student.write_gradients(student, work.weights[rows], hidden[rows], own, grad_weight, grad_bias)
     return torch.cat(diagnostics, dim=1)

@@ -41,6 +41,7 @@ def fused_token_nll(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     tile_tokens: int | None = None,
+    positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted sum over positions of -log q(token), without logits of the whole batch.
 
@@ -50,7 +51,7 @@ def fused_token_nll(
         token_ids: (N,) int64, in [0, V); not read where the weight is 0.
         token_weights: (N,); 0 leaves a position out.
         temperature: divisor of the logits, > 0.
-        head_bias, logit_scale, logit_softcap, tile_tokens: as in [`fused_divergence`].
+        head_bias, logit_scale, logit_softcap, tile_tokens, positions: as in [`fused_divergence`].
 
     Returns:
         0-d loss with a gradient to `student_hidden`, `head_weight` and `head_bias`, and (N,) detached negative
@@ -72,6 +73,7 @@ def fused_token_nll(
         token_weights,
         Divergence("forward_kl", temperature=temperature),
         tile_tokens,
+        positions=positions,
         logit_scale=logit_scale,
         softcap=logit_softcap,
     )

@@ -22,14 +22,15 @@ from ..config import OPSDConfig
 from ..diagnostics import Diagnostics
 from ..heads import OutputHead, head_function
 from ..losses import token_weights
+from ..losses.tiles import nonzero_positions
 from ..rewards import guard_rewards
 from ..scoring import ContextSharing
-from ..states import read_views
+from ..states import offload_states, read_views
 from ..teacher import Teacher
 from ..validation import num_positions
 from .checks import check_inputs, check_prompts, choose_reward
 from .publishing import PublishingTrainer
-from .tail_anchor import count_tail_tokens, student_length, tail_loss
+from .tail_anchor import count_tail_tokens, locate_tail, student_length, tail_loss
 
 
 class SelfDistillationTrainer(PublishingTrainer):
@@ -170,6 +171,10 @@ class SelfDistillationTrainer(PublishingTrainer):
             self._reward_errors.clear()
         return super().add_targets(rows, batch, rewards)
 
+    def prepare_micro_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        places = {"distilled_positions": nonzero_positions(batch["distillation_mask"]), **locate_tail(batch)}
+        return places | (offload_states(batch) if self.args.offload_targets else {})
+
     def count_loss_items(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         mask = batch["distillation_mask"]
         items = mask.sum() if self.args.loss_reduction == "token" else mask.any(dim=1).sum()
@@ -238,8 +243,9 @@ class SelfDistillationTrainer(PublishingTrainer):
         def function(hidden: torch.Tensor, head: OutputHead):
             states = hidden[:, first:]
             distilled = states[:, : mask.size(1)].flatten(0, 1)
-            views = read_views(batch, "anchor"), read_views(batch, "direction")
-            loss, stats = self.divergence_of(distilled, *views, weights.flatten(), head, target_head)
+            views = (read_views(batch, part, mask.device) for part in ("anchor", "direction"))
+            positions = batch.get("distilled_positions")
+            loss, stats = self.divergence_of(distilled, *views, weights.flatten(), head, target_head, positions)
             if "tail_mask" in batch:
                 tail, stats["tail"] = tail_loss(states, head, batch, self.accelerator.num_processes)
                 loss = loss + self.args.tail_anchor_weight * tail

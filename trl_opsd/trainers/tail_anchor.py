@@ -10,6 +10,7 @@ import torch
 
 from ..heads import OutputHead
 from ..losses import fused_token_nll, token_weights
+from ..losses.tiles import nonzero_positions
 
 
 def tail_mask(batch: dict[str, Any], lengths: list[int]) -> torch.Tensor:
@@ -25,13 +26,18 @@ def count_tail_tokens(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {"num_tail_tokens": batch["tail_mask"].sum()} if "tail_mask" in batch else {}
 
 
+def locate_tail(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A micro-batch's `tail_mask` up to the end of the last tail, and where it is not 0; waits for the device."""
+    if "tail_mask" not in batch:
+        return {}
+    ends = nonzero_positions(batch["tail_mask"].any(dim=0)).tolist()
+    mask = batch["tail_mask"][:, : max(ends, default=-1) + 1]
+    return {"tail_mask": mask, "tail_positions": nonzero_positions(mask)}
+
+
 def student_length(batch: dict[str, Any]) -> int:
     """Completion tokens the student must run over: the distilled span, and up to the end of the last tail."""
-    length = batch["distillation_mask"].size(1)
-    if "tail_mask" not in batch:
-        return length
-    ends = batch["tail_mask"].any(dim=0).nonzero()
-    return max(length, int(ends.max()) + 1) if len(ends) else length
+    return max(batch[name].size(1) for name in ("distillation_mask", "tail_mask") if name in batch)
 
 
 def tail_loss(
@@ -56,6 +62,7 @@ def tail_loss(
         head.weight,
         batch["completion_ids"][:, : mask.size(1)].flatten(),
         token_weights=token_weights(mask, denominator=denominator).flatten(),
+        positions=batch.get("tail_positions"),
         head_bias=head.bias,
         logit_scale=head.logit_scale,
         logit_softcap=head.logit_softcap,

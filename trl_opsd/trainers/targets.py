@@ -175,6 +175,7 @@ class TargetTrainer(SelfTeaching, RolloutTrainer):
                 jobs,
                 (len(rollouts), length, self.hidden_size),
                 with_direction=self.method.shape(self.args, 0).uses_direction,
+                result_device=torch.device("cpu") if self.args.offload_targets else None,
             )
         self._target_heads[self.mode] = self.teacher.head
         return target, shortened

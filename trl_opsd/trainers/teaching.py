@@ -41,7 +41,13 @@ class SelfTeaching:
         check_vocabulary(self.model.config, head_rows, len(self.tokenizer))
 
     def _run_teacher(
-        self, teacher: Teacher, jobs: list[ScoringJob], shape: tuple[int, int, int], *, with_direction: bool
+        self,
+        teacher: Teacher,
+        jobs: list[ScoringJob],
+        shape: tuple[int, int, int],
+        *,
+        with_direction: bool,
+        result_device: torch.device | None = None,
     ) -> TargetStates:
         device = self.accelerator.device
 
@@ -63,6 +69,7 @@ class SelfTeaching:
                 pad_id=self.tokenizer.pad_token_id,
                 tokens_per_forward=self.args.teacher_tokens_per_forward,
                 with_direction=with_direction,
+                result_device=result_device,
                 linear_head=not caps_logits(self.model),
                 max_over_ranks=max_over_ranks,
                 sharing=self._sharing,
@@ -82,6 +89,7 @@ class SelfTeaching:
         weights: torch.Tensor,
         head: OutputHead,
         target_head: OutputHead | None,
+        positions: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The method's loss now of the student's states (N, H), and its values (N,) for the log; see `fused_divergence`."""
         loss, stats = fused_divergence(
@@ -98,6 +106,7 @@ class SelfTeaching:
             logit_scale=head.logit_scale,
             logit_softcap=head.logit_softcap,
             num_tokens=self.num_tokens,
+            positions=positions,
             compiled=self.args.compile_loss,
         )
         return loss, log_values(stats)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses as on a GPU: what they put where, in which dtype, and that they ask for no value (see `fake_cuda`)."""
+
+import pytest
+import torch
+from fake_cuda import fake_cuda
+
+from trl_opsd.losses import (
+    CLIPS,
+    DIVERGENCES,
+    BoundedShape,
+    Divergence,
+    LinearShape,
+    Shape,
+    fused_divergence,
+    fused_token_nll,
+    tiles,
+)
+
+SIZE, KEPT, WIDTH, VOCABULARY = 600, 550, 64, 1000
+NARROW = (torch.bfloat16, torch.float32)
+SHAPES = [Shape(), LinearShape(2.0), BoundedShape()]
+RULES = [Divergence(name, clip=clip) for name in DIVERGENCES for clip in CLIPS]
+
+
+def make(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, device="cuda", dtype=dtype)
+
+
+class _Context:
+    """What an autograd function keeps between its two passes, without autograd: that would ask for a GPU's streams."""
+
+    def __init__(self, needs_input_grad):
+        self.needs_input_grad = needs_input_grad
+
+    def save_for_backward(self, *tensors):
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors):
+        pass
+
+
+@pytest.fixture
+def by_hand(monkeypatch):
+    """Both passes run at once; a list gets the gradients of hidden states, weight and bias."""
+    grads = []
+
+    def apply(hidden, weight, bias, *others):
+        context = _Context([True, grads[0], grads[0]])
+        results = tiles._FusedDivergence.forward(context, hidden, weight, bias, others[0], True)
+        grads[:] = tiles._FusedDivergence.backward(context, torch.ones_like(results[0]), None)[:3]
+        return results
+
+    monkeypatch.setattr(tiles._FusedDivergence, "apply", apply)
+    with torch.no_grad():
+        yield grads
+
+
+def run(grads, rule=RULES[0], shape=SHAPES[0], *, dtype=torch.bfloat16, trained=True, pairs=False, **settings):
+    """Loss and diagnostics; `grads` gets the gradients."""
+    grads[:] = [trained]
+    views = [(0.5, make(SIZE, WIDTH, dtype=dtype)), (0.5, make(SIZE, WIDTH, dtype=dtype))]
+    anchor, direction = (views, views) if pairs else (make(SIZE, WIDTH, dtype=dtype), make(SIZE, WIDTH, dtype=dtype))
+    return fused_divergence(
+        make(SIZE, WIDTH, dtype=dtype),
+        make(VOCABULARY, WIDTH, dtype=dtype),
+        anchor,
+        direction if shape.uses_direction else None,
+        token_weights=make(SIZE, dtype=torch.float32),
+        divergence=rule,
+        shape=shape,
+        head_bias=make(VOCABULARY, dtype=dtype),
+        tile_tokens=256,
+        **{"positions": torch.arange(KEPT, device="cuda"), **settings},
+    )
+
+
+def check(results, grads, dtype, trained=True):
+    loss, stats = results
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    assert all(values.shape == (SIZE,) and values.dtype == torch.float32 for values in stats)
+    of_head = [(VOCABULARY, WIDTH), (VOCABULARY,)] if trained else [None, None]
+    assert [None if grad is None else (*grad.shape,) for grad in grads] == [(KEPT, WIDTH), *of_head]
+    given = [grad for grad in grads if grad is not None]
+    assert {tensor.device.type for tensor in (loss, *stats, *given)} == {"cuda"}
+    assert {grad.dtype for grad in given} == {dtype}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: type(shape).__name__)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.name}-{rule.clip}")
+def test_a_bfloat16_model_multiplies_narrow_and_adds_up_wide(by_hand, rule, shape):
+    with fake_cuda() as products:
+        check(run(by_hand, rule, shape, trained=False), by_hand, torch.bfloat16, trained=False)
+    assert products == {NARROW}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: type(shape).__name__)
+def test_the_gradient_of_a_head_is_added_up_wide(by_hand, shape):
+    with fake_cuda() as products:
+        check(run(by_hand, shape=shape), by_hand, torch.bfloat16)
+    assert products - {(torch.float32, torch.float32)} == {NARROW}  # the bias's sum is the other
+
+
+def test_under_autocast_a_float32_model_multiplies_narrow(by_hand):
+    with fake_cuda(autocast=torch.bfloat16) as products:
+        check(run(by_hand, dtype=torch.float32, trained=False), by_hand, torch.float32, trained=False)
+    assert products == {NARROW}
+
+
+def test_without_autocast_a_float32_model_multiplies_wide(by_hand):
+    with fake_cuda() as products:
+        check(run(by_hand, dtype=torch.float32, trained=False), by_hand, torch.float32, trained=False)
+    assert products == {(torch.float32, torch.float32)}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: type(shape).__name__)
+def test_capped_logits_keep_their_views_apart(by_hand, shape):
+    with fake_cuda() as products:
+        check(
+            run(by_hand, shape=shape, pairs=True, logit_softcap=30.0, trained=False),
+            by_hand,
+            torch.bfloat16,
+            trained=False,
+        )
+    assert products == {NARROW}
+
+
+def test_a_target_with_a_head_of_its_own(by_hand):
+    with fake_cuda():
+        target = {"target_head_weight": make(VOCABULARY, WIDTH), "target_head_bias": make(VOCABULARY)}
+        check(run(by_hand, **target, logit_scale=0.5), by_hand, torch.bfloat16)
+
+
+def test_the_likelihood_of_tokens(by_hand):
+    by_hand[:] = [True]
+    with fake_cuda() as products:
+        loss, values = fused_token_nll(
+            make(SIZE, WIDTH),
+            make(VOCABULARY, WIDTH),
+            torch.zeros(SIZE, dtype=torch.int64, device="cuda"),
+            token_weights=make(SIZE, dtype=torch.float32),
+            positions=torch.arange(10, device="cuda"),
+        )
+    assert loss.device.type == values.device.type == "cuda"
+    assert [grad if grad is None else (*grad.shape,) for grad in by_hand] == [(10, WIDTH), (VOCABULARY, WIDTH), None]
+    assert products == {NARROW}
+
+
+def test_positions_that_are_not_given_are_asked_for(by_hand):
+    with fake_cuda(), pytest.raises(RuntimeError):
+        run(by_hand, positions=None)
+
+
+def test_a_tensor_on_another_device_is_refused():
+    with fake_cuda(), pytest.raises(RuntimeError, match="device"):
+        torch.mm(make(2, 2), torch.empty(2, 2, dtype=torch.bfloat16))
