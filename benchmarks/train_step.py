@@ -11,9 +11,10 @@ Contenders, each in a process of its own, in turn within each repeat:
   distillation   TRL's `DistillationTrainer`, beta 0: the teacher is a second model and reads the student's prompt alone
   gkd            TRL's experimental `GKDTrainer`, the same teacher and divergence
   grpo           TRL's `GRPOTrainer`, 8 rollouts a prompt (or all of a smaller step's), a reward without cost, no teacher
-The self-teachers (ours, sdft) are the initial weights and read prompt and solution; `--generations` above 1 gives them so
-many rollouts a prompt, and ours then reads each context once. The paper's own trainer is not here:
-it needs vLLM, CUDA and another TRL.
+  paper          the trainer that the OPSD paper's authors published, forward KL; runs only where `--paper_python` and
+                 `--paper_repo` name an environment with its pins and a checkout (see paper_trainer.py)
+The self-teachers (ours, sdft, paper) are the initial weights, paper's those of the step, and read prompt and solution;
+`--generations` above 1 gives them so many rollouts a prompt, and ours then reads each context once.
 
 All start from one file of weights, read the same prompts in the same order, sample and compare at temperature 1 (GKD's
 loss knows no other) and keep their defaults elsewhere. With `--rollouts given`, `generate` only appends completions that
@@ -37,26 +38,21 @@ Memory is the kernel's high-water mark of the resident memory on a CPU (Linux), 
 import argparse
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from contextlib import nullcontext
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CI", "true")
 
 import torch
 from datasets import Dataset
-from measuring import PhasePeaks, give_back_free_memory, peak
 from memory import config_of
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from steps import SAMPLING, GivenRollouts, load, make_rows, make_settings, measure_steps
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_opsd.demo import model_path
 from trl_opsd.footprint import load_config
@@ -76,112 +72,6 @@ SHAPES = {
     "qwen3-4b": {"batch": 2, "accumulation": 4, "prompt": 256, "solution": 1024, "completion": 1024, "generations": 1},
 }
 QWEN3 = {"qwen3-1.7b": "Qwen3-1.7B", "qwen3-4b": "Qwen3-4B"}
-LETTERS = "bcdfghjklmnpqrstvwxz"  # one token each, and no word that the tokenizer knows
-SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-
-
-class GivenRollouts:
-    """Completions drawn from their prompts; called in place of a model's `generate`."""
-
-    def __init__(self, tokenizer, length):
-        self.letters, self.length = tokenizer(LETTERS)["input_ids"], length
-
-    def draw(self, prompt, copy=0):
-        """Token ids of the completion of a prompt's ids, one for each of its copies."""
-        return random.Random(f"{prompt}/{copy}").choices(self.letters, k=self.length)
-
-    def __call__(self, input_ids, attention_mask, return_dict_in_generate=False, **_):
-        prompts = [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(input_ids, attention_mask, strict=True)]
-        rows = [self.draw(prompt, prompts[:index].count(prompt)) for index, prompt in enumerate(prompts)]
-        ids = torch.cat([input_ids, torch.tensor(rows, device=input_ids.device)], dim=1)
-        return SimpleNamespace(sequences=ids) if return_dict_in_generate else ids
-
-
-class PeakMemory(PhasePeaks):
-    """Peaks above what was held when this was made, and that of the loss above what was held when it began."""
-
-    loss_bytes = 0
-
-    def enter_loss(self):
-        give_back_free_memory()  # what is freed but resident would hide as much of the peak
-        self.enter("loss")
-        self.held = peak(self.device)
-
-    def leave_loss(self, _):
-        self.loss_bytes = max(self.loss_bytes, peak(self.device) - self.held)
-        self.enter("rest")
-
-
-class Probe(TrainerCallback):
-    """Times of a run's steps, the losses of its micro-batches, and in the last warm-up step the memory of the loss."""
-
-    def __init__(self, trainer, case):
-        self.times, self.losses, self.warmup = [], [], case["warmup"]
-        self.cuda = case["device"] == "cuda"
-        self.memory = PeakMemory(case["device"])
-        self.training_step, trainer.training_step = trainer.training_step, self.keep_loss
-        trainer.model.base_model.register_forward_hook(self.after_backbone)
-        trainer.add_callback(self)
-
-    def keep_loss(self, *args, **kwargs):
-        self.losses.append(self.training_step(*args, **kwargs))
-        return self.losses[-1]
-
-    def after_backbone(self, module, inputs, output):
-        hidden = output.last_hidden_state
-        if hidden.requires_grad and len(self.times) == self.warmup:
-            self.memory.enter_loss()
-            hidden.register_hook(self.memory.leave_loss)
-
-    def on_train_begin(self, *args, **kwargs):
-        self.stamp()
-
-    def on_step_end(self, *args, **kwargs):
-        self.stamp()
-
-    def stamp(self):
-        if self.cuda:
-            torch.cuda.synchronize()
-        self.times.append((time.perf_counter(), time.process_time()))
-
-
-def make_rows(case):
-    """Prompts of several lengths, because only a padded batch has an attention mask, and solutions."""
-    draw = random.Random(0)
-    count = case["batch"] * case["accumulation"] * case["steps"]
-    return [
-        {
-            "prompt": "".join(draw.choices(LETTERS, k=case["prompt"] - index % 4)),
-            "solution": "".join(draw.choices(LETTERS, k=case["solution"])),
-        }
-        for index in range(count)
-    ]
-
-
-def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def make_settings(case):
-    """Training arguments that every contender has."""
-    cuda = case["device"] == "cuda"
-    return {
-        "output_dir": case["folder"],
-        "per_device_train_batch_size": case["batch"],
-        "gradient_accumulation_steps": case["accumulation"],
-        "max_steps": case["steps"],
-        "learning_rate": 1e-6,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 1.0,
-        "shuffle_dataset": False,
-        "gradient_checkpointing": cuda,
-        "bf16": cuda,
-        "use_cpu": not cuda,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-    }
 
 
 def ours(case, common, rows, tokenizer, clip):
@@ -293,35 +183,15 @@ CONTENDERS = {
     "gkd": gkd,
     "grpo": grpo,
 }
+PAPER = "paper"
 SECOND_MODEL = ("distillation", "gkd")
 
 
 def measure(case):
     """Train the case's steps; prints a JSON line of what was measured."""
-    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    tokenizer = AutoTokenizer.from_pretrained(case["tokenizer"])
     trainer = CONTENDERS[case["what"]](case, make_settings(case), make_rows(case), tokenizer)
-    if case["rollouts"] == "given":
-        trainer.model.generate = GivenRollouts(tokenizer, case["completion"])
-    else:
-        trainer.generation_config.min_new_tokens = case["completion"]
-    probe = Probe(trainer, case)
-    with torch.profiler.profile() if case["profile"] else nullcontext() as profile:
-        trainer.train()
-    if case["profile"]:
-        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=14), file=sys.stderr)
-    probe.memory.enter("end")
-    seconds, cpu_seconds = (
-        [end - start for start, end in pairwise(times)] for times in zip(*probe.times[case["warmup"] :], strict=True)
-    )
-    line = {
-        "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
-        "peak": max(probe.memory.phases.values()),
-        "loss_peak": probe.memory.loss_bytes,
-        "loss": sum(loss.item() for loss in probe.losses[: case["accumulation"]]),
-        "threads": torch.get_num_threads(),
-    }
-    print(json.dumps(line), flush=True)
+    measure_steps(trainer, tokenizer, case)
 
 
 def prepare(model, contenders, folder):
@@ -342,7 +212,10 @@ def prepare(model, contenders, folder):
 
 def run(case):
     """One run in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, "--case", json.dumps(case)], capture_output=True, text=True)
+    worker = [sys.executable, __file__]
+    if case["what"] == PAPER:
+        worker = [case["paper_python"], Path(__file__).with_name("paper_trainer.py")]
+    done = subprocess.run([*worker, "--case", json.dumps(case)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{case['what']}:\n{done.stderr[-4000:]}")
     if case["profile"]:
@@ -394,7 +267,7 @@ def print_table(rows):
             print(f" {row[name]:8.0f} {ratio:6.2f}", end="")
         print(f" {row['loss']:12.9f}")
     losses = {row["what"]: row["loss"] for row in rows}
-    for first, second in (("ours", "sdft-full"), ("distillation", "gkd")):
+    for first, second in (("ours", "sdft-full"), ("ours", PAPER), ("distillation", "gkd")):
         if rows[0]["rollouts"] == "given" and {first, second} <= losses.keys():
             difference = abs(losses[first] / losses[second] - 1)
             print(f"Relative difference of the losses of {first} and {second}: {difference:.1e}")
@@ -404,7 +277,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="100M", choices=SHAPES)
     parser.add_argument("--rollouts", default="given", choices=("given", "sampled"))
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--contenders", nargs="+", choices=(*CONTENDERS, PAPER), help="default: all that can run")
+    parser.add_argument("--paper_python", help="Python with what paper_trainer.py names")
+    parser.add_argument("--paper_repo", help="checkout of the paper's repository")
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps of a run, warm-up included")
     parser.add_argument("--warmup", type=int, default=2, help="first steps that are not counted, 1 or more")
     parser.add_argument("--repeats", type=int, default=3)
@@ -417,6 +292,10 @@ def main():
     options = parser.parse_args()
     if options.case:
         return measure(json.loads(options.case))
+    has_paper = options.paper_python and options.paper_repo
+    options.contenders = options.contenders or [*CONTENDERS, *([PAPER] if has_paper else [])]
+    if PAPER in options.contenders and not has_paper:
+        parser.error(f"{PAPER} needs --paper_python and --paper_repo")
     if not 1 <= options.warmup < options.steps:
         parser.error("--warmup is to be at least 1 and below --steps")
     with tempfile.TemporaryDirectory() as folder:
@@ -429,9 +308,10 @@ def main():
 def benchmark(options, folder):
     """Rows of all contenders, their runs in turn."""
     shape = {name: getattr(options, name) or default for name, default in SHAPES[options.model].items()}
-    names = ("model", "rollouts", "steps", "warmup", "device", "profile")
+    names = ("model", "rollouts", "steps", "warmup", "device", "profile", "paper_python", "paper_repo")
     settings = {name: getattr(options, name) for name in names}
-    case = {**settings, **shape, **prepare(options.model, options.contenders, folder), "folder": f"{folder}/run"}
+    folders = {**prepare(options.model, options.contenders, folder), "folder": f"{folder}/run"}
+    case = {**settings, **shape, **folders, "tokenizer": str(model_path())}
     runs = {what: [] for what in options.contenders}
     for _ in range(1 if options.profile else options.repeats):
         for what in runs:

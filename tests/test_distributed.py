@@ -79,16 +79,20 @@ def test_no_rank_holds_a_whole_teacher_where_the_student_is_sharded(launched, en
             assert teacher <= 0.65 * whole
 
 
-def test_fsdp2_gathers_the_head_once_a_forward_however_many_tiles(tmp_path, models):
-    counts = []
+@pytest.mark.parametrize(
+    "engine, gathers",
+    [
+        # All weights, then LoRA. Three steps of a teacher forward and two micro-batches; backward passes gather some ahead.
+        ("fsdp2", [3 * 4, 3 * 3]),
+        ("zero3", [13, 14]),  # and the check of the head before the first step
+    ],
+)
+def test_the_head_is_gathered_once_a_forward_however_many_tiles(tmp_path, models, engine, gathers):
     for tiles in (False, True):
         folder = tmp_path / f"tiles-{tiles}"
-        code, results = launch("fsdp2", folder, [{}, {"lora": True}], models, one_token_tiles=tiles)
+        code, results = launch(engine, folder, [{}, {"lora": True}], models, one_token_tiles=tiles)
         assert code == 0
-        counts.append([result[0]["head_gathers"] for result in results])
-    assert counts[1] == counts[0]
-    # Three steps of a teacher forward and two micro-batches; once more a step where a backward pass gathers ahead.
-    assert counts[0] == [3 * 4, 3 * 3]
+        assert [result[0]["head_gathers"] for result in results] == gathers
 
 
 @pytest.mark.exhaustive

@@ -28,7 +28,7 @@ from ..scoring import ContextSharing
 from ..states import offload_states, read_views
 from ..teacher import Teacher
 from ..validation import num_positions
-from .checks import check_inputs, check_prompts, choose_reward
+from .checks import check_inputs, check_prompts, check_sampling_keeps_weights, choose_reward
 from .publishing import PublishingTrainer
 from .tail_anchor import count_tail_tokens, locate_tail, student_length, tail_loss
 
@@ -89,6 +89,7 @@ class SelfDistillationTrainer(PublishingTrainer):
             environment_factory=environment_factory,
         )
         self.prepare_model_to_teach()
+        check_sampling_keeps_weights(self.model, args)
         self.collator = self._make_collator()
         check_prompts(self.collator, train_dataset, eval_dataset)
         self._start(fresh_adapter=peft_config is not None)

@@ -138,6 +138,23 @@ def config_of(model: Any, args: Any) -> Any:
     return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusts_remote_code(args))
 
 
+def check_sampling_keeps_weights(model: torch.nn.Module, args: Any) -> None:
+    """Check that sampling leaves the trained weights as they are: TRL's continuous batching casts the model for good.
+
+    Raises:
+        ValueError: the weights that train would lose their float32.
+    """
+    names = ("use_transformers_continuous_batching", "use_transformers_paged")  # the older name
+    used = [name for name in names if getattr(args, name, False)]
+    narrow = [name for name in ("bf16", "fp16") if getattr(args, name)]
+    if used and narrow and any(p.requires_grad and p.dtype == torch.float32 for p in model.parameters()):
+        raise ValueError(
+            f"{used[0]}=True with {narrow[0]}=True: at the first sampling TRL casts the whole model, and the float32 weights "
+            "that train would lose most updates to rounding from then on. Sample with vLLM or leave it out; or set "
+            f"{narrow[0]}=False."
+        )
+
+
 def check_same_weights(model: torch.nn.Module, accelerator: Any) -> None:
     """Under FSDP2, check that every rank was given the same trainable weights; a collective.
 
