@@ -305,6 +305,18 @@ def test_no_grad_gives_the_value_without_gradient_products(monkeypatch):
     assert loss.item() == want.item()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_was_in_memory_before_the_gradients_means_nothing(monkeypatch, dtype):
+    monkeypatch.setattr(projection, "WIDENED_ROWS", 7)  # a bfloat16 head is widened in slices
+    problem = Problem(("jsd", None), BoundedShape(), "bias", dtype)
+    want = problem.run(fused_divergence, tile_tokens=2)
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(torch.nan))
+    loss, grads, _ = problem.run(fused_divergence, tile_tokens=2)
+    torch.testing.assert_close(loss, want[0], rtol=0, atol=0)
+    torch.testing.assert_close(grads, want[1], rtol=0, atol=0)
+
+
 def test_autocast_changes_nothing():
     problem = Problem(("jsd", None), BoundedShape(), "bias", torch.float32)
     want = problem.run(fused_divergence)

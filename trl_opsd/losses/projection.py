@@ -77,29 +77,31 @@ class Projection:
         grad_hidden: torch.Tensor | None,
         grad_weight: torch.Tensor | None,
         grad_bias: torch.Tensor | None,
+        *,
+        first: bool,
     ) -> None:
-        """Fill or add to the gradients that are given.
+        """Write the gradients that are given, all float32 or float64.
 
         Args:
             gradient: (n, V) derivative of each position's loss, passed through the softcap.
             weights: (n,) weight of each position.
             hidden: (n, H) hidden states.
-            grad_hidden: (n, H) to fill, float32 or float64, as the others.
-            grad_weight: (V, H) to add to.
-            grad_bias: (V,) to add to.
+            grad_hidden: (n, H), overwritten.
+            grad_weight: (V, H), added to; the `first` time overwritten.
+            grad_bias: (V,), likewise.
+            first: nothing was added yet, and what is there means nothing.
         """
         weights = weights * self.factor
         narrow = gradient.to(self.dtype)
         if grad_hidden is not None:
-            grad_hidden.zero_()
             for rows, weight in self._slices():
-                _add_product(grad_hidden, narrow[:, rows], weight)
+                _add_product(grad_hidden, narrow[:, rows], weight, first=rows.start == 0)
             grad_hidden.mul_(weights.unsqueeze(-1))
         if grad_weight is not None:
             weighted = (hidden.to(weights.dtype) * weights.unsqueeze(-1)).to(self.dtype)
-            _add_product(grad_weight, narrow.t(), weighted)
+            _add_product(grad_weight, narrow.t(), weighted, first=first)
         if grad_bias is not None:
-            grad_bias.addmv_(gradient.t(), weights)
+            grad_bias.addmv_(gradient.t(), weights, beta=0 if first else 1)
 
     def _slices(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Slices of the head in the dtype of the products, with the rows they hold."""
@@ -124,10 +126,13 @@ def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:
+    """Add to `total`, or overwrite it, without a zero-filled tensor as large as the head."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
-        return
-    for start in range(0, len(total), WIDENED_ROWS):  # else the product of a head's gradient is as large as the head
-        rows = slice(start, start + WIDENED_ROWS)
-        total[rows].add_(torch.mm(a[rows], b, out_dtype=total.dtype))
+        total.addmm_(a, b, beta=0 if first else 1)
+    elif first:
+        _product(a, b, total)
+    else:
+        for start in range(0, len(total), WIDENED_ROWS):
+            rows = slice(start, start + WIDENED_ROWS)
+            total[rows].add_(torch.mm(a[rows], b, out_dtype=total.dtype))

@@ -134,8 +134,9 @@ class _FusedDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, work: _Work, grad_enabled: bool):
+        make = torch.empty_like if len(work.weights) else torch.zeros_like  # a first tile overwrites
         accumulated = [
-            torch.zeros_like(x, dtype=work.weights.dtype) if x is not None and needed and grad_enabled else None
+            make(x, dtype=work.weights.dtype) if x is not None and needed and grad_enabled else None
             for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
         ]
         with torch.autocast(hidden.device.type, enabled=False):
@@ -169,7 +170,7 @@ def _graph_is_kept() -> bool:
 
 
 def _run(hidden, work: _Work, grad_hidden, grad_weight, grad_bias) -> torch.Tensor:
-    """Diagnostics (6, n); adds the gradients to those of the three that are given."""
+    """Diagnostics (6, n); writes the gradients of the three that are given."""
     with_gradient = any(grad is not None for grad in (grad_hidden, grad_weight, grad_bias))
     diagnostics = [work.weights.new_zeros(len(FusedDiagnostics._fields), 0)]
     slices, buffers = work.tiles()
@@ -179,6 +180,7 @@ def _run(hidden, work: _Work, grad_hidden, grad_weight, grad_bias) -> torch.Tens
         views = work.target.write(rows, target)
         diagnostics.append(work.sweep_tile(student, *views, with_gradient=with_gradient))
         if with_gradient:
-            own = None if grad_hidden is None else grad_hidden[rows]
-            work.student.write_gradients(student, work.weights[rows], hidden[rows], own, grad_weight, grad_bias)
+            own, first = None if grad_hidden is None else grad_hidden[rows], rows.start == 0
+            grads = own, grad_weight, grad_bias
+            work.student.write_gradients(student, work.weights[rows], hidden[rows], *grads, first=first)
     return torch.cat(diagnostics, dim=1)
