@@ -242,14 +242,22 @@ def test_groups_that_only_all_gpus_together_make_are_planned(folder, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
-def test_the_verdict_names_a_change_with_which_the_run_fits(make_args):
-    args = make_args(max_completion_length=1024, teacher_tokens_per_forward=1, use_vllm=True, vllm_mode="server")
+@pytest.mark.parametrize(
+    ("change", "settings"),
+    [
+        ("gradient_checkpointing", {"offload_targets": True}),
+        ("offload_targets", {"gradient_checkpointing": True, "gradient_accumulation_steps": 64}),
+    ],
+)
+def test_the_verdict_names_a_change_with_which_the_run_fits(make_args, change, settings):
+    common = {"per_device_train_batch_size": 1, "max_completion_length": 1024, "teacher_tokens_per_forward": 1}
+    args = make_args(**common, use_vllm=True, vllm_mode="server", **settings)
     config = small_config(hidden_size=512, intermediate_size=2048)
     run = command.Planned(config, args, "opsd", None, "float32", True, Workload(50, 50))
-    saving = run.changed(gradient_checkpointing=True).plan("ddp", 2).total
+    saving = run.changed(**{change: True}).plan("ddp", 2).total
     run.gpu_gib = (saving + run.plan("ddp", 2).total) / 2 / GIB
     assert "Does not fit" in command.verdict(run, "ddp", 2)
-    assert command.verdict(run, "ddp", 2).endswith("It does with gradient_checkpointing=True.")
+    assert command.verdict(run, "ddp", 2).endswith(f"It does with {change}=True.")
 
 
 @pytest.mark.slow

@@ -127,7 +127,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:
-    """Add to `total`, or overwrite it, without a zero-filled tensor as large as the head."""
+    """Add `a @ b` to `total`, or overwrite it; no other tensor is as large as a head."""
     if a.dtype == total.dtype:
         total.addmm_(a, b, beta=0 if first else 1)
     elif first:
