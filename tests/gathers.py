@@ -38,7 +38,8 @@ class HeadGathers:
         @functools.wraps(gather)
         def counted(*args, **kwargs):
             head = causal_lm(self.trainer.accelerator.unwrap_model(self.trainer.model)).get_output_embeddings()
-            weight = dict(head.named_parameters())["weight"]  # under ZeRO-3 `head.weight` would gather it
+            # Under ZeRO-3 `head.weight` would gather it; of a head that PEFT saves the last one is the copy that trains.
+            weight = [parameter for name, parameter in head.named_parameters() if name.endswith("weight")][-1]
             lists = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, (list, set, tuple))]
             self.count += any(_is_missing(param, weight) for params in lists for param in params)
             return gather(*args, **kwargs)
