@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_opsd.losses import projection
+from trl_opsd.losses import projection, tiles
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -77,17 +77,19 @@ def test_with_the_products_of_a_gpu_the_gradient_is_that_of_float64_up_to_roundi
     assert dtype == "float32" or min(unclipped) > 1e-4  # the inputs of products were rounded
 
 
-def test_a_heads_gradient_is_added_up_a_slice_at_a_time(load, monkeypatch):
+def test_a_heads_gradient_is_added_up_over_tiles_a_slice_at_a_time(load, monkeypatch):
     contenders, narrow = load("contenders"), load("narrow_products")
     inputs = contenders.Inputs.draw(32, 64, 512, "cpu", torch.bfloat16)
     grads = []
-    for rows in (8192, 100):
+    monkeypatch.setattr(tiles, "TILE_BYTES", {"cpu": 0})
+    for tile, rows in ((32, 8192), (10, 100)):
+        monkeypatch.setattr(tiles, "MIN_TILE_TOKENS", tile)
         monkeypatch.setattr(projection, "WIDENED_ROWS", rows)
         with narrow.narrow_products():
             case = contenders.CASES["jsd"]
             grads.append(contenders.backpropagate(contenders.ours, inputs, case, True, False))
     assert grads[0].weight.shape == (512, 64)
-    torch.testing.assert_close(grads[1].weight, grads[0].weight)
+    torch.testing.assert_close(grads[1].weight, grads[0].weight)  # of two that were rounded to bfloat16
     torch.testing.assert_close(grads[1].hidden, grads[0].hidden)
 
 

@@ -14,6 +14,7 @@ from trl_opsd.losses import (
     Shape,
     fused_divergence,
     fused_token_nll,
+    projection,
     tiles,
 )
 
@@ -105,6 +106,15 @@ def test_under_autocast_a_float32_model_multiplies_narrow(by_hand):
     with fake_cuda(autocast=torch.bfloat16) as products:
         check(run(by_hand, dtype=torch.float32, trained=False), by_hand, torch.float32, trained=False)
     assert products == {NARROW}
+
+
+def test_under_autocast_the_head_is_narrowed_once_not_a_slice_at_a_time(by_hand, monkeypatch):
+    calls, product = [], projection._product
+    monkeypatch.setattr(projection, "WIDENED_ROWS", 100)
+    monkeypatch.setattr(projection, "_product", lambda *args: (calls.append(args), product(*args)))
+    with fake_cuda(autocast=torch.bfloat16):
+        run(by_hand, dtype=torch.float32, trained=False)
+    assert len(calls) == 3 * 3  # tiles of 256 positions; student, target, gradient
 
 
 def test_without_autocast_a_float32_model_multiplies_wide(by_hand):
