@@ -17,12 +17,10 @@ from functools import partial
 
 import torch
 from measuring import emit, machine, measure, summary
-from teacher_scoring import make_model
+from teacher_scoring import CountedForward, make_model, run_scoring
 
 from trl_opsd.collators import left_pad, positions_from_mask
-from trl_opsd.forwards import TeacherForward
 from trl_opsd.jobs import ScoringJob
-from trl_opsd.scoring import score_contexts
 
 Rows = Sequence[tuple[list[int], list[int]]]  # context and rollout of each
 
@@ -71,31 +69,11 @@ def packed(model, rows: Rows, args: argparse.Namespace) -> tuple[torch.Tensor, i
     return torch.stack(states), sum(map(_length, rows))
 
 
-class CountedForward(TeacherForward):
-    """A teacher that counts the tokens it runs, padding included."""
-
-    computed = 0
-
-    def _states(self, ids, *args, **settings):
-        self.computed += ids.numel()
-        return super()._states(ids, *args, **settings)
-
-
 def sorted_by_length(model, rows: Rows, args: argparse.Namespace) -> tuple[torch.Tensor, int]:
     jobs = [ScoringJob(context, rollout, index, 1.0, 0.0) for index, (context, rollout) in enumerate(rows)]
     teacher = CountedForward(model, model)
-    target = score_contexts(
-        teacher,
-        jobs,
-        shape=(len(rows), args.span, args.hidden),
-        dtype=torch.float32,
-        device=torch.device(args.device),
-        pad_id=0,
-        tokens_per_forward=args.budget,
-        with_direction=False,
-        sharing=None,
-    )
-    return target.anchor, teacher.computed
+    target = run_scoring(teacher, jobs, args, with_direction=False)
+    return target.anchor, teacher.num_tokens
 
 
 def _length(row: tuple[list[int], list[int]]) -> int:

@@ -15,6 +15,7 @@ to their largest.
 
 import argparse
 from functools import partial
+from typing import Any
 
 import torch
 from measuring import Sample, emit, machine, measure, summary
@@ -24,6 +25,7 @@ from trl_opsd.forwards import TeacherForward
 from trl_opsd.heads import attach_head_function
 from trl_opsd.jobs import ScoringJob
 from trl_opsd.scoring import ContextSharing, score_contexts
+from trl_opsd.states import TargetStates
 
 NUM_TOKENS = 512
 # Rollouts and contexts of a group; the head is not run, so its size is small.
@@ -67,13 +69,30 @@ def make_jobs(
 
 
 class CountedForward(TeacherForward):
-    """A teacher that counts its forwards."""
+    """A teacher that counts its forwards and the tokens they run, padding included."""
 
-    num_forwards = 0
+    num_forwards = num_tokens = 0
 
-    def _states(self, *args, **settings):
-        CountedForward.num_forwards += 1
-        return super()._states(*args, **settings)
+    def _states(self, ids, *args, **settings):
+        self.num_forwards += 1
+        self.num_tokens += ids.numel()
+        return super()._states(ids, *args, **settings)
+
+
+def run_scoring(
+    teacher: TeacherForward, jobs: list[ScoringJob], args: argparse.Namespace, **settings: Any
+) -> TargetStates:
+    """The targets of jobs whose rollouts have `args.span` tokens."""
+    return score_contexts(
+        teacher,
+        jobs,
+        shape=(len({job.row for job in jobs}), args.span, args.hidden),
+        dtype=torch.float32,
+        device=torch.device(args.device),
+        pad_id=0,
+        tokens_per_forward=args.budget,
+        **settings,
+    )
 
 
 def score(model, jobs: list[ScoringJob], shared: bool, args: argparse.Namespace) -> tuple[Sample, int]:
@@ -81,20 +100,9 @@ def score(model, jobs: list[ScoringJob], shared: bool, args: argparse.Namespace)
     sharing = ContextSharing() if shared else None
     if shared:
         sharing.supported = True
-    CountedForward.num_forwards = 0
-    run = partial(
-        score_contexts,
-        CountedForward(model, model),
-        jobs,
-        shape=(len({job.row for job in jobs}), args.span, args.hidden),
-        dtype=torch.float32,
-        device=torch.device(args.device),
-        pad_id=0,
-        tokens_per_forward=args.budget,
-        with_direction=True,
-        sharing=sharing,
-    )
-    return measure(run, args.device), CountedForward.num_forwards
+    teacher = CountedForward(model, model)
+    run = partial(run_scoring, teacher, jobs, args, with_direction=True, sharing=sharing)
+    return measure(run, args.device), teacher.num_forwards
 
 
 def benchmark(model, case: str, context: int, args: argparse.Namespace) -> list[dict]:

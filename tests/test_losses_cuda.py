@@ -43,7 +43,8 @@ class _Context:
 
 @pytest.fixture
 def by_hand(monkeypatch):
-    """Both passes run at once; a list gets the gradients of hidden states, weight and bias."""
+    """Both passes run at once. Of the list the first entry says whether the head trains, before the call; after it the
+    list holds the gradients of hidden states, weight and bias."""
     grads = []
 
     def apply(hidden, weight, bias, *others):

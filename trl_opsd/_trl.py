@@ -343,14 +343,14 @@ class RolloutTrainer(NamedByMethod, GRPOTrainer):
         before = self._buffered_inputs
         batch = super()._prepare_inputs(generation_batch)
         if self.mode == "eval":
-            self._count_window([batch])
+            self._prepare_window([batch])
         elif self._buffered_inputs is not before:
             window = self.args.gradient_accumulation_steps
             for start in range(0, len(self._buffered_inputs), window):
-                self._count_window(self._buffered_inputs[start : start + window])
+                self._prepare_window(self._buffered_inputs[start : start + window])
         return batch
 
-    def _count_window(self, batches):
+    def _prepare_window(self, batches):
         """Prepare the micro-batches of one optimizer step, and give them the counts, over all ranks, of their losses."""
         for batch in batches:
             batch.update(self.prepare_micro_batch(batch))

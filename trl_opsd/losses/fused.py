@@ -71,8 +71,8 @@ def fused_divergence(
     Raises:
         ValueError: for shapes that do not match or a setting out of range.
     """
-    _check(student_hidden, head_weight, anchor_hidden, direction_hidden, token_weights, shape)
     linear_head = logit_softcap is None
+    _check(student_hidden, head_weight, anchor_hidden, direction_hidden, token_weights, shape)
     count = check_num_tokens(num_tokens, head_weight.shape[0])
     head = target_head = whole_head(head_weight, head_bias, count)
     if target_head_weight is not None:
@@ -80,11 +80,8 @@ def fused_divergence(
     logit_settings = {"logit_scale": logit_scale, "softcap": logit_softcap}
 
     def target_at(positions: torch.Tensor) -> TargetViews:
-        if not linear_head and torch.is_tensor(direction_hidden):
-            raise ValueError(
-                "direction_hidden is one tensor, but with a logit_softcap the head is not linear; pass the "
-                "views it was made of as pairs (weight, hidden)."
-            )
+        if not linear_head:
+            _check_apart(direction_hidden)
         return TargetViews(
             head_projection(target_head, student_hidden, divergence, logit_settings),
             select_views(anchor_hidden, positions, linear_head=linear_head),
@@ -92,17 +89,8 @@ def fused_divergence(
             shape,
         )
 
-    return fused_loss(
-        student_hidden,
-        head,
-        target_at,
-        token_weights,
-        divergence,
-        tile_tokens,
-        positions=positions,
-        compiled=compiled,
-        **logit_settings,
-    )
+    settings = {"positions": positions, "compiled": compiled, **logit_settings}
+    return fused_loss(student_hidden, head, target_at, token_weights, divergence, tile_tokens, **settings)
 
 
 def _check(student_hidden, head_weight, anchor_hidden, direction_hidden, token_weights, shape: Shape) -> None:
@@ -121,6 +109,14 @@ def _check(student_hidden, head_weight, anchor_hidden, direction_hidden, token_w
         raise ValueError(
             f"direction_hidden has {len(views)} views but shape={shape} reads {'none' if views else 'some'}; "
             "pass a direction exactly with a LinearShape or BoundedShape."
+        )
+
+
+def _check_apart(direction_hidden: Views | None) -> None:
+    if torch.is_tensor(direction_hidden):
+        raise ValueError(
+            "direction_hidden is one tensor, but with a logit_softcap the head is not linear; pass the "
+            "views it was made of as pairs (weight, hidden)."
         )
 
 
