@@ -157,6 +157,17 @@ def test_a_model_whose_logits_are_not_its_head_is_refused_by_name(ids, change):
         check_output_head(model, model, ids[:1])
 
 
+def test_a_token_that_the_heads_bias_forbids_hides_no_difference(ids):
+    model = make("phi-bias")
+    model.lm_head.bias.data[[3, 8]] = -torch.inf
+    attach_head_function(model)
+    check_output_head(model, model, ids[:1])
+    inner = model.forward
+    model.forward = lambda **inputs: types.SimpleNamespace(logits=inner(**inputs).logits * 1.5)
+    with pytest.raises(ValueError, match="PhiForCausalLM are not its output head"):
+        check_output_head(model, model.forward, ids[:1])
+
+
 def test_a_model_without_a_head_over_a_backbone_is_refused_by_name():
     backbone = make("llama").model
     with pytest.raises(ValueError, match="LlamaModel has no backbone with a linear output head"):

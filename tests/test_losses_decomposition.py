@@ -62,6 +62,15 @@ def test_equal_views_give_zeros_and_no_nan():
     assert all((values == 0).all() for values in decompose_signal(logits, logits, logits))
 
 
+def test_a_token_that_no_view_can_have_counts_as_if_it_were_not_there():
+    views = [torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    kept = [0, 1, 3, 5]
+    want = decompose_signal(*(view[:, kept] for view in views))
+    for view in views:
+        view[:, [2, 4]] = -torch.inf
+    torch.testing.assert_close(decompose_signal(*views), want, rtol=0, atol=1e-12)
+
+
 def test_unequal_shapes_are_refused_by_name():
     with pytest.raises(ValueError, match="student, teacher and reference"):
         decompose_signal(torch.zeros(2, 5), torch.zeros(1, 5), torch.zeros(2, 5))

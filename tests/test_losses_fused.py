@@ -122,6 +122,41 @@ def test_float32_is_within_1e_5_of_float64(rule, shape):
     assert_equal_runs(got, want, rtol=1e-5, atol=1e-5)
 
 
+def forbid(problem, *fields):
+    """Give two tokens of each bias no probability at all."""
+    for field in fields:
+        problem.settings[field].data[[3, 8]] = -torch.inf
+    return problem
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("variant", ["bias", "num_tokens", "anchor views", "softcap, anchor views", "all"])
+def test_a_token_without_probability_leaves_fused_equal_to_dense(rule, shape, dtype, variant):
+    fields = ("head_bias", "target_head_bias") if variant == "all" else ("head_bias",)
+    problem = forbid(Problem(rule, shape, variant, dtype), *fields)
+    dense = problem.run(dense_divergence_from_hidden)
+    assert all(part.isfinite().all() for part in (dense[0], *dense[1], *dense[2]))
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-5
+    assert_equal_runs(problem.run(fused_divergence, tile_tokens=2), dense, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("field", ["head_bias", "target_head_bias"])
+def test_a_token_that_one_side_alone_cannot_have_gives_the_dense_value(rule, shape, field):
+    problem = forbid(Problem(rule, shape, "target head and bias"), field)
+    (loss, gradients, diagnostics), dense = (problem.run(f) for f in (fused_divergence, dense_divergence_from_hidden))
+    torch.testing.assert_close((loss, diagnostics), (dense[0], dense[2]), rtol=0, atol=1e-9)
+    infinite = {"forward_kl": "head_bias", "reverse_kl": "target_head_bias"}.get(rule[0]) == field
+    assert diagnostics.unclipped[0].isinf() == infinite
+    if all(gradient.isfinite().all() for gradient in dense[1]):
+        torch.testing.assert_close(gradients, dense[1], rtol=0, atol=1e-9)
+    else:
+        assert infinite
+
+
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("widened_rows", [4, 8192])

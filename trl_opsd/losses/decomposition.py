@@ -65,7 +65,10 @@ def decompose_signal(
         logits.detach()[..., :num_tokens].to(dtype).log_softmax(-1)
         for logits in (student_logits, teacher_logits, reference_logits)
     )
-    total, induced, conditioned = teacher - student, reference - student, teacher - reference
+    total, induced, conditioned = (
+        (a - b).masked_fill(a == b, 0.0)  # of two -inf too
+        for a, b in ((teacher, student), (reference, student), (teacher, reference))
+    )
     norms = [part.norm(dim=-1) for part in (total, induced, conditioned)]
     return SignalDecomposition(
         total_norm=norms[0],

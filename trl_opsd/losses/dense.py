@@ -48,7 +48,7 @@ def dense_divergence_from_hidden(
 
         def add_up(views, bias):
             pairs = [(1.0, views)] if torch.is_tensor(views) else views
-            return sum(_column(weight) * project(hidden, target_head_weight, bias) for weight, hidden in pairs)
+            return sum(_weighted(weight, project(hidden, target_head_weight, bias)) for weight, hidden in pairs)
 
         target = add_up(anchor_hidden, target_head_bias)
         if shape.uses_direction:
@@ -62,8 +62,10 @@ def dense_divergence_from_hidden(
     return weighted_sum(loss, token_weights.detach().to(dtype)), zeroed
 
 
-def _column(weight: float | torch.Tensor) -> float | torch.Tensor:
-    return weight.unsqueeze(-1) if torch.is_tensor(weight) else weight
+def _weighted(weight: float | torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """`weight`, a float or (N,), times the logits (N, V); 0 where it is 0, of -inf too."""
+    weight = torch.as_tensor(weight, dtype=logits.dtype, device=logits.device).unsqueeze(-1)
+    return (weight * logits).masked_fill(weight == 0, 0.0)
 
 
 def _diagnostics(loss, terms, log_q, log_p, divergence: Divergence) -> FusedDiagnostics:

@@ -164,7 +164,7 @@ def divergence_terms(log_q: torch.Tensor, log_p: torch.Tensor, rule: Divergence)
         q = log_q.exp()
         return q * (log_q - log_p).masked_fill(q == 0, 0.0)
     # With r = log p - log q: log(m / q) = log(1 + b (e^r - 1)) and log(m / p) = log(1 + (1 - b) (e^-r - 1)).
-    ratio = (log_p - log_q).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = (log_p - log_q).masked_fill(log_p == log_q, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # of two -inf too
     b = rule.jsd_weight
     log_m_over_q = torch.log1p(b * torch.expm1(ratio))
     log_m_over_p = torch.log1p((1 - b) * torch.expm1(-ratio))

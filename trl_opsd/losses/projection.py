@@ -17,6 +17,9 @@ from .divergences import compute_dtype
 # Head rows widened, or added to, at a time: 8192 x 4096 in float32 is 128 MiB.
 WIDENED_ROWS = 8192
 
+# In the place of a bias below it, of -inf too: the token's probability is exactly 0, and its products with 0 are finite.
+LOWEST_BIAS = -1e30
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -24,7 +27,7 @@ class Projection:
 
     Attributes:
         weight: (V, H) W.
-        bias: (V,) b, or None.
+        bias: (V,) b, finite, or None.
         logit_scale: multiplier of the logits.
         softcap: cap of `cap * tanh(z / cap)`, or None for a linear head.
         temperature: divisor of the logits, > 0.
@@ -40,9 +43,14 @@ class Projection:
 
     @classmethod
     def of(cls, weight: torch.Tensor, bias: torch.Tensor | None, **settings) -> Projection:
-        """A projection detached from the head; on CUDA the head is narrowed to the products' dtype once."""
+        """A projection detached from the head; on CUDA the head is narrowed to the products' dtype once.
+
+        A bias of -inf, which gives a token no probability, becomes `LOWEST_BIAS`.
+        """
         weight = weight.detach().to(settings["dtype"]) if weight.is_cuda else weight.detach()
-        return cls(weight, None if bias is None else bias.detach(), **settings)
+        if bias is not None:
+            bias = bias.detach().to(torch.promote_types(bias.dtype, torch.float32)).clamp(min=LOWEST_BIAS)
+        return cls(weight, bias, **settings)
 
     @property
     def factor(self) -> float:

@@ -22,6 +22,8 @@ TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 BLOCK_BYTES = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
 # Below some 256 rows the products are slower: by 10 % at 128, by 30 % at 64 (docs/log.md).
 MIN_TILE_TOKENS = 256
+# Nats that only `LOWEST_BIAS` on one side alone can give: a token that one distribution has and the other cannot have.
+_INFINITE = 1e15
 
 Head = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -183,4 +185,5 @@ def _run(hidden, work: _Work, grad_hidden, grad_weight, grad_bias) -> torch.Tens
             own, first = None if grad_hidden is None else grad_hidden[rows], rows.start == 0
             grads = own, grad_weight, grad_bias
             work.student.write_gradients(student, work.weights[rows], hidden[rows], *grads, first=first)
-    return torch.cat(diagnostics, dim=1)
+    diagnostics = torch.cat(diagnostics, dim=1)
+    return diagnostics.masked_fill_(diagnostics > _INFINITE, torch.inf)
