@@ -85,20 +85,25 @@ def bare(trainer):
     return model
 
 
-def test_ogls_sd_equals_steered_logits_by_hand(build, dataset):
-    trainer = build(num_generations=4, per_device_train_batch_size=8, steering_warmup_steps=0, clip=None)
+@pytest.mark.parametrize("left_out", [False, True], ids=["all", "those that end"])
+def test_ogls_sd_equals_steered_logits_by_hand(build, dataset, left_out):
+    settings = {"max_completion_length": 10, "mask_truncated_completions": left_out}
+    trainer = build(num_generations=4, per_device_train_batch_size=8, steering_warmup_steps=0, clip=None, **settings)
     args, model = trainer.args, bare(trainer)
     rows = [dataset[index] for index in (0, 5) for _ in range(4)]
     loss, batch = step(trainer, rows)
     completions = trainer._generate_single_turn([None] * 8)[0]
+    rollouts = trainer.tokenizer.batch_decode(completions, skip_special_tokens=True)
+    cut = [ids[-1] != trainer.tokenizer.eos_token_id for ids in completions]
+    assert cut == [False, False, True, True, False, False, False, False]  # one wrong, one right
     total, count = 0.0, 0
     for start in (0, 4):
         row = rows[start]
-        texts = TEXTS[start : start + 4]
+        texts = rollouts[start : start + 4]
         right = [text for text in texts if "boxed" in text] + [row["solution"]]
         wrong = [text for text in texts if "boxed" not in text]
         for index in range(start, start + 4):
-            if "boxed" in TEXTS[index]:
+            if "boxed" in rollouts[index] or (left_out and cut[index]):
                 continue
             completion = completions[index][: args.distillation_length]
             plain = ids_of(trainer, row["prompt"], **args.chat_template_kwargs)
@@ -118,6 +123,36 @@ def test_ogls_sd_equals_steered_logits_by_hand(build, dataset):
     assert batch["num_loss_items"] == count
     assert loss.item() == pytest.approx(total / count, **EXACT)
     assert total > 0.01
+    tokens = sum(map(len, completions))
+    assert trainer._metrics["train"]["reflection_markers_per_1000"] == [pytest.approx(1000 / tokens)]  # one "wait"
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "views"), [(OPSDTrainer, ["teacher"]), (PurifiedOPSDTrainer, ["teacher", "reference"])]
+)
+@pytest.mark.parametrize("template", [None, "{prompt} Please."])
+def test_a_batch_renders_each_prompt_once_for_the_student_and_once_for_each_view(
+    build, dataset, monkeypatch, trainer_class, views, template
+):
+    trainer = build(trainer_class, num_generations=2, per_device_train_batch_size=8, prompt_template=template)
+    render, rendered = trainer.tokenizer.apply_chat_template, []
+
+    def counted(conversation, **kwargs):
+        rendered.append(conversation)
+        return render(conversation, **kwargs)
+
+    monkeypatch.setattr(trainer.tokenizer, "apply_chat_template", counted)
+    step(trainer, [dataset[index] for index in range(4) for _ in range(2)])
+    ours = [conversation for conversation in rendered if isinstance(conversation[0], dict)]  # TRL renders whole batches
+    assert len(ours) == 4 * (1 + len(views))
+
+
+def test_a_batch_that_leaves_out_every_cut_rollout_warns_and_scores_none(build, dataset):
+    trainer = build(OPSDTrainer, max_completion_length=1, mask_truncated_completions=True)
+    told = r"Every rollout .* cut .* mask_truncated_completions=True .* trains on nothing.*max_completion_length \(1\)"
+    with pytest.warns(UserWarning, match=told):
+        loss, _ = step(trainer, dataset.select(range(4)))
+    assert loss.item() == 0 and trainer._metrics["train"]["teacher/tokens_computed"] == [0]
 
 
 def test_purified_equals_purified_logits_by_hand(build, dataset, tokenizer):

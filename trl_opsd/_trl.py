@@ -202,6 +202,7 @@ class RolloutTrainer(NamedByMethod, GRPOTrainer):
             self._tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         check_trl(instance=self)
         self._rewards: torch.Tensor | None = None
+        self._rollout_ids: list[list[int]] = []
         self._cached_logps = None
         self._unpushed: str | None = None
         self._resumed_interval: dict[str, Any] | None = None
@@ -212,8 +213,17 @@ class RolloutTrainer(NamedByMethod, GRPOTrainer):
         """Dataset rows before sampling."""
         return rows
 
-    def add_targets(self, rows: list[dict], batch: dict[str, Any], rewards: torch.Tensor) -> dict[str, Any]:
-        """Add what the loss needs to a scored generation batch; `rewards` (world batch, functions)."""
+    def add_targets(
+        self, rows: list[dict], batch: dict[str, Any], rewards: torch.Tensor, rollout_ids: list[list[int]]
+    ) -> dict[str, Any]:
+        """Add what the loss needs to a scored generation batch.
+
+        Args:
+            rows: of this rank, from `prepare_rows`.
+            batch: TRL's.
+            rewards: (world batch, functions).
+            rollout_ids: of each row every token behind its prompt, also of a rollout that the batch's masks leave out.
+        """
         raise NotImplementedError
 
     def step_loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
@@ -314,9 +324,10 @@ class RolloutTrainer(NamedByMethod, GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         rows = self.prepare_rows(inputs)
         batch = super()._generate_and_score_completions(rows)
-        return self.add_targets(rows, batch, self._rewards)
+        return self.add_targets(rows, batch, self._rewards, self._rollout_ids)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self._rollout_ids = completion_ids_list
         self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._rewards
 

@@ -163,14 +163,14 @@ class SelfDistillationTrainer(PublishingTrainer):
 
     # Hooks of RolloutTrainer
 
-    def add_targets(self, rows: list[dict], batch: dict[str, Any], rewards: torch.Tensor) -> dict[str, Any]:
+    def add_targets(self, rows, batch, rewards, rollout_ids) -> dict[str, Any]:
         if self.args.reward_errors == "skip":
             counts = torch.tensor([float(self._reward_errors[name]) for name in self.reward_func_names])
             counts = self.accelerator.reduce(counts.to(self.accelerator.device), reduction="sum").tolist()
             names = [f"rewards/{name}/errors" for name in self.reward_func_names]
             self.add_metrics(dict(zip(names, counts, strict=True)))
             self._reward_errors.clear()
-        return super().add_targets(rows, batch, rewards)
+        return super().add_targets(rows, batch, rewards, rollout_ids)
 
     def prepare_micro_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         places = {"distilled_positions": nonzero_positions(batch["distillation_mask"]), **locate_tail(batch)}

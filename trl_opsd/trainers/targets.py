@@ -10,8 +10,10 @@ import torch
 from accelerate.utils import gather_object
 
 from .._trl import RolloutTrainer
+from ..collators import EncodedContext
 from ..contexts import (
     Contexts,
+    Prompt,
     Rollout,
     TeacherContext,
     as_text_turns,
@@ -33,6 +35,7 @@ from .tail_anchor import tail_mask
 from .teaching import SelfTeaching
 
 _BATCHES_TO_WARN = 10
+_PLAIN = TeacherContext("plain", None)
 DECOMPOSED_ROLLOUTS = 8  # per process
 
 
@@ -46,28 +49,25 @@ class TargetTrainer(SelfTeaching, RolloutTrainer):
         tokens = self.collator.special_tokens
         check_rows(rows, name, needs_solution=self.method.needs_solution, special_tokens=tokens)
         rows = [{**row, "prompt": as_text_turns(row["prompt"])} for row in rows]
-        # A group shares its prompt: each is rendered once.
-        first_rows = {str(row["prompt"]): index for index, row in reversed([*enumerate(rows)])}
-        for index in sorted(first_rows.values()):
-            row = rows[index]
-            with named_place(f"{name} row {index}: `prompt`"):
-                self.collator.check_renders(row["prompt"])
+        self._raw_prompts = [row["prompt"] for row in rows]
+        template = self.args.prompt_template
+        if template is not None:
+            rows = [
+                {**row, "prompt": rewrite_last_turn(row["prompt"], lambda text: fill_template(template, prompt=text))}
+                for row in rows
+            ]
+        self._encoded = {}
+        for index, row in enumerate(rows):  # before it is sampled from: an error here has the row's place
+            self._encode(row["prompt"], _PLAIN, f"{name} row {index}: `prompt`")
         if self.args.sample_distilled_only:
             self.limit_rollouts(self.distilled_length() if self.mode == "train" else None)
-        template = self.args.prompt_template
-        if template is None:
-            return rows
-        self._raw_prompts = [row["prompt"] for row in rows]
-        return [
-            {**row, "prompt": rewrite_last_turn(row["prompt"], lambda text: fill_template(template, prompt=text))}
-            for row in rows
-        ]
+        return rows
 
-    def add_targets(self, rows: list[dict], batch: dict[str, Any], rewards: torch.Tensor) -> dict[str, Any]:
+    def add_targets(self, rows, batch, rewards, rollout_ids) -> dict[str, Any]:
         batch_size = len(rows)
         first = self.accelerator.process_index * batch_size
-        texts = self.tokenizer.batch_decode(self._completion_lists(batch), skip_special_tokens=True)
-        prompts = [row["prompt"] for row in rows] if self.args.prompt_template is None else self._raw_prompts
+        texts = self.tokenizer.batch_decode(rollout_ids, skip_special_tokens=True)
+        prompts = self._raw_prompts
         self.add_metrics({"rewards/missing": rewards.isnan().all(dim=1).float().mean().item()})
         rewards = self._scalar_rewards(rewards)[first : first + batch_size]
         rollouts = [
@@ -80,9 +80,7 @@ class TargetTrainer(SelfTeaching, RolloutTrainer):
                 len(ids),
                 bool(ids) and ids[-1] in self.end_token_ids,
             )
-            for prompt, row, text, reward, ids in zip(
-                prompts, rows, texts, rewards, self._completion_lists(batch), strict=True
-            )
+            for prompt, row, text, reward, ids in zip(prompts, rows, texts, rewards, rollout_ids, strict=True)
         ]
         groups, own = self._groups(rollouts)
         contexts = self._contexts(groups)[own]
@@ -91,14 +89,20 @@ class TargetTrainer(SelfTeaching, RolloutTrainer):
             batch["tail_mask"] = tail_mask(batch, lengths[own])
             self.add_metrics({"tail_anchor/rollouts": sum(length > 0 for length in lengths) / len(lengths)})
         mask = self._distilled_mask(batch, contexts)
-        target, shortened = self._score(rows, rollouts, contexts, batch, mask.size(1))
+        spans = [ids[: mask.size(1)] for ids in rollout_ids]
+        scored = [
+            views if any_distilled else ()
+            for views, any_distilled in zip(contexts, mask.any(dim=1).tolist(), strict=True)
+        ]
+        target, shortened = self._score(rows, rollouts, scored, spans, mask.size(1))
         if self._decomposition_is_due():
-            self._log_decomposition(rows, rollouts, batch, mask.size(1))
+            self._log_decomposition(rows, rollouts, spans, mask.size(1))
         batch |= target.columns() | {"distillation_mask": mask}
         batch["rollout_index"] = torch.arange(first, first + batch_size, device=mask.device)
         if self.mode == "train":
             self._prompt_texts = [str(prompt)[:80] for prompt in prompts]
-        self._log_rollouts(batch, texts, shortened, target.num_tokens)
+        self._log_rollouts(rollout_ids, texts, shortened, target.num_tokens)
+        self._warn_of_masked_rollouts(batch)
         return batch
 
     def _groups(self, rollouts: list[Rollout]) -> tuple[list[list[Rollout]], slice]:
@@ -134,10 +138,6 @@ class TargetTrainer(SelfTeaching, RolloutTrainer):
                 stacklevel=2,
             )
 
-    def _completion_lists(self, batch: dict[str, Any]) -> list[list[int]]:
-        lengths = batch["completion_mask"].sum(1).tolist()
-        return [ids[:length] for ids, length in zip(batch["completion_ids"].tolist(), lengths, strict=True)]
-
     def _scalar_rewards(self, rewards: torch.Tensor) -> list[float | None]:
         """One weighted reward per rollout of the world's batch, None where no function gave one."""
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
@@ -156,19 +156,23 @@ class TargetTrainer(SelfTeaching, RolloutTrainer):
         mask[torch.tensor([not views for views in contexts], device=mask.device)] = 0
         return mask
 
-    def _score(self, rows, rollouts, contexts, batch, length):
+    def _encode(self, prompt: Prompt, view: TeacherContext, place: str) -> EncodedContext:
+        """`collator.encode`, once a generation batch for each prompt and text."""
+        key = (str(prompt), view.template, view.slot, view.slot_tokens)
+        if key not in self._encoded:
+            with named_place(place):
+                self._encoded[key] = self.collator.encode(prompt, view)
+        return self._encoded[key]
+
+    def _score(self, rows, rollouts, contexts, ids, length):
         """Teacher hidden states of the batch, and per rollout whether its context was shortened."""
-        jobs, shortened, encoded = [], [False] * len(rollouts), {}
-        ids = [completion[:length] for completion in self._completion_lists(batch)]
+        jobs, shortened = [], [False] * len(rollouts)
         for row, views in enumerate(contexts):
-            for view in views if ids[row] else ():
+            for view in views:
                 prompt = rows[row]["prompt"] if view.template == "plain" else rollouts[row].prompt
-                key = (str(prompt), view.template, view.slot, view.slot_tokens)
-                if key not in encoded:
-                    with named_place(f"generation batch row {row}"):
-                        encoded[key] = self.collator.encode(prompt, view)
-                shortened[row] |= encoded[key].shortened
-                jobs.append(ScoringJob(encoded[key].ids, ids[row], row, view.anchor, view.direction))
+                context = self._encode(prompt, view, f"generation batch row {row}")
+                shortened[row] |= context.shortened
+                jobs.append(ScoringJob(context.ids, ids[row], row, view.anchor, view.direction))
         with self.diagnostics[self.mode].clock("teacher_forward", self.accelerator.device):
             target = self._run_teacher(
                 self.teacher,
@@ -185,9 +189,8 @@ class TargetTrainer(SelfTeaching, RolloutTrainer):
         before = step - self._updates_per_generation()
         return self.mode == "train" and interval > 0 and step // interval > before // interval
 
-    def _log_decomposition(self, rows, rollouts, batch, length) -> None:
+    def _log_decomposition(self, rows, rollouts, ids, length) -> None:
         """Log how much of the teacher's signal on some rollouts the solution alone explains; costs three views of them."""
-        ids = [completion[:length] for completion in self._completion_lists(batch)]
         picked = [row for row, rollout in enumerate(rollouts) if ids[row] and not is_missing(rollout.solution)]
         picked = picked[:DECOMPOSED_ROLLOUTS]
 
@@ -196,7 +199,8 @@ class TargetTrainer(SelfTeaching, RolloutTrainer):
             for place, row in enumerate(picked):
                 prompt = rows[row]["prompt"] if template == "plain" else rollouts[row].prompt
                 view = TeacherContext(template, None if template == "plain" else rollouts[row].solution, anchor=1.0)
-                jobs.append(ScoringJob(self.collator.encode(prompt, view).ids, ids[row], place, 1.0, 0.0))
+                context = self._encode(prompt, view, f"generation batch row {row}")
+                jobs.append(ScoringJob(context.ids, ids[row], place, 1.0, 0.0))
             shape = (len(picked), length, self.hidden_size)
             anchor = self._run_teacher(teacher, jobs, shape, with_direction=False).anchor
             return torch.cat([anchor[place, : len(job.rollout)] for place, job in enumerate(jobs)] or [anchor[:0, 0]])
@@ -212,11 +216,10 @@ class TargetTrainer(SelfTeaching, RolloutTrainer):
         for name, value in zip(SignalDecomposition._fields, sums, strict=True):
             self.add_metrics({f"decomposition/{name}": value / max(count, 1)})
 
-    def _log_rollouts(self, batch, texts, shortened, num_teacher_tokens) -> None:
-        lengths = batch["completion_mask"].sum(1).tolist()
+    def _log_rollouts(self, rollout_ids, texts, shortened, num_teacher_tokens) -> None:
         markers = [count_markers(text, self.args.reflection_markers) for text in texts]
-        repeated = count_repeated(self._completion_lists(batch))
-        sums = [sum(markers), sum(lengths), sum(shortened), len(texts), num_teacher_tokens, *repeated]
+        repeated = count_repeated(rollout_ids)
+        sums = [sum(markers), sum(map(len, rollout_ids)), sum(shortened), len(texts), num_teacher_tokens, *repeated]
         sums = torch.tensor(sums, dtype=torch.float64)
         sums = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum").tolist()
         self.add_metrics(
@@ -230,3 +233,16 @@ class TargetTrainer(SelfTeaching, RolloutTrainer):
         self.add_table_column("divergence", [float("nan")] * len(texts))
         self.add_table_column("reflection_markers", markers)
         self.add_table_column("solution_shortened", shortened)
+
+    def _warn_of_masked_rollouts(self, batch: dict[str, Any]) -> None:
+        """Warn where `mask_truncated_completions` leaves nothing of a generation batch; a collective."""
+        if not self.args.mask_truncated_completions or self.mode == "eval":
+            return
+        kept = self.accelerator.reduce(batch["completion_mask"].any(dim=1).sum(), reduction="sum")
+        if not kept and self.is_world_process_zero():
+            warnings.warn(
+                "Every rollout of a generation batch was cut at its length limit, and mask_truncated_completions=True "
+                "leaves them all out: the batch trains on nothing. Raise max_completion_length "
+                f"({self.args.max_completion_length}), or set mask_truncated_completions=False.",
+                stacklevel=2,
+            )
