@@ -22,6 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from .checkpoints import load_state, save_state, writing_checkpoint
+from .forwards import counted_positions
 
 SUPPORTED_TRL = ">=1.0.0,<1.17"
 
@@ -314,9 +315,10 @@ class RolloutTrainer(NamedByMethod, GRPOTrainer):
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         router_loss = {"compute_aux_loss": self.aux_loss_enabled} if _HAS_ROUTER_LOSS else {}
-        values = super()._get_per_token_logps_and_entropies(
-            model, ids, mask, batch["completion_ids"].size(1), compute_entropy=True, **router_loss
-        )
+        with self._counted_positions(model):
+            values = super()._get_per_token_logps_and_entropies(
+                model, ids, mask, batch["completion_ids"].size(1), compute_entropy=True, **router_loss
+            )
         return values if _HAS_ROUTER_LOSS else (*values, None)
 
     # TRL's seams
@@ -342,7 +344,12 @@ class RolloutTrainer(NamedByMethod, GRPOTrainer):
             completion_length = args[1] if len(args) > 1 else kwargs["logits_to_keep"]
             zeros = input_ids.new_zeros(input_ids.size(0), completion_length, dtype=torch.float32)
             return (zeros, None, None)[:_NUM_LOGPS_VALUES]
-        return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
+        with self._counted_positions(model):
+            return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
+
+    def _counted_positions(self, model: torch.nn.Module) -> AbstractContextManager:
+        """TRL names no positions, and its prompts are padded on the left."""
+        return counted_positions(model, self.accelerator.unwrap_model(model))
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)

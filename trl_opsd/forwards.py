@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Teacher forwards over jobs: plain, context and rollout together, or shared, rollouts on their contexts' KV cache.
 
-Both give the hidden states that predict each job's rollout; the head is not run.
+Both give the hidden states that predict each job's rollout; the head is not run. Every forward counts positions over
+tokens only; `counted_positions` brings that to forwards that others call.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +16,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .collators import left_pad, positions_from_mask
-from .heads import OutputHead, head_function
+from .heads import OutputHead, causal_lm, head_function
 from .jobs import ScoringJob, SharedBatch
 
 Run = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -102,6 +105,28 @@ def expand_cache(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
     expanded.layers = [copy.copy(layer) for layer in cache.layers]
     expanded.batch_select_indices(rows)
     return expanded
+
+
+@contextmanager
+def counted_positions(forward: torch.nn.Module, model: torch.nn.Module) -> Iterator[None]:
+    """Within the context, forwards that are given no positions count tokens only, not the padding on the left.
+
+    Args:
+        forward: what is called with `attention_mask` as a keyword: the model itself or the engine around it.
+        model: the unwrapped model; one that takes no `position_ids` is left as it is.
+    """
+
+    def add_positions(module, args, kwargs):
+        return args, {"position_ids": positions_from_mask(kwargs["attention_mask"]), **kwargs}
+
+    if "position_ids" not in inspect.signature(causal_lm(model).forward).parameters:
+        yield
+        return
+    hook = forward.register_forward_pre_hook(add_positions, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _right_pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
