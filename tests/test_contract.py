@@ -188,8 +188,8 @@ def test_a_logged_loss_is_the_mean_over_the_step(build):
 
 
 @pytest.mark.parametrize("kind", ["base", "live", "ema"])
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_resumed_equals_uninterrupted_bitwise(build, tmp_path, kind, lora):
+@pytest.mark.parametrize("lora", [None, True, "pissa"], ids=["full", "lora", "pissa"])
+def test_resumed_equals_uninterrupted_bitwise(build, make_model, tmp_path, kind, lora):
     settings = {
         "max_steps": 4,
         "save_strategy": "steps",
@@ -201,11 +201,12 @@ def test_resumed_equals_uninterrupted_bitwise(build, tmp_path, kind, lora):
         "gradient_accumulation_steps": 2,
         "per_device_train_batch_size": 2,
     }
+    dtype = torch.float32 if lora == "pissa" else torch.float64  # peft's choice
     if lora:
-        settings["peft_config"] = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-    whole = build(**settings, output_dir=str(tmp_path / "run"))
+        settings["peft_config"] = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=lora)
+    whole = build(**settings, model=make_model(dtype), output_dir=str(tmp_path / "run"))
     whole.train()
-    resumed = build(**settings, output_dir=str(tmp_path / "run"))
+    resumed = build(**settings, model=make_model(dtype), output_dir=str(tmp_path / "run"))
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     for (name, a), (_, b) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -362,6 +363,18 @@ def test_evaluation_gives_loss_and_reward(build, dataset):
     assert {"eval_loss", "eval_reward", "eval_divergence", "eval_student_entropy"} <= metrics.keys() | (
         trainer.state.log_history[-1].keys()
     )
+
+
+@pytest.mark.parametrize("initialisation", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_made_from_the_weights_is_taught_by_the_initial_model(build, make_model, dataset, initialisation):
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=initialisation)
+    same = build(trainer_class=SelfTrainer, model=make_model(), peft_config=adapter, clip=None)
+    assert loss_of_rows(same, dataset.select(range(4)))[0].item() == pytest.approx(0, abs=1e-6)
+    original = anchor_of(build(model=make_model()), dataset)
+    trainer = build(model=make_model(), peft_config=adapter, learning_rate=0.05, max_steps=2)
+    torch.testing.assert_close(anchor_of(trainer, dataset), original, rtol=1e-3, atol=1e-3)
+    trainer.train()
+    torch.testing.assert_close(anchor_of(trainer, dataset), original, rtol=1e-3, atol=1e-3)
 
 
 def test_an_existing_adapter_is_part_of_the_base_teacher(build, make_model, dataset):

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -211,6 +211,13 @@ def test_a_peft_model_gives_its_own_logits(ids):
     assert causal_lm(model) is model.get_base_model() and head_shape(model) == (40, 16)
     with model.disable_adapter():
         assert (head_logits(model, ids)[0] - own).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_in_front_of_the_prompt_are_refused_by_name(kind):
+    model = get_peft_model(make("qwen3"), kind(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=rf"{kind.__name__} puts virtual tokens in front.*LoraConfig"):
+        attach_head_function(model)
 
 
 def test_a_head_in_modules_to_save_is_the_one_that_trains(ids):

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whose weights the teacher has: the moving average, its files, and the head it predicts with."""
 
+import copy
+
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, get_peft_model
 
 from trl_opsd.forwards import TeacherForward
 from trl_opsd.heads import attach_head_function
-from trl_opsd.teacher import TEACHER_KINDS, Teacher, average_low_rank
+from trl_opsd.teacher import TEACHER_KINDS, Teacher, average_low_rank, changes_nothing
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 
@@ -205,6 +207,78 @@ def test_a_fresh_adapter_needs_no_copy_and_an_old_one_does(make_model, ids):
     move(model, seed=2)
     with teacher.active():
         torch.testing.assert_close(logits(model, ids), old)
+
+
+TOOK = {  # initialisations that take what they add out of the weights below
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa_niter": {"init_lora_weights": "pissa_niter_4"},
+    "olora": {"init_lora_weights": "olora"},
+    "dora on pissa": {"init_lora_weights": "pissa", "use_dora": True},
+}
+SAME_OFF = {
+    "lora": {},
+    "gaussian": {"init_lora_weights": "gaussian", "use_rslora": True},
+    "dora": {"use_dora": True},
+    "bias of B": {"lora_bias": True},
+    "whole modules and tokens": {"modules_to_save": ["lm_head"], "trainable_token_indices": [20, 21]},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "A of zeros": {"init_lora_weights": "mica"},
+}
+ADDED = {  # a copy is right, though off would be too, or nobody can know
+    "orthogonal": LoraConfig(**LORA, init_lora_weights="orthogonal"),
+    "random": LoraConfig(**LORA, init_lora_weights=False),
+    "biases below": LoraConfig(**LORA, bias="all"),
+    "adalora": AdaLoraConfig(init_r=2, target_modules=["q_proj"], total_step=10),
+    "ia3": IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+    "loha": LoHaConfig(r=2, target_modules=["q_proj"]),
+}
+
+
+def taught_after_a_move(model, teacher, ids):
+    move(model, size=0.5)
+    with teacher.active():
+        return logits(model, ids)
+
+
+@pytest.mark.parametrize("settings", TOOK.values(), ids=TOOK)
+def test_where_an_initialisation_takes_its_update_out_of_the_weights_the_teacher_is_a_copy(make_model, ids, settings):
+    original = logits(make_model(), ids)
+    model = get_peft_model(make_model(), LoraConfig(**LORA, **settings)).eval()
+    teacher = Teacher("base", model, fresh_adapter=True)
+    assert not teacher.adapter_off and set(teacher.values) == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+    torch.testing.assert_close(taught_after_a_move(model, teacher, ids), original, rtol=1e-3, atol=1e-3)
+    with model.disable_adapter():
+        assert (logits(model, ids) - original).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("settings", SAME_OFF.values(), ids=SAME_OFF)
+def test_a_fresh_adapter_that_changes_nothing_needs_no_copy(make_model, ids, settings):
+    original = logits(make_model(attention_bias=True), ids)
+    model = get_peft_model(make_model(attention_bias=True), LoraConfig(**{**LORA, **settings})).eval()
+    teacher = Teacher("base", model, fresh_adapter=True)
+    assert teacher.adapter_off and teacher.values == {}
+    torch.testing.assert_close(taught_after_a_move(model, teacher, ids), original, rtol=0, atol=0)
+    assert not torch.equal(logits(model, ids), original)
+
+
+@pytest.mark.parametrize("adapter", ADDED.values(), ids=ADDED)
+def test_of_every_other_adapter_the_teacher_is_the_student_as_it_starts(make_model, ids, adapter):
+    model = get_peft_model(make_model(attention_bias=True), copy.deepcopy(adapter)).eval()
+    start = logits(model, ids)
+    teacher = Teacher("base", model, fresh_adapter=True)
+    assert not teacher.adapter_off
+    torch.testing.assert_close(taught_after_a_move(model, teacher, ids), start, rtol=0, atol=0)
+    assert not torch.equal(logits(model, ids), start)
+
+
+def test_one_update_that_is_not_zero_is_enough_for_a_copy(make_model):
+    model = get_peft_model(make_model(), LoraConfig(**LORA))
+    assert changes_nothing(model)
+    *_, last = (parameter for name, parameter in model.named_parameters() if "lora_B." in name)
+    last.data[-1, -1] = 1e-4
+    assert not changes_nothing(model)
 
 
 def test_a_saved_average_is_read_back_whole(make_model, tmp_path):

@@ -66,8 +66,16 @@ def attach_head_function(model: nn.Module) -> None:
         model: a transformers causal LM, or a PEFT model around one.
 
     Raises:
-        ValueError: the model has no separate backbone or no linear output head, or an adapter sits on the head.
+        ValueError: the model has no separate backbone or no linear output head, an adapter sits on the head, or one puts
+            virtual tokens in front.
     """
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is not None and adapter.is_prompt_learning:  # hidden states that stand for no token of the ids
+        raise ValueError(
+            f"peft_config: {type(adapter).__name__} puts virtual tokens in front of what the model reads: the token-level "
+            "loss would take other positions, and with them on or off the model is not the initial one. Use an adapter "
+            "of weights, for instance LoraConfig."
+        )
     model = causal_lm(model)
     if hasattr(model, "_head_request"):
         return

@@ -2,19 +2,22 @@
 """Whose weights the teacher has.
 
 One model plays both roles. The teacher is the student's module with other values in its trainable parameters: for the
-time of scoring they are exchanged (or a fresh adapter is switched off), so frozen and adapted layers exist once, and
-the teacher's values are sharded the way the student's are.
+time of scoring they are exchanged (or an adapter that changed nothing at the start is switched off), so frozen and adapted
+layers exist once, and the teacher's values are sharded the way the student's are.
 
-    base   the initial values: a fresh adapter off, otherwise a copy of the trainable parameters made at the start
+    base   the student as it starts: a fresh adapter off where that is the same model, otherwise a copy of the trainable
+           parameters
     live   the student's values at the time of scoring
     ema    a moving average that starts from the student; of a LoRA pair the update B A is averaged, not A and B
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -34,6 +37,11 @@ from .sharding import (
 
 TEACHER_KINDS = ("base", "live", "ema")
 
+# Parts of the names of what goes off with a LoRA adapter: the factors, DoRA's magnitudes, PEFT's copies of whole modules
+# and of single tokens.
+_OFF_WITH_LORA = re.compile(r"lora_(embedding_)?[AB]\.|lora_magnitude_vector\.|modules_to_save\.|token_adapter\.")
+_SECOND_FACTOR = re.compile(r"(lora_(?:embedding_)?)B\.")
+
 
 class Teacher:
     """The teacher's weights over the student's module.
@@ -41,7 +49,7 @@ class Teacher:
     Args:
         kind: "base", "live" or "ema".
         student: the model, unwrapped; a PEFT model where adapters train.
-        fresh_adapter: its adapter was just made and changes nothing yet, so switching it off is the initial model.
+        fresh_adapter: its adapter was just made; it is switched off for "base" if it changes nothing yet. A collective.
         update_rate: share of the student in an update of "ema", in (0, 1].
         keep_head: copy the head at each scoring because the loss will be taken after later updates.
     """
@@ -56,7 +64,7 @@ class Teacher:
         keep_head: bool = False,
     ):
         self.kind, self.student, self.update_rate = kind, student, update_rate
-        self.adapter_off = kind == "base" and fresh_adapter
+        self.adapter_off = kind == "base" and fresh_adapter and changes_nothing(student)
         self.keep_head = keep_head
         self.head: OutputHead | None = None
         head_module = causal_lm(student).get_output_embeddings()
@@ -210,6 +218,31 @@ class Teacher:
         self.values[name_a].copy_(new_a)
         self.values[name_b].copy_(new_b)
         return lost
+
+
+def changes_nothing(student: nn.Module) -> bool:
+    """Whether a fresh adapter switched off is the same model as switched on; a collective.
+
+    It is where all that trains is LoRA's, with every update B A zero, or a copy that PEFT put beside the original.
+    PiSSA, OLoRA, CorDA and LoftQ take an update out of the weights below. Biases that train stay when the adapter is
+    off. What another kind of adapter starts from is not known here.
+    """
+    parameters = dict(student.named_parameters())
+    if any(parameter.requires_grad and not _OFF_WITH_LORA.search(name) for name, parameter in parameters.items()):
+        return False
+    updates = [  # each B with its A; a bias of B has none
+        [parameters[part] for part in {name, _SECOND_FACTOR.sub(r"\1A.", name)} if part in parameters]
+        for name in parameters
+        if _SECOND_FACTOR.search(name)
+    ]
+    with gathered([factor for factors in updates for factor in factors]):
+        changes = any(all(_holds_values(factor) for factor in factors) for factors in updates)
+    return not any(gather_object([changes]))  # a rank that waits for rank 0's model may see zeros
+
+
+def _holds_values(parameter: torch.Tensor) -> bool:
+    """Whether anything but zeros is in it, once it is gathered."""
+    return not parameter.is_meta and bool(whole(parameter).any())
 
 
 def average_low_rank(
