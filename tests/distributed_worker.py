@@ -116,6 +116,7 @@ def lora_settings(cell):
         "target_modules": ["q_proj", "v_proj"],
         "task_type": "CAUSAL_LM",
         "modules_to_save": ["lm_head"] if cell["head"] else None,
+        "init_lora_weights": cell["initialisation"],
     }
 
 

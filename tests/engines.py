@@ -33,6 +33,7 @@ CELL = {
     "method": "opsd",
     "kind": "base",
     "lora": False,
+    "initialisation": True,  # of the adapter
     "tied": False,
     "head": False,  # modules_to_save of the adapter has the head
     "checkpointing": False,
@@ -62,6 +63,7 @@ COVER = [
     {"method": "purified-opsd", "seed_by_rank": True},
     {"method": "ogls-sd", "lora": True, "checkpointing": True},
     {"method": "purified-opsd", "kind": "live"},
+    {"lora": True, "initialisation": "pissa"},  # whose base teacher is a copy
 ]
 
 
