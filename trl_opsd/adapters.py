@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .contexts import fill_template, rewrite_last_turn
+from .contexts import fill_template, rewrite_last_turn, without_blocks
 
 Row = Mapping[str, Any]
 
@@ -45,9 +45,9 @@ def from_messages(row: Row) -> dict[str, Any]:
 def from_gsm8k(row: Row) -> dict[str, Any]:
     """`question` and `answer`, whose last line is `#### 42`: calculator marks go, the last line is boxed."""
     steps, _, answer = row["answer"].partition("####")
-    return make_row(
-        row["question"], f"{re.sub(r'<<.*?>>', '', steps).strip()}\n{boxed(answer.strip().replace(',', ''))}"
-    )
+    lines = [without_blocks(line, "<<", ">>") for line in steps.split("\n")]
+    solution = "\n".join(lines).strip()
+    return make_row(row["question"], f"{solution}\n{boxed(answer.strip().replace(',', ''))}")
 
 
 def from_openthoughts(row: Row) -> dict[str, Any]:

@@ -105,6 +105,24 @@ def fill_template(template: str, *, prompt: str = "", solution: str = "") -> str
     return re.sub(r"\{prompt\}|\{solution\}", lambda match: texts[match.group()], template)
 
 
+def without_blocks(text: str, opening: str, closing: str) -> str:
+    """`text` without its blocks: from an opening mark to the next closing one, both included.
+
+    Linear in the length of `text`, where a lazy regular expression reads the rest anew for every unclosed mark.
+
+    Args:
+        text: the text; what follows an unclosed mark stays in it.
+        opening: the mark that opens a block.
+        closing: regular expression of what closes one.
+    """
+    *parts, rest = re.split(f"({closing})", text)
+    kept: list[str] = []
+    for part, mark in zip(parts[::2], parts[1::2], strict=True):
+        before, found, _ = part.partition(opening)
+        kept += (before,) if found else (part, mark)
+    return "".join([*kept, rest])
+
+
 def check_text(text: Any, place: str, *, may_be_empty: bool = False) -> None:
     """Check that `text` is a string that a tokenizer can read.
 

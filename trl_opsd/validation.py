@@ -96,10 +96,24 @@ def check_no_special_token(row: Mapping[str, Any], place: str, special_tokens: S
 
 
 def without_special_tokens(text: str, special_tokens: Sequence[str]) -> str:
-    """`text` without spelled out control tokens, those that removing one brings together too."""
-    while special_tokens and (shorter := _any_of(tuple(special_tokens)).sub("", text)) != text:
-        text = shorter
-    return text
+    """`text` without spelled out control tokens, those that removing one brings together too.
+
+    After each removal only the seam is read again: a text of tokens within tokens takes linear time.
+    """
+    if not special_tokens:
+        return text
+    pattern, reach = _any_of(tuple(special_tokens)), max(map(len, special_tokens))
+    kept: list[str] = []  # characters
+    position = 0
+    while found := pattern.search(text, position):
+        kept += text[position : found.start()]
+        position = found.end()
+        before = "".join(kept[-reach:])
+        while (found := pattern.search(before + text[position : position + reach])) and found.start() < len(before):
+            position += found.end() - len(before)
+            del kept[len(kept) - len(before) + found.start() :]
+            before = "".join(kept[-reach:])
+    return "".join(kept) + text[position:]
 
 
 @lru_cache(maxsize=32)

@@ -2,12 +2,14 @@
 """The text of every token of a rollout, and which tokens are part of a reflection marker."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from ..markers import find_markers
 
 _INCOMPLETE = "\ufffd"
 _WINDOW = 32
+_LONGEST_CHARACTER = 4  # bytes, and so tokens; more that make no character are none
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
@@ -20,7 +22,8 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     start, seen = 0, ""
     for index in range(len(ids)):
         text = tokenizer.decode(ids[start : index + 1], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if text.endswith(_INCOMPLETE) and index + 1 < len(ids):
+        is_last = index + 1 == len(ids) or index - start >= _WINDOW + _LONGEST_CHARACTER
+        if text.endswith(_INCOMPLETE) and not is_last:
             texts.append("")
             continue
         texts.append(text[len(seen) :])
@@ -33,10 +36,9 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 def marker_flags(texts: Sequence[str], markers: Sequence[str]) -> list[bool]:
     """Whether each token holds a character of a reflection marker."""
-    spans = find_markers("".join(texts), markers)
-    flags, position = [], 0
-    for text in texts:
-        end = position + len(text)
-        flags.append(any(position < last and first < end for first, last in spans))
-        position = end
-    return flags
+    whole = "".join(texts)
+    inside = bytearray(len(whole))  # 1 on a marker's characters
+    for first, last in find_markers(whole, markers):
+        inside[first:last] = b"\1" * (last - first)
+    ends = accumulate(map(len, texts))
+    return [any(inside[end - len(text) : end]) for text, end in zip(texts, ends, strict=True)]

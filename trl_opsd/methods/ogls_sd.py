@@ -6,12 +6,11 @@ right rollouts and the solution if there is one, P- the wrong ones. All stand in
 that what showing any solution does cancels.
 """
 
-import re
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from ..contexts import Contexts, Rollout, TeacherContext, is_missing
+from ..contexts import Contexts, Rollout, TeacherContext, is_missing, without_blocks
 from ..losses import LinearShape, Shape
 from .base import Method
 
@@ -28,7 +27,8 @@ def steering_contexts(group: Sequence[Rollout], settings: Any, draw: Any) -> lis
         draw: `random.Random` that picks contexts where a pool is capped.
     """
     right, wrong = split_by_reward(group, settings.reward_threshold)
-    positives = [_inserted(group[index], settings) for index in right]
+    inserted = {index: _inserted(group[index], settings) for index in (*right, *wrong)}
+    positives = [inserted[index] for index in right]
     solution = next((rollout.solution for rollout in group if not is_missing(rollout.solution)), None)
     if solution is not None:
         positives.append((solution, None))
@@ -37,8 +37,8 @@ def steering_contexts(group: Sequence[Rollout], settings: Any, draw: Any) -> lis
         return contexts
     positives = _capped(positives, settings.max_contexts_per_pool, draw)
     for index in wrong:
-        others = [j for j in wrong if j != index or not settings.exclude_own_rollout]
-        negatives = _capped([_inserted(group[j], settings) for j in others], settings.max_contexts_per_pool, draw)
+        others = [inserted[j] for j in wrong if j != index or not settings.exclude_own_rollout]
+        negatives = _capped(others, settings.max_contexts_per_pool, draw)
         contexts[index] = _views(positives, negatives, settings.steering_teacher)
     return contexts
 
@@ -100,7 +100,7 @@ def steering_shape(settings: Any, step: int) -> Shape:
 def _inserted(rollout: Rollout, settings: Any) -> tuple[str, int | None]:
     text = rollout.completion
     if settings.strip_thinking:
-        text = re.sub(r"<think>.*?</think>\s*", "", text, flags=re.DOTALL)
+        text = without_blocks(text, "<think>", r"</think>\s*")
     return text, settings.max_rollout_context_length
 
 
