@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card tells what it knows, says what was not measured, and holds nothing of the machine or of a token."""
 
+import ast
+import datetime
 import re
 from importlib.util import find_spec
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 
 from trl_opsd import OGLSSDConfig, OPSDConfig, OPSDTrainer, PurifiedOPSDConfig
 from trl_opsd.card import add_results, results_section
 from trl_opsd.card.facts import describe_hardware
-from trl_opsd.card.sections import settings_section
+from trl_opsd.card.markdown import cell, code_span, escaped, hub_link, keyword_arguments, table
+from trl_opsd.card.sections import loading, settings_section
 
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH"
 BASE = {"dataset": "sums", "model": "base", "num_questions": 5, "num_samples": 2, "avg_at_k": 0.125}
@@ -113,7 +118,9 @@ def test_a_lora_card_names_the_adapter_and_its_snippet_loads_it(
     else:
         assert "No curves" in text
     assert str(tmp_path) not in text
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").rename(tmp_path / "elsewhere" / "moved")  # it names no place of this machine
+    monkeypatch.chdir(tmp_path / "elsewhere" / "moved")
     exec(re.search(r"```python\n(.*?)```", section(text, "How to load"), re.DOTALL).group(1), {})
     assert capsys.readouterr().out
 
@@ -149,3 +156,96 @@ def test_the_hardware_names_device_processes_and_engine():
         "DEEPSPEED", 3
     )
     assert "no distributed engine" in described("NO", None)
+
+
+# Hostile names and settings
+
+HOSTILE = (
+    "</td><script>alert(1)</script>",
+    "[click](javascript:alert(1))",
+    "](https://evil.example) ![x](https://evil.example/x.png)",
+    "a | b\n# Heading\n---\nlicense: mit",
+    "`` ` ```\n~~~ **bold** _x_ \\ &lt; <!-- -->",
+    "https_//evil.example/#\"'{{ 7 * 7 }}",
+    "## Training procedure",
+)
+
+
+def rendered(markdown):
+    """HTML of it, as a page on the Hub would be made before it is cleaned."""
+    markdown_it = pytest.importorskip("markdown_it", reason="comes with rich")
+    return markdown_it.MarkdownIt("gfm-like", {"linkify": False, "html": True}).render(markdown)
+
+
+def shown(markdown):
+    """The text that a reader sees of a paragraph, and the tags in it."""
+    import html
+
+    page = rendered(markdown)
+    return html.unescape(re.sub(r"<[^>]*>", "", page)), set(re.findall(r"<(\w+)", page))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_name_is_shown_as_it_is_and_does_nothing(name):
+    line = " ".join(name.split())
+    assert shown(escaped(name)) == (f"{line}\n", {"p"})
+    assert shown(f"# {escaped(name)}") == (f"{line}\n", {"h1"})
+    assert shown(f"x {hub_link(name)}") == (f"x {line}\n", {"p", "a"})
+    assert re.findall('href="([^"]*)"', rendered(hub_link(name)))[0].startswith("https://huggingface.co/")
+    text, tags = shown(f"x {code_span(name)}")
+    assert " ".join(text.split()) == f"x {line}" and tags == {"p", "code"}
+    rows = table([["a", "b"], ["---", "---"], [cell(name), "1"]])
+    assert rendered(rows).count("<td>") == 2 and shown(rows)[1] == {"table", "thead", "tr", "th", "tbody", "td"}
+
+
+def test_plain_names_stay_readable_in_the_source():
+    for name in ("Qwen/Qwen3-1.7B", "meta-llama/Llama_3.2_1B", "aime24", "outputs/run_1"):
+        assert escaped(name) == name
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_card_with_hostile_names_keeps_its_sections_its_metadata_and_its_links(build, tmp_path, name):
+    trainer = build(teacher_prefix=name, chat_template_kwargs={"enable_thinking": False, "note": name})
+    lines = [{**line, "dataset": name, "settings": {"prompt_template": name}} for line in (BASE, TRAINED)]
+    trainer.create_model_card(model_name=name, dataset_name=name, evaluation=lines)
+    card = ModelCard((tmp_path / "out" / "README.md").read_text())  # as the Hub reads it
+    metadata = card.data.to_dict()
+    assert metadata["model_name"] == name and metadata["datasets"] == name and "license" not in metadata
+    page = rendered(card.text)
+    addresses = [urlsplit(address) for address in re.findall('(?:href|src)="([^"]*)"', page)]
+    assert {address.netloc for address in addresses} <= {"arxiv.org", "pypi.org", "huggingface.co", "github.com", ""}
+    assert {address.scheme for address in addresses} <= {"https", ""} and "<script" not in page
+    headings = ["How to load", "Results", "Method: OPSD", "Settings", "Training", "Data", "Licence", "Limits"]
+    assert re.findall("<h2>(.*?)</h2>", page)[:8] == headings
+    assert page.count("<h1>") == 1 and page.count("It has been trained using") == 0
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"enable_thinking": False, "tools": None},
+        {"enable-thinking": False},
+        {"x=1); import os; os.system('true'); dict(y": 1, "enable_thinking": True},
+        {"class": 1, "__import__('os')": [1, {"a": float("0.5")}]},
+        {'"quoted"\n': "```\nimport os"},
+        {"date_string": datetime.date(2024, 7, 26)},
+    ],
+)
+def test_the_snippet_passes_any_chat_template_arguments_and_runs_nothing_else(make_args, kwargs):
+    text = loading(make_args(chat_template_kwargs=kwargs), None, False)
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    names = sorted(getattr(call.func, "attr", getattr(call.func, "id", None)) for call in calls)
+    assert names == ["apply_chat_template", "decode", "from_pretrained", "from_pretrained", "generate", "print"]
+    source = keyword_arguments(kwargs)
+    passed = eval(f"dict(x=0{source})")
+    dated = {key: str(value) if isinstance(value, datetime.date) else value for key, value in kwargs.items()}
+    assert passed == {"x": 0, **dated}
+
+
+def test_a_snippet_loads_by_the_id_of_the_hub_and_else_from_its_own_folder(make_args):
+    args = make_args(prompt_template="\U0001f600 {prompt}")
+    assert "name = 'tester/model'\n" in loading(args, "tester/model", False)
+    local = loading(args, None, True)
+    assert "name = '.'\n" in local and "Start Python in the folder of this card" in local
+    assert "\U0001f600 2+3=?" in local and "\\ud83d" not in local

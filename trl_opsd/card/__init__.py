@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 
 from . import sections
 from .facts import base_licence, base_name, base_path, describe_run, redact, thinking_modes
+from .markdown import escaped
 from .results import NUMBERS, add_results, results_section
 
 __all__ = ["NUMBERS", "add_results", "describe_run", "redact", "results_section", "thinking_modes", "write_card"]
@@ -38,7 +39,7 @@ def write_card(trainer: Any, dataset_name: str | None, evaluation: Sequence[Mapp
     name = trainer.hub_model_id or card.data.to_dict().get("model_name") or folder.name
     parts = (
         sections.introduction(trainer, name, base),
-        sections.loading(trainer.args, name, is_adapter),
+        sections.loading(trainer.args, trainer.hub_model_id, is_adapter),
         results_section(evaluation),
         sections.method_section(trainer.args, trainer.method, evaluation),
         sections.settings_section(trainer),
@@ -47,11 +48,12 @@ def write_card(trainer: Any, dataset_name: str | None, evaluation: Sequence[Mapp
         sections.limits_section(trainer.args, trainer.method),
         _from_trl(card.text),
     )
-    card.text = redact("\n\n".join(parts), trainer.args.hub_token)
+    token = trainer.args.hub_token
+    card.text = redact(redact("\n\n".join(parts), token), escaped(token or ""))  # it may stand in a table
     (folder / "README.md").write_text(f"{card.content.rstrip()}\n", encoding="utf-8")
 
 
 def _from_trl(text: str) -> str:
     """TRL's card from its procedure on: trackers, framework versions, citations."""
-    _, found, rest = text.partition("## Training procedure")
+    _, found, rest = text.rpartition("## Training procedure")  # the last: a model's name may hold these words
     return f"## Training procedure{rest}" if found else text

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from ..methods import Method
+from .markdown import code_span, hub_link
 
 _PACKAGES = ("trl-opsd", "trl", "transformers", "torch", "accelerate", "peft", "deepspeed", "vllm", "datasets")
 
@@ -62,8 +63,8 @@ def base_name(trainer: Any) -> str:
     if not path:
         return "a model that was made in memory"
     if Path(path).is_dir():
-        return f"a local model (folder `{Path(path).name}`)"
-    return f"[{path}](https://huggingface.co/{path})"
+        return f"a local model (folder {code_span(Path(path).name)})"
+    return hub_link(path)
 
 
 def describe_hardware(accelerator: Any) -> str:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers of base and trained model in a card, and what it says where there are none."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from .markdown import as_json, escaped, table
 
 NUMBERS = {
     "avg_at_k": "avg@k",
@@ -37,11 +38,11 @@ def results_section(evaluation: Sequence[Mapping[str, Any]] | None) -> str:
     for line in evaluation:
         difference = line.get("difference")
         shown = "-" if difference is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference)
-        data = f"{line['dataset']}: {line['num_questions']}, k = {line['num_samples']}"
+        data = f"{escaped(line['dataset'])}: {line['num_questions']}, k = {line['num_samples']}"
         numbers = [f"{line[name]:.3f}" if name in line else "not measured" for name in names]
-        rows.append([data, str(line["model"]), *numbers, shown])
-    settings = {json.dumps(line["settings"]) for line in evaluation if line.get("settings")}
-    seeds = {json.dumps(line["seeds"]) for line in evaluation if line.get("seeds")}
+        rows.append([data, escaped(str(line["model"])), *numbers, shown])
+    settings = {as_json(line["settings"]) for line in evaluation if line.get("settings")}
+    seeds = {as_json(line["seeds"]) for line in evaluation if line.get("seeds")}
     notes = []
     if len({str(line["model"]) for line in evaluation}) == 1:
         notes.append("The base was not measured beside this model.")
@@ -74,8 +75,3 @@ def add_results(folder: str | Path, evaluation: Sequence[Mapping[str, Any]]) -> 
     rest = after[after.index("\n## ") :]
     rest = re.sub('"evaluation": "[^"]*"', f'"evaluation": "{evaluation_thinking(evaluation)}"', rest, count=1)
     path.write_text(f"{before}\n{results_section(evaluation)}\n{rest}", encoding="utf-8")
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as a Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

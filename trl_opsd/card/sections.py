@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sections of a card, each a text from a trainer or its config."""
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -11,7 +9,8 @@ from typing import Any
 from ..methods import Method
 from ..plots import has_curves, plot_run
 from .facts import describe_hardware, installed_versions, thinking_modes
-from .results import evaluation_thinking, table
+from .markdown import as_json, cell, code_span, escaped, fenced, hub_link, keyword_arguments, table
+from .results import evaluation_thinking
 
 CURVES = "run.png"
 
@@ -40,32 +39,33 @@ def introduction(trainer: Any, name: str, base: str) -> str:
     """Title, and what was made of what."""
     paper, step, steps = trainer.method.paper, trainer.state.global_step, trainer.state.max_steps
     progress = f"{step} of {steps}" if steps > step else f"{step}"
-    return f"""# {name}
+    return f"""# {escaped(name)}
 
 Base: {base}. It was distilled from itself on its own rollouts by {trainer.method.name} ([{paper["title"]}](https://arxiv.org/abs/{paper["id"]})) with [trl_opsd](https://pypi.org/project/trl-opsd/): the teacher is the same model, which also reads privileged text. Optimizer steps: {progress}."""
 
 
-def loading(args: Any, name: str, is_adapter: bool) -> str:
-    """How to load the model and ask it something in the student's mode."""
+def loading(args: Any, hub_id: str | None, is_adapter: bool) -> str:
+    """How to load the model, from the Hub or from the card's folder, and ask it something in the student's mode."""
     package, loader = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
     imports = f"from {package} import {loader}\nfrom transformers import AutoTokenizer"
     if not is_adapter:
         imports = f"from transformers import {loader}, AutoTokenizer"
     kind = "a LoRA adapter; the base model is loaded with it" if is_adapter else "a whole model"
-    keywords = "".join(f", {key}={value!r}" for key, value in (args.chat_template_kwargs or {}).items())
+    place = "" if hub_id else "\n\nStart Python in the folder of this card, or write the folder's path for `.`."
     question = "{prompt}" if args.prompt_template is None else args.prompt_template
     content = "2+3=?" if args.prompt_template is None else question.replace("{prompt}", "2+3=?")
     return f"""## How to load
 
-This is {kind}. The chat-template arguments are those that it was trained with.
+This is {kind}. The chat-template arguments are those that it was trained with.{place}
 
 ```python
 {imports}
 
-model = {loader}.from_pretrained({name!r})
-tokenizer = AutoTokenizer.from_pretrained({name!r})
-messages = [{{"role": "user", "content": {json.dumps(content)}}}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"{keywords})
+name = {hub_id or "."!r}
+model = {loader}.from_pretrained(name)
+tokenizer = AutoTokenizer.from_pretrained(name)
+messages = [{{"role": "user", "content": {content!r}}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"{keyword_arguments(args.chat_template_kwargs or {})})
 output = model.generate(**inputs, max_new_tokens=64)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```"""
@@ -77,13 +77,13 @@ def method_section(args: Any, method: Method, evaluation: Sequence[Mapping[str, 
     parts = [
         f"""## Method: {method.name}
 
-The student's and the teacher's last user message stand below; `{{prompt}}` is the problem, `{{solution}}` what only the teacher reads. Thinking (null: the template decides): {json.dumps(modes)}. Chat-template arguments: student `{json.dumps(args.chat_template_kwargs)}`, teacher `{json.dumps(args.teacher_chat_template_kwargs)}`.""",
+The student's and the teacher's last user message stand below; `{{prompt}}` is the problem, `{{solution}}` what only the teacher reads. Thinking (null: the template decides): {as_json(modes)}. Chat-template arguments: student {as_json(args.chat_template_kwargs)}, teacher {as_json(args.teacher_chat_template_kwargs)}.""",
         "Student" + (", as in the dataset:" if args.prompt_template is None else ":"),
-        _fenced(args.prompt_template or "{prompt}"),
+        fenced(args.prompt_template or "{prompt}"),
         "Teacher:",
-        _fenced(args.teacher_prompt_template),
+        fenced(args.teacher_prompt_template),
         "Teacher without the problem, where the method or a diagnosis has one:",
-        _fenced(args.reference_prompt_template),
+        fenced(args.reference_prompt_template),
     ]
     return "\n\n".join(parts)
 
@@ -94,7 +94,7 @@ def settings_section(trainer: Any) -> str:
     own = [name for owner in type(args).__mro__ if is_dataclass(owner) for name in _annotations(owner)]
     names = [*dict.fromkeys(own), *_INHERITED_SETTINGS]
     rows = [["setting", "value"], ["---", "---"]]
-    rows += [[f"`{name}`", _cell(getattr(args, name))] for name in names if hasattr(args, name)]
+    rows += [[f"`{name}`", cell(getattr(args, name))] for name in names if hasattr(args, name)]
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     text = f"## Settings\n\n{table(rows)}\n\nRollouts per optimizer step: {batch} (processes: {processes})."
     for adapter in getattr(trainer.model, "peft_config", {}).values():
@@ -137,11 +137,13 @@ def sources_section(trainer: Any, dataset_name: str | None, base: str, licence: 
     """Data and licence."""
     rows = trainer.train_dataset
     size = f"{len(rows):,} rows" if hasattr(rows, "__len__") else "streamed rows, not counted"
-    columns = ", ".join(f"`{name}`" for name in rows.column_names or ()) or "not known before they are read"
+    columns = ", ".join(map(code_span, rows.column_names or ())) or "not known before they are read"
     name = "Not named: a local or generated dataset"
     if dataset_name is not None:
-        name = f"[{dataset_name}](https://huggingface.co/datasets/{dataset_name})"
-    stated = ", ".join(licence.values()) or "not stated in a card that could be read; look there before use"
+        name = hub_link(dataset_name, "datasets/")
+    stated = (
+        ", ".join(map(escaped, licence.values())) or "not stated in a card that could be read; look there before use"
+    )
     return f"""## Data
 
 {name}; {size}, columns {columns}. The dataset's licence is its own.
@@ -161,14 +163,5 @@ def limits_section(args: Any, method: Method) -> str:
 * What "Results" does not list was not measured: other tasks and languages, safety, bias."""
 
 
-def _cell(value: Any) -> str:
-    return str(getattr(value, "value", value)).replace("\n", "\\n").replace("|", "\\|")
-
-
 def _number(value: float | None) -> str:
     return "not logged" if value is None else f"{value:.4g}"
-
-
-def _fenced(text: str) -> str:
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}text\n{text}\n{fence}"
