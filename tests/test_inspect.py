@@ -209,9 +209,9 @@ def test_a_marker_marks_every_token_it_covers_and_no_part_of_a_longer_word():
 # The page
 
 
-def make_record(text="a", solution="b"):
+def make_record(text="a", solution="b", reward=1.0):
     view = ViewRecord("student", 0, [-0.5], [1], [0.25], [[7]], [[-0.5]])
-    rollout = Rollout([{"role": "user", "content": text}], solution, text, 1.0)
+    rollout = Rollout([{"role": "user", "content": text}], solution, text, reward)
     values = {"divergence": [0.1234567], "clipped_away": [0.0], "clipped_entries": [0.0], "target_ratio": [-2.0]}
     return RolloutRecord(rollout, [7], [text], [False], [view], values, [])
 
@@ -256,6 +256,20 @@ def test_numbers_are_whole_thousandths_and_probability_zero_stays_finite():
     assert payload["rollouts"][0]["values"]["divergence"] == [123]
     assert payload["rollouts"][0]["views"][0]["logp"] == [-99_999]
     json.dumps(payload, allow_nan=False)
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), None, 0.5])
+def test_a_page_loads_whatever_reward_a_run_saved(tmp_path, reward):
+    record = make_record(reward=reward)
+    record.values["divergence"] = [torch.inf]
+    path = write_page(tmp_path / "page.html", [record], str, "t", {})
+    (text,) = re.findall(r'id="payload">(.*?)</script>', path.read_text(), re.DOTALL)
+
+    def refuse(constant):  # as JSON.parse does, where Python's own reader is lenient
+        raise AssertionError(constant)
+
+    (shown,) = json.loads(text, parse_constant=refuse)["rollouts"]
+    assert shown["reward"] == {"nan": "nan", "inf": "inf", "None": None, "0.5": 0.5}[str(reward)]
 
 
 # Where rollouts come from

@@ -7,6 +7,7 @@ few megabytes.
 
 import html
 import json
+import math
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -45,7 +46,7 @@ def write_page(
     """
     payload = page_payload(records, decode, title, facts)
     # Inside a script element only "<" can end it; U+2028 and U+2029 are escaped by ensure_ascii.
-    text = json.dumps(payload, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
+    text = json.dumps(payload, ensure_ascii=True, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     template = (files(__package__) / "page.html").read_text(encoding="utf-8")
     head, body = template.split("{{payload}}")
     head = head.replace("{{title}}", html.escape(title))
@@ -76,7 +77,7 @@ def _rollout(record: RolloutRecord, strings: _Strings, name_of: Callable[[int], 
     return {
         "prompt": prompt_text(record.rollout.prompt),
         "solution": record.rollout.solution,
-        "reward": record.rollout.reward,
+        "reward": _reward(record.rollout.reward),
         "ids": record.ids,
         "texts": [strings(text) for text in record.texts],
         "markers": [index for index, flag in enumerate(record.markers) if flag],
@@ -105,5 +106,10 @@ def prompt_text(prompt: Prompt) -> str:
     return "\n\n".join(f"{message['role']}: {message_text(message)}" for message in prompt)
 
 
+def _reward(reward: float | None) -> float | str | None:
+    """As it is, or its name: JSON, and so the page's script, has no number for NaN, which runs save for "no reward"."""
+    return reward if reward is None or math.isfinite(reward) else str(reward)
+
+
 def _thousandths(numbers: Sequence[float]) -> list[int]:
-    return [max(_SMALLEST, round(1000 * number)) if number > -1e9 else _SMALLEST for number in numbers]
+    return [max(_SMALLEST, round(1000 * min(number, 1e9))) if number > -1e9 else _SMALLEST for number in numbers]
