@@ -109,6 +109,27 @@ def test_keys_of_the_launcher_may_stand_in_a_recipe_and_the_command_line_wins(tm
     assert parse("opsd", settings)[1].clip is None
 
 
+def test_what_a_recipe_sets_in_the_environment_is_printed_once_and_no_secret_is(tmp_path, capsys, monkeypatch):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "env: {PATH: /opt/strange, LD_PRELOAD: x.so, HF_TOKEN: hf_abc, N: 3}\nuse_cpu: true\nbf16: false\n"
+    )
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # TRL's parser writes into it
+    words = ["--config", str(recipe), f"--output_dir={tmp_path}"]
+    parse("opsd", words)
+    assert os.environ["PATH"] == "/opt/strange"
+    assert capsys.readouterr().err == (
+        "The recipe's `env` sets PATH='/opt/strange', LD_PRELOAD='x.so', HF_TOKEN=(hidden), N='3' for this process and "
+        "every program that it starts.\n"
+    )
+    os.environ["RANK"] = "1"
+    parse("opsd", words)
+    recipe.write_text("use_cpu: true\nbf16: false\n")
+    os.environ["RANK"] = "0"
+    parse("opsd", words)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

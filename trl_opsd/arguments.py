@@ -2,11 +2,14 @@
 """Whose a word of the command line or a key of a recipe is: the trainer's, accelerate's launcher's, or nobody's."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+# Names of environment variables whose values are nobody's to read in a log.
+_SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 # Of the parser of `accelerate launch`, but not options of a run of ours.
 _NOT_LAUNCHER = {"training_script", "training_script_args", "module", "no_python", "config_file"}
 
@@ -116,6 +119,17 @@ def given_value(arguments: Sequence[str], name: str) -> Any:
     """What an option was last given, or else its key of the recipe of `--config`; None without either."""
     value, recipe = option_value(arguments, name), option_value(arguments, "config")
     return read_recipe(recipe).get(name) if value is None and recipe is not None else value
+
+
+def environment_of(arguments: Sequence[str]) -> str | None:
+    """A sentence on the environment variables that the recipe's `env` sets, secrets hidden; None where it sets none."""
+    variables = given_value(arguments, "env")
+    if not variables or not isinstance(variables, dict):
+        return None
+    shown = [
+        f"{name}={'(hidden)' if _SECRET.search(str(name)) else repr(str(value))}" for name, value in variables.items()
+    ]
+    return f"The recipe's `env` sets {', '.join(shown)} for this process and every program that it starts."
 
 
 def _launcher_words_of_recipe(own: Sequence[str], own_names: set[str]) -> list[str]:

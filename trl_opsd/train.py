@@ -4,6 +4,7 @@
 `python -m trl_opsd.train NAME ...` is what the command line starts under `accelerate launch`.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from trl import (
 )
 
 from .adapters import FORMATS, rewrite_prompt, to_sft_row
-from .arguments import given_value, read_command_line
+from .arguments import environment_of, given_value, read_command_line
 from .config import option
 from .rewards import accuracy_reward
 from .trainers.base import SelfDistillationTrainer
@@ -215,6 +216,9 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[DataArguments, Any, Mode
 def parse_as(types: Sequence[type], name: str, arguments: Sequence[str]) -> tuple[Any, ...]:
     """Parse a command's words and the recipe of `--config` into dataclasses; raises as `parse` does."""
     line = read_command_line(arguments, types)
+    environment = environment_of(line.own)  # TRL's parser sets it
+    if environment is not None and os.environ.get("RANK", "0") == "0":
+        print(environment, file=sys.stderr)
     # What the parser leaves over are the launcher's keys of the recipe; all others are known by now.
     *parsed, _ = _strict_parser(types, name).parse_args_and_config(args=line.own, return_remaining_strings=True)
     return tuple(parsed)
