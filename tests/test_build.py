@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The wheel and the source distribution hold what a user needs, and nothing of the tests."""
 
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -35,3 +37,24 @@ def test_wheel_and_sdist_hold_the_package_and_its_data(tmp_path):
     assert "License-Expression: Apache-2.0" in text and "Provides-Extra: deepspeed" in text
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         assert any(name.endswith("trl_opsd/demo/model/model.safetensors") for name in archive.getnames())
+
+
+def test_an_editable_install_is_found_from_the_folder_that_holds_the_clone(tmp_path):
+    """There the clone's own folder, which bears the package's name, would win as a namespace over a finder."""
+    clone, site = tmp_path / "trl_opsd", tmp_path / "site"
+    shutil.copytree(ROOT / "trl_opsd", clone / "trl_opsd", ignore=shutil.ignore_patterns("__pycache__", "model"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    run_python(clone, "-c", f"from setuptools.build_meta import build_editable; build_editable({str(tmp_path)!r})")
+    zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(site)  # what pip does with it
+    # Without the packages of this environment, where trl_opsd is installed already.
+    code = f"import site; site.addsitedir({str(site)!r}); from trl_opsd import __version__, cli; print(cli.__file__)"
+    assert run_python(tmp_path, "-S", "-c", code).strip() == str(clone / "trl_opsd" / "cli.py")
+
+
+def run_python(folder, *words):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, *words]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
