@@ -47,7 +47,7 @@ def test_two_models_are_compared_on_the_same_questions(tmp_path, questions, spoi
     assert base["num_questions"] == 6 and base["avg_per_seed"] == [1.0, 1.0]
     table = (tmp_path / "results" / "table.md").read_text()
     assert table in capsys.readouterr().out
-    assert "| 100.0 | [100.0, 100.0] |" in table and "| -100.0 [-100.0, -100.0] |" in table
+    assert "| 1.000 | [1.000, 1.000] |" in table and "| -1.000 [-1.000, -1.000] |" in table
     assert len(list((tmp_path / "results").rglob("seed-*.json"))) == 4
 
 
@@ -199,7 +199,7 @@ def test_the_rule_is_stated_and_the_best_of_a_course_is_no_result(tmp_path, ques
     cli.main([*line, "--checkpoints", "all", "--add_to_card"])
     shown = capsys.readouterr().out
     assert "1 half-written checkpoints are passed over" in shown and "are a course, not results" in shown
-    assert "chosen by these very questions and therefore too high: 100.0 (checkpoint-10)" in shown
+    assert "chosen by these very questions and therefore too high: 1.000 (checkpoint-10)" in shown
     summary = json.loads((tmp_path / "results" / "summary.json").read_text())
     assert [(entry["checkpoint"], entry["avg_at_k"]) for entry in summary] == [
         ("as given", 1.0),
@@ -235,3 +235,18 @@ def test_a_model_without_a_card_is_refused_before_anything_is_sampled(tmp_path, 
 def test_settings_of_the_other_backend_are_refused(tmp_path, questions, capsys, given, message):
     assert cli.main(words(tmp_path, "--models", model_path(), "--datasets", questions, *given)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_table_shows_fractions_as_the_card_does_and_a_bar_in_a_name_ends_no_cell():
+    from trl_opsd.card import results_section
+    from trl_opsd.eval_summary import table_of
+
+    shares = {"avg_at_k": 0.0017, "pass_at_k": 0.25, "majority_at_k": 0.5, "cut_share": 0.125}
+    line = {"dataset": "a|b", "model": "m", "checkpoint": "last", "num_samples": 4, "num_questions": 150, **shares}
+    line |= {"mean_completion_length": 17.0, "markers_per_1000_tokens": 2.0, "interval": (0.0, 0.005)}
+    line |= {"difference": (-0.351, -0.402, -0.298)}
+    _, _, row, *_ = table_of([line]).splitlines()
+    card = results_section([line])
+    for number in ("0.002", "0.250", "0.500", "0.125", "-0.351 [-0.402, -0.298]"):
+        assert f"| {number} |" in row and f"| {number} |" in card
+    assert row.startswith("| a\\|b | m |") and "[0.000, 0.005]" in row

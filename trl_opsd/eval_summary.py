@@ -8,7 +8,8 @@ from typing import Any
 from .arguments import UsageError
 from .eval_models import GIVEN, LAST, ON_THE_WAY, EvaluatedModel
 
-_AVERAGED = ("avg_at_k", "pass_at_k", "majority_at_k", "mean_completion_length", "cut_share", "markers_per_1000_tokens")
+_SHARES = ("avg_at_k", "pass_at_k", "majority_at_k", "cut_share")
+_AVERAGED = (*_SHARES, "mean_completion_length", "markers_per_1000_tokens")
 
 
 def summarize(
@@ -49,20 +50,20 @@ def summarize(
 
 
 def table_of(summary: Sequence[Mapping[str, Any]]) -> str:
-    """The lines as a Markdown table, accuracies in percent, intervals of 95 % over questions; the rule stands below."""
+    """The lines as a Markdown table, shares as fractions, intervals of 95 % over questions; the rule stands below."""
     k = summary[0]["num_samples"]
     head = ["set", "model", "checkpoint", f"avg@{k}", "95 %", f"pass@{k}", f"maj@{k}", "length", "cut"]
     head += ["markers per 1,000", "difference to first, 95 %"]
     rows = [head, ["---"] * len(head)]
     for line in summary:
-        low, high = (100 * value for value in line["interval"])
+        interval = "[{:.3f}, {:.3f}]".format(*line["interval"])
         difference = "-"
         if line["difference"] is not None:
-            difference = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * value for value in line["difference"]))
-        percents = [f"{100 * line[name]:.1f}" for name in ("avg_at_k", "pass_at_k", "majority_at_k", "cut_share")]
-        numbers = [percents[0], f"[{low:.1f}, {high:.1f}]", *percents[1:3], f"{line['mean_completion_length']:.0f}"]
-        markers = f"{line['markers_per_1000_tokens']:.1f}"
-        rows.append([line["dataset"], line["model"], line["checkpoint"], *numbers, percents[3], markers, difference])
+            difference = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*line["difference"])
+        average, any_right, majority, cut = (f"{line[name]:.3f}" for name in _SHARES)
+        names = [line[name].replace("|", "\\|") for name in ("dataset", "model", "checkpoint")]
+        length, markers = f"{line['mean_completion_length']:.0f}", f"{line['markers_per_1000_tokens']:.1f}"
+        rows.append([*names, average, interval, any_right, majority, length, cut, markers, difference])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n\n" + "\n".join(rule_of(summary))
 
 
@@ -85,7 +86,7 @@ def rule_of(summary: Sequence[Mapping[str, Any]]) -> list[str]:
         best = max(course, key=lambda line: line["avg_at_k"])
         sentences.append(
             f"Best of {len(course)} checkpoints of {run} on {dataset}, chosen by these very questions and therefore too "
-            f"high: {100 * best['avg_at_k']:.1f} ({Path(best['model']).name}). Do not set it against a number of a fixed "
+            f"high: {best['avg_at_k']:.3f} ({Path(best['model']).name}). Do not set it against a number of a fixed "
             "rule."
         )
     return sentences
