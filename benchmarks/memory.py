@@ -52,8 +52,9 @@ def measure(case):
     from trl_opsd.contexts import Rollout
     from trl_opsd.demo import model_path
     from trl_opsd.footprint import measure_footprint
-    from trl_opsd.memory import Workload, plan_memory
+    from trl_opsd.memory import plan_memory
     from trl_opsd.methods import OPSD
+    from trl_opsd.plan_options import Workload
 
     cuda = torch.cuda.is_available()
     config, tokenizer = config_of(case["model"]), AutoTokenizer.from_pretrained(model_path())

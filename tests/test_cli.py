@@ -15,6 +15,7 @@ import pytest
 from trl_opsd import cli, launch
 from trl_opsd.arguments import UsageError, nearest_name, read_command_line, split_options
 from trl_opsd.help_text import training_help
+from trl_opsd.inspect.command import InspectArguments
 from trl_opsd.train import BASELINES, TRAINERS, argument_types, make_parser, parse
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +36,11 @@ def test_the_written_out_names_are_those_of_the_trainers_and_baselines():
     assert {*TRAINERS, *BASELINES} < set(cli.COMMANDS)
 
 
-@pytest.mark.parametrize("words", [["--help"], [], ["opsd", "--help"], ["purified-opsd", "-h"], ["eval", "--help"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], [], ["purified-opsd", "-h"], *([name, "--help"] for name in cli.COMMANDS if name != "env")],
+    ids=" ".join,
+)
 def test_help_needs_neither_torch_nor_trl(words):
     code = f"import sys; from trl_opsd.cli import main\ntry: main({words})\nexcept SystemExit: pass\n"
     code += "print('LOADED', [m for m in ('torch', 'trl', 'accelerate', 'transformers') if m in sys.modules])"
@@ -58,6 +63,27 @@ def test_help_lists_every_setting_of_ours_and_names_settings_that_exist(name):
         own = set(TRAINERS[name].config_class.__dataclass_fields__) - set(GRPOConfig.__dataclass_fields__)
         assert own <= listed
     assert {"dataset_name", "dataset_format", "problem_column", "solution_column", "prompt_template"} <= listed
+
+
+@pytest.mark.parametrize(
+    ("words", "own"),
+    [
+        (["plan", "--method=ogls-sd"], {"num_gpus", "gpu_gib", "precision", "steering_strength"}),
+        (["dry-run", "purified-opsd"], {"rows", "tanh_bound"}),
+        (["inspect"], {"method", "student_model_name_or_path", "completions", "num_rollouts", "output"}),
+    ],
+)
+def test_help_of_a_command_that_takes_training_settings_lists_them(capsys, words, own):
+    assert cli.main([*words, "--help"]) == 0
+    text = capsys.readouterr().out
+    listed = {word[2:] for line in text.splitlines() if (word := line.strip().split(" ")[0]).startswith("--")}
+    method = max((name for name in TRAINERS if name in " ".join(words)), key=len, default="opsd")
+    settings = {field for kind in argument_types(method) for field in kind.__dataclass_fields__}
+    assert {*own, "model_name_or_path", "dataset_name", "divergence", "clip"} <= listed
+    wrappers = {"help", "num_gpus", "gpu_gib", "precision", "prompt_tokens", "solution_tokens", "write-docs", "rows"}
+    if words == ["inspect"]:
+        settings |= set(InspectArguments.__dataclass_fields__)
+    assert listed - settings - wrappers - {"accelerate_config", "method"} == set()
 
 
 @pytest.mark.parametrize("name", TRAINERS)

@@ -12,8 +12,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl_opsd import OGLSSDConfig, OPSDTrainer, PurifiedOPSDConfig, PurifiedOPSDTrainer
 from trl_opsd import plan as command
 from trl_opsd.footprint import Growth, load_config, measure_footprint
-from trl_opsd.memory import GIB, Workload, plan_memory
+from trl_opsd.memory import GIB, plan_memory
 from trl_opsd.methods import OGLS_SD, OPSD, PURIFIED_OPSD
+from trl_opsd.plan_options import Workload
 
 ROOT = Path(__file__).parents[1]
 LORA = LoraConfig(r=4, target_modules="all-linear")

@@ -34,6 +34,7 @@ COMMANDS = {
 # Written out, so that help does not load torch; tests hold them to `train.TRAINERS` and `train.BASELINES`.
 METHODS = ("opsd", "ogls-sd", "purified-opsd")
 BASELINES = ("sft", "grpo")
+TAKE_SETTINGS = ("dry-run", "inspect", "plan")  # of training, beside their own
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,6 +65,9 @@ def run_command(name: str, rest: list[str]) -> Any:
             return 0
         rest = [name, rest]
     else:
+        if name in TAKE_SETTINGS and {"-h", "--help"} & set(rest):
+            print(import_module(".help_text", __package__).command_help(name, rest))
+            return 0
         rest = [rest]
     module, function = COMMANDS[name][1].split(":")
     return getattr(import_module(f".{module}", __package__), function)(*rest)

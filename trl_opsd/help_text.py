@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The help of the training commands, read from the source of the settings: importing them would load torch first."""
+"""The help of the commands that take training settings, read from the source of the settings: importing them would load torch first."""
 
 import ast
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 
 _OPSD = (("config.py", "OPSDConfig"), ("settings.py", "SelfDistillationSettings"))
@@ -27,8 +28,15 @@ launch:
                         start under `accelerate launch` with a file or a name: single, ddp, zero2, zero3, fsdp2, ...
   --num_processes N     and every other option of `accelerate launch`; without any, training runs in this process
   --help_all            every setting, those of trl.{trl_config} and trl.ModelConfig too (takes some seconds)
+"""
 
-model:
+_INSPECT_HEAD = """usage: trl-opsd inspect --config RECIPE.yaml [--method METHOD] [--completions RUN] [--SETTING VALUE ...]
+
+Write an HTML page of what student, target and teacher say of each token of some rollouts. Model, data and settings are those of
+the training command: give its recipe, or single settings.
+"""
+
+_MODEL = """model:
   --model_name_or_path NAME
                         Hub id or folder
   --use_peft            LoRA, with --lora_r, --lora_alpha, --lora_target_modules, ...
@@ -42,13 +50,41 @@ def training_help(command: str) -> str:
         f"TRL's {command.upper()} on the same data, as a baseline." if is_baseline else "On-policy self-distillation."
     )
     trl_config = {"sft": "SFTConfig"}.get(command, "GRPOConfig")
-    parts = [_HEAD.format(command=command, what=what, trl_config=trl_config)]
+    return "\n".join([_HEAD.format(command=command, what=what, trl_config=trl_config), *_training_parts(command)])
+
+
+def command_help(command: str, words: Sequence[str]) -> str:
+    """Help of `inspect`, `dry-run` or `plan`: its own options, and the training settings that it takes.
+
+    Args:
+        command: one of them.
+        words: behind its name; the settings are those of the method named there, or of `opsd`.
+    """
+    named = [word.rpartition("=")[2] for word in words]
+    method = next((word for word in named if word in _CLASSES), "opsd")
+    parts = _training_parts(method)
+    if command == "inspect":
+        parts = [_INSPECT_HEAD, _section("inspect", ("inspect/command.py", "InspectArguments")), *parts]
+    else:
+        place = {"dry-run": ".dry_run.options", "plan": ".plan_options"}[command]
+        parts = [import_module(place, __package__).make_parser().format_help(), *parts]
+    more = f"`trl-opsd {method} --help_all` lists the settings of TRL, which are taken too. A recipe of `--config` holds any."
+    return "\n".join([*parts, more])
+
+
+def _training_parts(command: str) -> list[str]:
+    """Model, data and settings of a training command; a setting stands once."""
     seen: set[str] = set()
+    parts = [_MODEL]
     for title, place in (("data", _DATA), *(("settings", place) for place in _CLASSES[command])):
-        entries = [_entry(*setting) for setting in settings_of(*place) if setting[0] not in seen]
+        parts.append(_section(title, place, seen))
         seen |= {name for name, _, _ in settings_of(*place)}
-        parts.append(f"{title} ({place[1]}):\n" + "\n".join(entries) + "\n")
-    return "\n".join(parts)
+    return parts
+
+
+def _section(title: str, place: tuple[str, str], seen: Collection[str] = ()) -> str:
+    entries = [_entry(*setting) for setting in settings_of(*place) if setting[0] not in seen]
+    return f"{title} ({place[1]}):\n" + "\n".join(entries) + "\n"
 
 
 def settings_of(file: str, class_name: str) -> Iterator[tuple[str, str, str]]:

@@ -15,28 +15,15 @@ from .losses.projection import WIDENED_ROWS
 from .losses.targets import LinearShape
 from .losses.tiles import BLOCK_BYTES, MIN_TILE_TOKENS, TILE_BYTES
 from .methods import Method
+from .plan_options import ENGINES, Workload
 from .trainers.targets import DECOMPOSED_ROLLOUTS
 
-ENGINES = ("single", "ddp", "zero2", "zero3", "fsdp2")
 GIB = 2**30
 
 # DeepSpeed's defaults: elements of a reduction bucket, and of parameters that stay gathered between layers.
 _BUCKET, _LIVE = 500_000_000, 1_000_000_000
 # Of a CUDA context, communication and libraries; and the share that the allocator loses between blocks.
 _CONTEXT_BYTES, _FRAGMENTATION = 2 * GIB, 0.05
-
-
-@dataclass(frozen=True)
-class Workload:
-    """How long texts are, in tokens.
-
-    Attributes:
-        prompt: the student's prompt.
-        solution: the reference solution in the teacher's.
-    """
-
-    prompt: int = 256
-    solution: int = 4096
 
 
 @dataclass(frozen=True)

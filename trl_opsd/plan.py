@@ -4,7 +4,6 @@
 `trl-opsd plan --write-docs` writes the tables of docs/scale.md.
 """
 
-import argparse
 import copy
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,8 @@ from peft import LoraConfig
 from trl import get_peft_config
 
 from .footprint import SHAPES, Footprint, load_config, measure_footprint
-from .memory import ENGINES, GIB, MemoryPlan, Workload, plan_memory
+from .memory import GIB, MemoryPlan, plan_memory
+from .plan_options import ENGINES, Workload, make_parser
 from .train import TRAINERS, parse_as_one_of
 
 NUM_GPUS = (1, 4, 8, 64)
@@ -28,7 +28,7 @@ _MARKS = ("<!-- table of `trl-opsd plan --write-docs` begins -->\n", "<!-- table
 
 def main(arguments: list[str]) -> None:
     """Print the plan of a run, or write the docs' tables."""
-    options, rest = _options(arguments)
+    options, rest = make_parser().parse_known_args(arguments)
     if options.write_docs:
         write_docs(Path(options.write_docs))
         return
@@ -49,21 +49,6 @@ def main(arguments: list[str]) -> None:
     print(f"{model_args.model_name_or_path}, {options.method}, {num_gpus} GPUs, {engine}\n")
     print(as_table(run.plan(engine, num_gpus)))
     print(verdict(run, engine, num_gpus))
-
-
-def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(prog="trl-opsd plan", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--method", choices=tuple(TRAINERS), default="opsd")
-    parser.add_argument("--num_gpus", type=int, help="default: what the accelerate file says, or 1")
-    parser.add_argument("--accelerate_config", help=f"one of {ENGINES}, or a file of accelerate")
-    parser.add_argument("--gpu_gib", type=float, default=80, help="memory of one GPU")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="what is computed in")
-    parser.add_argument("--prompt_tokens", type=int, default=Workload.prompt, help="longest prompt")
-    parser.add_argument("--solution_tokens", type=int, default=Workload.solution, help="longest solution")
-    parser.add_argument(
-        "--write-docs", nargs="?", const="docs/scale.md", metavar="PAGE", help="write the tables of a page, then stop"
-    )
-    return parser.parse_known_args(arguments)
 
 
 def _run_arguments(method: str, arguments: list[str], num_gpus: int = 1) -> tuple[Any, Any]:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`trl-opsd dry-run METHOD ...`: takes the training command's words, loads no weights, needs no accelerator."""
 
-import argparse
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from ..validation import check_model_config, check_rows
 from ..verification import verifies
 from . import mismatches
 from .facts import model_facts, num_processes, run_facts
+from .options import make_parser
 from .views import View, row_lines, views_of
 
 # Settings that a machine without a GPU refuses; nothing here reads them. The last word of an option wins.
@@ -26,15 +26,7 @@ _ROWS_READ = 64
 
 def run(arguments: list[str]) -> int:
     """Print the run that a command line describes; 0 if it would start, warnings or not, 1 if it would be refused."""
-    parser = argparse.ArgumentParser(
-        prog="trl-opsd dry-run",
-        description="Print prompts as rendered, ids at the boundary, batch, steps, lengths and mismatches of a run. All "
-        "other options are those of the training command, `--config` and launcher options among them.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("method", choices=[*TRAINERS], help="the training command")
-    parser.add_argument("--rows", type=int, default=2, help="rows to print")
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = make_parser().parse_known_args(arguments)
     try:
         warnings = _report(options.method, rest, options.rows)
     except UsageError:

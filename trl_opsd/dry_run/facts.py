@@ -13,8 +13,9 @@ from trl import get_peft_config
 from ..arguments import given_value, option_value, read_command_line
 from ..card import thinking_modes
 from ..launch import accelerate_config_path
-from ..memory import GIB, Workload
+from ..memory import GIB
 from ..plan import Planned, read_engine
+from ..plan_options import Workload
 from ..train import argument_types
 from .views import View
 

@@ -5,7 +5,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from trl import ModelConfig
 
 from .._trl import trusts_remote_code
 from ..card import thinking_modes
+from ..config import option
 from ..train import TRAINERS, DataArguments, load_rows, parse_as
 from .compute import Inspector
 from .page import write_page
@@ -30,21 +31,17 @@ _PROMPTS_PER_ROLLOUT = 8
 class InspectArguments(DataArguments):
     """What to inspect, beside the data, the models and the method's settings."""
 
-    method: str = field(
-        default="opsd", metadata={"help": "Whose contexts and target are shown.", "choices": [*TRAINERS]}
+    method: str = option("opsd", "Whose contexts and target are shown: `opsd`, `ogls-sd` or `purified-opsd`.")
+    student_model_name_or_path: str | None = option(
+        None, "Checkpoint of the student. None: the base model, which teaches, itself."
     )
-    student_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint of the student. None: the base model, which teaches, itself."}
+    completions: str | None = option(
+        None,
+        "A run's saved completions instead of fresh rollouts: JSONL, Parquet, or a run's folder (trained with "
+        "log_completions).",
     )
-    completions: str | None = field(
-        default=None,
-        metadata={
-            "help": "A run's saved completions instead of fresh rollouts: JSONL, Parquet, or a run's folder "
-            "(trained with log_completions)."
-        },
-    )
-    num_rollouts: int = field(default=4, metadata={"help": "Rollouts on the page."})
-    output: str = field(default="inspect.html", metadata={"help": "The page."})
+    num_rollouts: int = option(4, "Rollouts on the page.")
+    output: str = option("inspect.html", "The page.")
 
 
 def run_inspect(arguments: list[str]) -> Path:
