@@ -10,6 +10,7 @@ from peft import LoraConfig
 from trl_opsd import OPSDConfig, OPSDTrainer
 from trl_opsd.contexts import TeacherContext
 from trl_opsd.methods import OPSD, Method
+from trl_opsd.trainers.rollout_text import rollouts_text
 
 CLIP = 0.05
 # transformers computes norms and rotary angles in float32, whatever the model's dtype.
@@ -421,6 +422,37 @@ def test_the_log_holds_every_diagnostic(build, tmp_path):
 
     table = pandas.read_parquet(tmp_path / "out" / "completions" / "completions_00001.parquet")
     assert table["divergence"].notna().all() and len(table) == 4
+
+
+def test_completions_are_printed_whole_at_80_columns(build, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "80")
+    trainer = build(log_completions=True, num_completions_to_print=2)
+    trainer.train()
+    import pandas
+
+    table = pandas.read_parquet(tmp_path / "out" / "completions" / "completions_00001.parquet")
+    printed = capsys.readouterr().out
+    assert [f"--- rollout {number} of 4, step 1 ---" in printed for number in (1, 2, 3, 4)] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+    for row in (0, 2):
+        text = table["completion"][row]
+        text = text if isinstance(text, str) else text[-1]["content"]
+        assert f"completion: {text.strip()}\n" in printed and f"divergence {table['divergence'][row]:.4g}" in printed
+    assert trainer.num_completions_to_print == 2
+
+
+def test_a_printed_rollout_commands_no_terminal_and_turns_are_read():
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b\x1b[2J\n\tc"}]
+    text = rollouts_text([{"prompt": turns, "completion": turns[1:], "divergence": 0.123456}], 7, None)
+    assert text == (
+        "--- rollout 1 of 1, step 7 ---\nprompt: user: a\nassistant: b\\x1b[2J\n\tc\ncompletion: b\\x1b[2J\n\tc\n"
+        "divergence 0.1235\n\n"
+    )
+    assert rollouts_text([], 7, 2) == "" and rollouts_text([{"prompt": "p", "completion": "c"}], 7, 0) == ""
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_rows(build, monkeypatch):

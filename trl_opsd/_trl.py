@@ -302,6 +302,13 @@ class RolloutTrainer(NamedByMethod, GRPOTrainer):
             if index < len(column):
                 column[index] = value
 
+    def table_rows(self) -> list[dict[str, Any]]:
+        """Rows of the completions table of the last generation batch, as far as every column has them."""
+        logs = self._logs
+        columns = {"prompt": logs["prompt"], "completion": logs["completion"], **logs["rewards"]}
+        columns |= {"advantage": logs["advantages"], **logs["extra"]}
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=False)]
+
     def policy_loss(self, model: torch.nn.Module, batch: dict[str, Any], logps_and_entropies: tuple) -> torch.Tensor:
         """TRL's policy-gradient loss from log-probabilities that were computed already."""
         self._cached_logps = logps_and_entropies

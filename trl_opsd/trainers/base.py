@@ -30,6 +30,7 @@ from ..teacher import Teacher
 from ..validation import num_positions
 from .checks import check_inputs, check_prompts, check_sampling_keeps_weights, choose_reward
 from .publishing import PublishingTrainer
+from .rollout_text import rollouts_text
 from .tail_anchor import count_tail_tokens, locate_tail, student_length, tail_loss
 
 
@@ -299,7 +300,13 @@ class SelfDistillationTrainer(PublishingTrainer):
         self.add_metrics({f"time/{name}": seconds for name, seconds in diagnostics.seconds().items()})
         self.fill_table_column("divergence", diagnostics.row_divergences())
         diagnostics.reset()
-        super().log(logs, start_time)
+        shown, self.num_completions_to_print = self.num_completions_to_print, 0  # TRL saves its table and prints none
+        try:
+            super().log(logs, start_time)
+        finally:
+            self.num_completions_to_print = shown
+        if self.log_completions and self.accelerator.is_main_process:
+            print(rollouts_text(self.table_rows(), self.state.global_step, shown), end="", flush=True)
 
 
 class _StepHooks(TrainerCallback):

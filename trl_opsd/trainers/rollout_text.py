@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rollouts of a batch as text for a terminal of any width; TRL's table gives each of its columns as little as it has."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a model says to a terminal is shown, not done
+
+
+def rollouts_text(rows: Sequence[Mapping[str, Any]], step: int, most: int | None) -> str:
+    """Prompt, completion and numbers of some rollouts.
+
+    Args:
+        rows: rows of the completions table.
+        step: optimizer step.
+        most: rollouts shown, spread over the batch; None for all.
+
+    Returns:
+        The text; empty where nothing is to be shown.
+    """
+    count = len(rows) if most is None else min(most, len(rows))
+    if count <= 0:
+        return ""
+    shown = [index * len(rows) // count for index in range(count)]
+    parts = [
+        f"--- rollout {index + 1} of {len(rows)}, step {step} ---\n{_row_text(rows[index])}\n\n" for index in shown
+    ]
+    return _CONTROL.sub(lambda found: repr(found.group())[1:-1], "".join(parts))
+
+
+def _row_text(row: Mapping[str, Any]) -> str:
+    numbers = {name: value for name, value in row.items() if name not in ("prompt", "completion")}
+    texts = [f"{name}: {_read(row[name]).strip()}" for name in ("prompt", "completion")]
+    return "\n".join([*texts, ", ".join(f"{name} {_short(value)}" for name, value in numbers.items())])
+
+
+def _read(turns: str | list[dict[str, Any]]) -> str:
+    """Text, or what a conversation's turns say, each behind its role where there are several."""
+    if isinstance(turns, str):
+        return turns
+    texts = [(turn.get("role", ""), turn.get("content") or turn.get("tool_calls") or "") for turn in turns]
+    if len(texts) == 1:
+        return str(texts[0][1])
+    return "\n".join(f"{role}: {text}" for role, text in texts)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
