@@ -236,6 +236,7 @@ def redefined_fields():
 
 def test_the_fields_it_adds_are_a_frozen_set():
     assert added_fields() == {
+        "checkpoint_hashes",
         "clip",
         "clip_value",
         "compile_loss",
@@ -251,6 +252,7 @@ def test_the_fields_it_adds_are_a_frozen_set():
         "max_teacher_prompt_length",
         "num_loss_tokens_to_skip",
         "offload_targets",
+        "overwrite_output_dir",
         "prompt_template",
         "reference_prompt_template",
         "reflection_markers",
@@ -300,6 +302,7 @@ def test_mutable_defaults_are_not_shared(make_args):
 
 
 COMMAND_LINE = {
+    "checkpoint_hashes": ("false", False),
     "clip": ("none", None),
     "clip_value": ("0.1", 0.1),
     "compile_loss": ("true", True),
@@ -315,6 +318,7 @@ COMMAND_LINE = {
     "max_teacher_prompt_length": ("512", 512),
     "num_loss_tokens_to_skip": ("1", 1),
     "offload_targets": ("true", True),
+    "overwrite_output_dir": ("true", True),
     "prompt_template": ("Solve {prompt}", "Solve {prompt}"),
     "reference_prompt_template": ("See {solution}", "See {solution}"),
     "reflection_markers": ("wait", ["wait"]),

@@ -18,7 +18,18 @@ PACKAGE = Path(__file__).parents[1] / "trl_opsd"
 
 # From the ground up; a module that is not named stands on the roof.
 FLOORS = (
-    {"checkpoints", "losses", "markers", "repetition", "sharding", "verification"},
+    {
+        "checkpoints",
+        "initial_weights",
+        "losses",
+        "markers",
+        "repetition",
+        "resumption",
+        "run_lock",
+        "run_state",
+        "sharding",
+        "verification",
+    },
     {"contexts", "heads"},
     {"adapters", "callbacks", "collators", "diagnostics", "messages", "rewards", "teacher", "validation"},
     {"forwards", "jobs", "methods", "scoring", "states"},

@@ -14,9 +14,9 @@ from trl_opsd.checkpoints import (
     checkpoint_state,
     complete_steps,
     latest_complete_checkpoint,
-    resolve_checkpoint,
     writing_checkpoint,
 )
+from trl_opsd.resumption import CheckpointSearch
 
 STEPS = 6
 TIMES = ("time/", "step_time", "train_runtime", "per_second", "train_loss", "total_flos")
@@ -205,7 +205,7 @@ def test_a_checkpoint_without_a_marker_is_taken_if_its_last_file_is_there(tmp_pa
         folder.mkdir()
         (folder / name).write_text("{}")
     told = []
-    assert resolve_checkpoint(True, str(tmp_path), told.append) == str(tmp_path / "checkpoint-1")
+    assert CheckpointSearch(tell=told.append).resolve(True, tmp_path) == str(tmp_path / "checkpoint-1")
     assert "checkpoint-2" in told[0] and "without trl_opsd's marker" in told[1]
 
 
@@ -218,14 +218,16 @@ def test_what_a_command_line_gives_is_read_and_ten_comes_after_nine(tmp_path, gi
         with writing_checkpoint(tmp_path / f"checkpoint-{step}", marks=True, wait=lambda: None):
             pass
     (tmp_path / "checkpoint-best").mkdir()
-    assert resolve_checkpoint(given, str(tmp_path)) == (wanted and str(tmp_path / wanted))
+    assert CheckpointSearch().resolve(given, tmp_path) == (wanted and str(tmp_path / wanted))
 
 
 def test_ranks_take_the_newest_step_that_all_of_them_have(tmp_path):
     for step in (1, 2):
         with writing_checkpoint(tmp_path / f"checkpoint-{step}", marks=True, wait=lambda: None):
             pass
-    assert resolve_checkpoint(True, str(tmp_path), common=lambda steps: steps & {1}) == str(tmp_path / "checkpoint-1")
+    other = {"checkpoint-1"}
+    search = CheckpointSearch(of_all=lambda value: [value, other if isinstance(value, set) else value])
+    assert search.resolve(True, tmp_path) == str(tmp_path / "checkpoint-1")
 
 
 def test_with_a_limit_of_one_the_old_checkpoint_stays_until_the_new_one_is_complete(build, tmp_path, monkeypatch):

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 import trl
 from accelerate.utils import gather_object
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
-from .checkpoints import load_state, save_state, writing_checkpoint
+from .checkpoints import remove_older, writing_checkpoint
 from .forwards import counted_positions
+from .run_state import load_state, save_state
 
 SUPPORTED_TRL = ">=1.0.0,<1.17"
 
@@ -192,7 +193,66 @@ class NamedByMethod:
             cls._tag_names = ["trl-opsd", "self-distillation", method.name.lower().replace(" ", "-")]
 
 
-class RolloutTrainer(NamedByMethod, GRPOTrainer):
+class CheckedCheckpoints:
+    """Mixin in front of one of TRL's trainers: a checkpoint is marked, listed and pushed when all of it is there."""
+
+    run_id = ""
+    initial_weights: dict[str, str] | None = None
+    _unpushed: str | None = None
+
+    # Hooks
+
+    def save_extra_state(self, checkpoint: str) -> None:
+        """Write what the parent does not save, into a checkpoint folder; called on every process."""
+
+    def load_extra_state(self, checkpoint: str) -> None:
+        """Read it back when a run is resumed."""
+
+    # TRL's seams
+
+    def _save_checkpoint(self, model, trial):
+        args, run = self.args, Path(self._get_output_dir(trial=trial))
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        limit, self._unpushed = args.save_total_limit, None
+        args.save_total_limit = None if limit is None else _LaterLimit(limit)
+        try:
+            with writing_checkpoint(
+                folder,
+                marks=args.should_save,
+                wait=self.accelerator.wait_for_everyone,
+                run=self.run_id,
+                initial_weights=self.initial_weights,
+                hashes=args.checkpoint_hashes,
+            ):
+                super()._save_checkpoint(model, trial)
+                self.save_extra_state(str(folder))
+                if not args.save_only_model:
+                    self._save_pending(folder)
+        finally:
+            args.save_total_limit = limit
+        # Not before the new one is complete: with a limit of 1 there would be none for a while.
+        if args.should_save:
+            remove_older(run, limit, self.run_id, self.state.best_model_checkpoint)
+        if self._unpushed is not None:
+            super()._push_from_checkpoint(self._unpushed)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        self._unpushed = checkpoint_folder  # with our files and the mark that it is complete
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.load_extra_state(checkpoint)
+            self._load_pending(checkpoint)
+
+    def _save_pending(self, folder: Path) -> None:
+        """Write what this rank is in the middle of; nothing for a trainer that keeps nothing between steps."""
+
+    def _load_pending(self, checkpoint: str) -> None:
+        """Read it back."""
+
+
+class RolloutTrainer(CheckedCheckpoints, NamedByMethod, GRPOTrainer):
     """GRPOTrainer with its private seams turned into hooks. Subclasses implement `add_targets` and `step_loss`."""
 
     def __init__(self, **kwargs):
@@ -205,7 +265,6 @@ class RolloutTrainer(NamedByMethod, GRPOTrainer):
         self._rewards: torch.Tensor | None = None
         self._rollout_ids: list[list[int]] = []
         self._cached_logps = None
-        self._unpushed: str | None = None
         self._resumed_interval: dict[str, Any] | None = None
 
     # Hooks
@@ -230,12 +289,6 @@ class RolloutTrainer(NamedByMethod, GRPOTrainer):
     def step_loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         """Loss of one micro-batch, divided by everything it is to be divided by."""
         raise NotImplementedError
-
-    def save_extra_state(self, checkpoint: str) -> None:
-        """Write what the parent does not save, into a checkpoint folder; called on every process."""
-
-    def load_extra_state(self, checkpoint: str) -> None:
-        """Read it back when a run is resumed."""
 
     def pending_values(self) -> dict[str, Any]:
         """What this rank keeps between optimizer steps, as JSON: for the batch and logging interval it is in."""
@@ -385,34 +438,6 @@ class RolloutTrainer(NamedByMethod, GRPOTrainer):
         for batch in batches:
             batch.update(zip(counts[0], sums, strict=True))
 
-    def _save_checkpoint(self, model, trial):
-        args, run = self.args, Path(self._get_output_dir(trial=trial))
-        folder = run / f"checkpoint-{self.state.global_step}"
-        limit, self._unpushed = args.save_total_limit, None
-        args.save_total_limit = None if limit is None else _LaterLimit(limit)
-        try:
-            with writing_checkpoint(folder, marks=args.should_save, wait=self.accelerator.wait_for_everyone):
-                super()._save_checkpoint(model, trial)
-                self.save_extra_state(str(folder))
-                if not args.save_only_model:
-                    self._save_pending(folder)
-        finally:
-            args.save_total_limit = limit
-        # Not before the new one is complete: with a limit of 1 there would be none for a while.
-        if args.should_save:
-            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
-        if self._unpushed is not None:
-            super()._push_from_checkpoint(self._unpushed)
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        self._unpushed = checkpoint_folder  # with our files and the mark that it is complete
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.load_extra_state(checkpoint)
-            self._load_pending(checkpoint)
-
     # The middle of a generation batch and of a logging interval
 
     def has_pending_batch(self) -> bool:
@@ -445,6 +470,7 @@ class RolloutTrainer(NamedByMethod, GRPOTrainer):
 
     def _save_pending(self, folder: Path) -> None:
         values = {
+            "run_id": self.run_id,
             "run": self._shape_of_run(),
             "step": self._step,
             "interval": {
@@ -460,6 +486,11 @@ class RolloutTrainer(NamedByMethod, GRPOTrainer):
     def _load_pending(self, checkpoint: str) -> None:
         accelerator = self.accelerator
         state = load_state(checkpoint, accelerator.process_index, accelerator.num_processes, accelerator.device)
+        if state is not None and state[0].get("run_id", self.run_id) != self.run_id:
+            raise ValueError(
+                f"{checkpoint}: the state of rank {accelerator.process_index} is of another run than the marker. Files of "
+                "two runs were mixed there; give another checkpoint."
+            )
         self._buffered_inputs = None
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         if state is not None and state[0]["run"] == self._shape_of_run():

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoints are whole, and what they hold beside the parent's files.
+"""Which checkpoints are whole, and whose they are.
 
-A folder is marked as being written before its first file and as complete after its last one, on all ranks. A run that
-ends in between leaves a half-written checkpoint, which is skipped or refused by name. What a run is in the middle of (a
-generation batch, a logging interval) is written as tensors and JSON, one pair of files a rank.
+A folder is marked as being written before its first file and as complete after its last one, on all ranks. The mark of
+a complete one lists its files with size and hash, and the run that wrote them: what is missing, cut or altered later is
+found by name, and two runs in one folder are told apart.
 """
 
 import hashlib
@@ -11,208 +11,204 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 
 MARKER = "trl_opsd_checkpoint.json"
-_STATE, _TENSORS, _HEAD = "trl_opsd_state", "trl_opsd_batch", "trl_opsd_head.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_READERS = 4  # files hashed at once; hashlib and the disk leave the interpreter free
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder as its marker describes it."""
+
+    folder: Path
+    state: str  # "complete", "half-written", or "unmarked": no marker, but the file that comes last there
+    run: str | None = None  # that wrote it; None before there were ids
+    written: float = 0.0  # seconds since the epoch
+    initial_weights: dict[str, str] | None = None  # hashes, see `initial_weights`
+    files: dict[str, list] | None = None  # name in the folder -> size in bytes and SHA-256 or None; None: no list
+    unread: str | None = None  # why its marker cannot be read
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether it claims to be whole."""
+        return self.state != "half-written"
+
+    @property
+    def step(self) -> int:
+        """N of `checkpoint-N`, -1 for another name."""
+        name = _NAME.fullmatch(self.folder.name)
+        return int(name[1]) if name else -1
 
 
 @contextmanager
-def writing_checkpoint(folder: Path, *, marks: bool, wait: Callable[[], None]) -> Iterator[None]:
+def writing_checkpoint(
+    folder: Path,
+    *,
+    marks: bool,
+    wait: Callable[[], None],
+    run: str | None = None,
+    initial_weights: dict[str, str] | None = None,
+    hashes: bool = True,
+) -> Iterator[None]:
     """Within the context every rank writes its files into `folder`; the folder is marked before and after.
 
     Args:
-        folder: of the checkpoint; one that exists already counts as half-written from here on.
+        folder: of the checkpoint; what an earlier one of its name holds is removed first.
         marks: this rank writes the marker, once a file system.
         wait: waits for all ranks.
+        run: id of the run.
+        initial_weights: hashes that the run's start has to have when it is resumed.
+        hashes: list the SHA-256 of each file, which reads all of them, beside its size.
 
     Raises:
         Exception: what the writing raised, with a note that names the folder and the space left.
     """
+    facts = {"run": run, "initial_weights": initial_weights}
     try:
         if marks:
-            _mark(folder, complete=False)
-            for leftover in folder.glob("trl_opsd_*"):
-                if leftover.name != MARKER:
-                    leftover.unlink()
+            shutil.rmtree(folder, ignore_errors=True)  # files of another run or of other ranks must not mix with these
+            _mark(folder, complete=False, **facts)
         wait()
         yield
         wait()
         if marks:
-            _mark(folder, complete=True)
+            _mark(folder, complete=True, **facts, files=_list_files(folder, hashes))
     except Exception as error:
         error.add_note(_describe_failure(folder))
         raise
 
 
-def complete_steps(output_dir: str | Path) -> dict[int, str]:
-    """Steps of the folders `checkpoint-N`, each with its state.
+def read_checkpoint(folder: str | Path) -> Checkpoint:
+    """What the marker of a folder says."""
+    folder, values = Path(folder), None
+    marker = folder / MARKER
+    if not marker.exists():
+        return Checkpoint(folder, "unmarked" if (folder / "trainer_state.json").exists() else "half-written")
+    try:
+        values = json.loads(marker.read_text(encoding="utf-8"))
+        state = "complete" if values.pop("complete") else "half-written"
+        return Checkpoint(folder, state, **values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return Checkpoint(folder, "half-written", unread=f"{marker} cannot be read ({error})")
 
-    Returns:
-        "complete", "half-written", or "unmarked": written without the marker, but with the file that comes last there.
-    """
-    found = {}
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        name = _NAME.fullmatch(folder.name)
-        if name and folder.is_dir():
-            found[int(name[1])] = checkpoint_state(folder)
-    return found
+
+def read_checkpoints(output_dir: str | Path) -> list[Checkpoint]:
+    """The folders `checkpoint-N` of a run, in the order in which they were written."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    # By their own clock: copying changes a folder's, and a later run may be at an earlier step.
+    return sorted(map(read_checkpoint, folders), key=lambda checkpoint: (checkpoint.written, checkpoint.step))
+
+
+def complete_steps(output_dir: str | Path) -> dict[int, str]:
+    """Steps of the folders `checkpoint-N`, each with its state; see `Checkpoint`."""
+    return {checkpoint.step: checkpoint.state for checkpoint in read_checkpoints(output_dir)}
 
 
 def checkpoint_state(folder: str | Path) -> str:
-    """ "complete", "half-written" or "unmarked"; see `complete_steps`."""
-    marker = Path(folder) / MARKER
-    if marker.exists():
-        return "complete" if '"complete": true' in marker.read_text() else "half-written"
-    return "unmarked" if (Path(folder) / "trainer_state.json").exists() else "half-written"
+    """ "complete", "half-written" or "unmarked"; see `Checkpoint`."""
+    return read_checkpoint(folder).state
 
 
-def latest_complete_checkpoint(
-    output_dir: str | Path, tell: Callable[[str], None] = lambda text: None, common: Callable[[set], set] = set
-) -> str | None:
-    """The newest checkpoint of a run that can be resumed.
-
-    Args:
-        output_dir: of the run.
-        tell: is given a sentence about every newer folder that is passed over, and about one without a marker.
-        common: keeps, of a set of steps, those that every rank has.
-
-    Returns:
-        Its folder, or None if there is none.
-    """
-    found = complete_steps(output_dir)
-    usable = common({step for step, state in found.items() if state != "half-written"})
-    newest = max(usable, default=None)
-    skipped = [step for step in sorted(found) if newest is None or step > newest]
-    folders = ", ".join(str(Path(output_dir) / f"checkpoint-{step}") for step in skipped)
-    if skipped:
-        tell(f"Skipped, because the run ended while it was being saved: {folders}.")
-    if newest is None:
-        return None
-    folder = str(Path(output_dir) / f"checkpoint-{newest}")
-    if found[newest] == "unmarked":
-        tell(f"{folder} was written without trl_opsd's marker ({MARKER}); its files look complete, so it is used.")
-    return folder
+def latest_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The folder of the newest checkpoint by its marker's word, or None; its files are not looked at."""
+    return next((str(each.folder) for each in reversed(read_checkpoints(output_dir)) if each.can_resume), None)
 
 
-def resolve_checkpoint(
-    wanted: str | bool | None,
-    output_dir: str,
-    tell: Callable[[str], None] = lambda text: None,
-    common: Callable[[set], set] = set,
-) -> str | None:
-    """The folder to resume from, from what a user gave as `resume_from_checkpoint`.
+def find_faults(checkpoint: Checkpoint, *, hashes: bool = True) -> list[str]:
+    """What keeps a run from going on from a checkpoint, a sentence for each file; nothing where it is whole.
 
     Args:
-        wanted: a folder; True, or "true" as a command line gives it, for the newest complete one; False or None.
-        output_dir: of the run.
-        tell: see `latest_complete_checkpoint`.
-        common: see `latest_complete_checkpoint`.
-
-    Raises:
-        ValueError: there is no complete checkpoint, or the folder given is half-written.
+        checkpoint: to look at. Without a list of files it is only seen whether each of them can be opened.
+        hashes: read the files and compare their hashes where there are some, beside the sizes.
     """
-    if isinstance(wanted, str) and wanted.lower() in ("true", "false"):
-        wanted = wanted.lower() == "true"
-    if not wanted:
-        return None
-    if wanted is True:
-        folder = latest_complete_checkpoint(output_dir, tell, common)
-        if folder is None:
-            raise ValueError(
-                f"resume_from_checkpoint=True, but {output_dir} holds no complete checkpoint. Leave it out to start "
-                "from the beginning, or set output_dir to the folder of the run."
-            )
-        return folder
-    if Path(wanted).is_dir() and checkpoint_state(wanted) == "half-written":
-        other = latest_complete_checkpoint(Path(wanted).parent)
-        advice = f"Give {other}, the newest complete one" if other else "There is no complete one beside it: start anew"
-        raise ValueError(
-            f"resume_from_checkpoint={wanted!r} is half-written: the run ended while it was being saved. {advice}."
-        )
-    return str(wanted)
+    if checkpoint.unread:
+        return [checkpoint.unread]
+    if not checkpoint.can_resume:
+        return [f"{checkpoint.folder} is half-written: the run ended while it was being saved"]
+    if checkpoint.files is None:
+        look = [partial(_fault_of_opening, path) for path in sorted(checkpoint.folder.rglob("*")) if path.is_file()]
+    else:
+        look = [
+            partial(_fault_of_file, checkpoint.folder / name, size, digest if hashes else None)
+            for name, (size, digest) in checkpoint.files.items()
+        ]
+    with ThreadPoolExecutor(_READERS) as pool:
+        return [fault for fault in pool.map(lambda function: function(), look) if fault]
 
 
-def save_state(
-    folder: str | Path, rank: int, world: int, values: dict[str, Any], batches: list[Mapping[str, Any] | None]
-) -> None:
-    """Write what one rank is in the middle of.
-
-    Args:
-        folder: of the checkpoint.
-        rank: of this process.
-        world: number of processes.
-        values: anything JSON holds.
-        batches: micro-batches still to come, None for those done; of tensors, and of what JSON holds.
-    """
-    tensors, others = {}, []
-    for index, batch in enumerate(batches):
-        others.append(None if batch is None else {k: v for k, v in batch.items() if not isinstance(v, torch.Tensor)})
-        for name, value in (batch or {}).items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}/{name}"] = value.detach().cpu().clone().contiguous()
-    if tensors:
-        save_file(tensors, _own(folder, _TENSORS, rank, world, "safetensors"))
-    text = json.dumps({"values": values, "batches": others}, default=float)
-    _own(folder, _STATE, rank, world, "json").write_text(text)
+def remove_older(output_dir: str | Path, limit: int | None, run: str, best: str | None) -> None:
+    """Remove a run's oldest checkpoints beyond `limit`; never its newest, the best one, or those of another run."""
+    own = [checkpoint.folder for checkpoint in read_checkpoints(output_dir) if checkpoint.run == run]
+    if limit is None or limit <= 0 or not own:
+        return
+    kept = {own[-1].resolve()} | ({Path(best).resolve()} if best else set())
+    removable = [folder for folder in own if folder.resolve() not in kept]
+    for folder in removable[: max(0, len(own) - max(limit, len(kept)))]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def load_state(folder: str | Path, rank: int, world: int, device: torch.device) -> tuple[dict[str, Any], list] | None:
-    """Read what `save_state` wrote; None where the checkpoint has no such file for this rank and number of ranks."""
-    file = _own(folder, _STATE, rank, world, "json")
-    if not file.exists():
-        return None
-    state = json.loads(file.read_text())
-    batches = state["batches"]
-    if any(batch is not None for batch in batches):
-        for key, value in load_file(_own(folder, _TENSORS, rank, world, "safetensors")).items():
-            index, name = key.split("/", 1)
-            batches[int(index)][name] = value.to(device)
-    return state["values"], batches
-
-
-def save_head(folder: str | Path, fields: Mapping[str, torch.Tensor | float | None]) -> None:
-    """Write the fields of a teacher's output head that no longer is any module's, one that is None left out."""
-    tensors = {name: torch.as_tensor(value) for name, value in fields.items() if value is not None}
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    save_file(tensors, Path(folder) / _HEAD)
-
-
-def load_head(folder: str | Path, device: torch.device) -> dict[str, torch.Tensor | float] | None:
-    """Read what `save_head` wrote; None where there is no head."""
-    file = Path(folder) / _HEAD
-    if not file.exists():
-        return None
-    return {name: value.to(device) if value.ndim else value.item() for name, value in load_file(file).items()}
-
-
-def fingerprint(values: Mapping[str, torch.Tensor]) -> str:
-    """A hash of about 256 numbers of each tensor: tells models apart that a training step lies between."""
-    digest = hashlib.sha256()
-    for name in sorted(values):
-        value = values[name].detach()
-        value = (value.to_local() if hasattr(value, "to_local") else value).flatten()
-        sample = value[:: max(1, value.numel() // 256)].double().cpu()
-        digest.update(name.encode() + sample.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _own(folder: str | Path, name: str, rank: int, world: int, ending: str) -> Path:
-    return Path(folder) / f"{name}-{rank:05d}-of-{world:05d}.{ending}"
-
-
-def _mark(folder: Path, *, complete: bool) -> None:
+def _mark(folder: Path, **values: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"{MARKER}.new"
-    unfinished.write_text(json.dumps({"complete": complete}))
+    unfinished.write_text(json.dumps({**values, "written": time.time()}, indent=1), encoding="utf-8")
     os.replace(unfinished, folder / MARKER)  # never half a marker
+
+
+def _list_files(folder: Path, hashes: bool) -> dict[str, tuple[int, str | None]]:
+    """Of every file that a resume may read; cards are left out, as they are written again later."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    paths = [path for path in paths if path.suffix != ".md" and not path.name.startswith(MARKER)]
+    with ThreadPoolExecutor(_READERS) as pool:
+        digests = list(pool.map(_digest if hashes else lambda path: None, paths))
+    return {
+        path.relative_to(folder).as_posix(): (path.stat().st_size, digest)
+        for path, digest in zip(paths, digests, strict=True)
+    }
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fault_of_file(path: Path, size: int, digest: str | None) -> str | None:
+    try:
+        found = path.stat().st_size
+        if found != size:
+            return f"{path} has {found:,} bytes instead of {size:,}: it was cut or replaced"
+        if digest is not None and _digest(path) != digest:
+            return f"{path} was altered after it was saved (its SHA-256 is not the one in {MARKER})"
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except OSError as error:
+        return f"{path} cannot be read ({error})"
+    return None
+
+
+def _fault_of_opening(path: Path) -> str | None:
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                pass
+        elif path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+            raise ValueError("its end is missing")
+    except Exception as error:
+        return f"{path} cannot be read ({error})"
+    return None
 
 
 def _describe_failure(folder: Path) -> str:

@@ -108,6 +108,18 @@ class SelfDistillationSettings:
     distillation_length_steps: int = option(0, "Optimizer steps that `distillation_length_start` takes to grow.")
     num_loss_tokens_to_skip: int = option(0, "So many first tokens of a rollout are not distilled.")
 
+    # Checkpoints.
+    checkpoint_hashes: bool = option(
+        True,
+        "List the SHA-256 of a checkpoint's files and of the initial weights, and compare them when a run is resumed: each "
+        "reads everything once. Off for very large models; sizes are always compared.",
+    )
+    overwrite_output_dir: bool = option(
+        False,
+        "Start from the beginning in a folder that holds another run's checkpoints, which is refused otherwise. Each stays "
+        "until a step of its number is saved.",
+    )
+
     def _read_texts(self) -> None:
         """Settle what the command line writes as text; before the checks of TRL's config."""
         for name in ("chat_template_kwargs", "teacher_chat_template_kwargs"):

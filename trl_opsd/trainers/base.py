@@ -5,25 +5,24 @@ One generation batch: rows -> rollouts and rewards (TRL) -> contexts (`method`) 
 TRL shuffles and splits -> micro-batches -> student hidden states -> fused loss. No formula stands here.
 """
 
-import warnings
 from collections import Counter
 from dataclasses import fields
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from ..callbacks import LIMITS, CollapseGuard
 from ..card import describe_run
-from ..checkpoints import fingerprint, load_head, resolve_checkpoint, save_head
 from ..collators import TeacherCollator
 from ..config import OPSDConfig
 from ..diagnostics import Diagnostics
 from ..heads import OutputHead, head_function
+from ..initial_weights import check_initial_weights, fingerprint
 from ..losses import token_weights
 from ..losses.tiles import nonzero_positions
 from ..rewards import guard_rewards
+from ..run_state import load_head, save_head
 from ..scoring import ContextSharing
 from ..states import offload_states, read_views
 from ..teacher import Teacher
@@ -31,10 +30,11 @@ from ..validation import num_positions
 from .checks import check_inputs, check_prompts, check_sampling_keeps_weights, choose_reward
 from .publishing import PublishingTrainer
 from .rollout_text import rollouts_text
+from .runs import IdentifiedRun
 from .tail_anchor import count_tail_tokens, locate_tail, student_length, tail_loss
 
 
-class SelfDistillationTrainer(PublishingTrainer):
+class SelfDistillationTrainer(IdentifiedRun, PublishingTrainer):
     """GRPOTrainer whose loss is the divergence to a privileged self on the student's own rollouts.
 
     Takes every argument of `trl.GRPOTrainer`. `reward_funcs` may be left out: then answers are verified with
@@ -107,8 +107,7 @@ class SelfDistillationTrainer(PublishingTrainer):
             update_rate=args.teacher_update_rate,
             keep_head=self._updates_per_generation() > 1,
         )
-        # Of what has to be the run's initial weights; empty where the adapter is switched off instead.
-        self._base_fingerprint = fingerprint(self.teacher.values) if args.teacher_model_kind == "base" else None
+        self.remember_initial_weights()
         self.num_tokens = len(self.tokenizer) if getattr(args, "real_tokens_only", False) else None
         self.divergence = args.loss_divergence()
         self.diagnostics = {"train": Diagnostics(), "eval": Diagnostics()}
@@ -141,26 +140,6 @@ class SelfDistillationTrainer(PublishingTrainer):
     def _updates_per_generation(self) -> int:
         args = self.args
         return args.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """Train as TRL does; a run resumes from complete checkpoints only.
-
-        Args:
-            resume_from_checkpoint: a checkpoint's folder, or True for the newest complete one of `output_dir`.
-            *args: TRL's.
-            **kwargs: TRL's.
-
-        Raises:
-            ValueError: there is no complete checkpoint, or the one given is half-written.
-        """
-        folder = resolve_checkpoint(
-            resume_from_checkpoint, self.args.output_dir, self._tell, lambda steps: set.intersection(*_of_all(steps))
-        )
-        return super().train(folder, *args, **kwargs)
-
-    def _tell(self, text: str) -> None:
-        if self.is_world_process_zero():
-            warnings.warn(text, stacklevel=4)
 
     # Hooks of RolloutTrainer
 
@@ -214,16 +193,11 @@ class SelfDistillationTrainer(PublishingTrainer):
             "group_labels": self._group_labels,
             "unsplit_batches": self._unsplit_batches,
             "diagnostics": self.diagnostics["train"].state(),
-            "base_teacher": self._base_fingerprint,
         }
 
     def restore_pending_values(self, values: dict[str, Any]) -> None:
-        if values["base_teacher"] != self._base_fingerprint:
-            raise ValueError(
-                "teacher_model_kind='base': the model given to the trainer has other weights than the one the run "
-                "started from, and they would become the teacher. Give the original model; the checkpoint's weights "
-                "are loaded over it."
-            )
+        if values.get("base_teacher"):  # of a run that began before markers held more of it
+            check_initial_weights({"old": fingerprint(self.teacher.values)}, {"old": values["base_teacher"]})
         self._prompt_texts = values["prompt_texts"]
         self._group_labels = Counter(values["group_labels"])
         self._unsplit_batches = values["unsplit_batches"]
@@ -328,8 +302,3 @@ class _StepHooks(TrainerCallback):
             lost = self.trainer.teacher.update()
             if args.teacher_model_kind == "ema":
                 self.trainer.add_metrics({"teacher/ema_rank_loss": lost})
-
-
-def _of_all(steps: set[int]) -> list[set[int]]:
-    """The sets of all ranks: on folders that are not shared, one may hold what another does not."""
-    return gather_object([steps])

@@ -3,12 +3,10 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from .._trl import NamedByMethod, dict_fields, gkd_classes
 from ..card import describe_run
@@ -25,6 +23,7 @@ from ..states import TargetStates
 from ..teacher import Teacher
 from ..validation import num_positions
 from .checks import config_of
+from .runs import IdentifiedRun
 from .teaching import SelfTeaching
 
 GKDConfig, GKDTrainer = gkd_classes()
@@ -106,7 +105,7 @@ def _refuse_fsdp(args: OPSDGKDConfig) -> None:
         )
 
 
-class OPSDGKDTrainer(SelfTeaching, NamedByMethod, GKDTrainer):
+class OPSDGKDTrainer(IdentifiedRun, SelfTeaching, NamedByMethod, GKDTrainer):
     """GKDTrainer that distils a model from itself reading the reference solution (arXiv 2601.18734).
 
     With the chance `lmbda` a micro-batch is sampled from the student; otherwise the answers of its `messages` are
@@ -188,7 +187,7 @@ class OPSDGKDTrainer(SelfTeaching, NamedByMethod, GKDTrainer):
         )
         self.divergence = args.loss_divergence()
         self.diagnostics = {"train": Diagnostics(), "eval": Diagnostics()}
-        self.resumed_from: str | None = None
+        self.remember_initial_weights()
         self.add_callback(_TeacherHooks(self))
 
     @property
@@ -201,12 +200,11 @@ class OPSDGKDTrainer(SelfTeaching, NamedByMethod, GKDTrainer):
         """ "train" or "eval"."""
         return "train" if self.model.training else "eval"
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """Train as TRL does; the average of an `ema` teacher is read back from the checkpoint too."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-        self.resumed_from = resume_from_checkpoint or None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+    def save_extra_state(self, checkpoint: str) -> None:
+        self.teacher.save(checkpoint)
+
+    def load_extra_state(self, checkpoint: str) -> None:
+        self.teacher.load(checkpoint)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The divergence from student to teacher on the positions whose labels are not -100.
@@ -282,19 +280,14 @@ class OPSDGKDTrainer(SelfTeaching, NamedByMethod, GKDTrainer):
 
 
 class _TeacherHooks(TrainerCallback):
-    """Moves, saves and reads back the teacher's average."""
+    """Moves the teacher's average."""
 
     def __init__(self, trainer: OPSDGKDTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.accelerator.print(describe_run(args, self.trainer.method))
-        if self.trainer.resumed_from is not None:
-            self.trainer.teacher.load(self.trainer.resumed_from)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % args.teacher_sync_steps == 0:
             self.trainer.teacher.update()
-
-    def on_save(self, args, state, control, **kwargs):
-        self.trainer.teacher.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
