@@ -117,7 +117,7 @@ class CheckpointSearch:
         others = [
             each.folder.name
             for each in read_checkpoints(checkpoint.folder.parent)
-            if each.can_resume and each.run != checkpoint.run and each.run is not None
+            if each.can_resume and None not in (each.run, checkpoint.run) and each.run != checkpoint.run
         ]
         if others:
             self.tell(
