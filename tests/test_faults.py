@@ -82,6 +82,20 @@ def test_two_processes_one_killed_and_resumed_give_the_same_curve(tmp_path, whol
 
 
 @pytest.mark.slow
+def test_two_processes_fall_back_together_from_a_file_of_one_rank_that_was_damaged(tmp_path):
+    numbers = run("ddp", tmp_path / "run", *OPTIONS, "--kind", "base")
+    damaged = tmp_path / "run" / "out" / "checkpoint-6" / "trl_opsd_state-00001-of-00002.json"
+    damaged.write_text(damaged.read_text().replace('"step"', '"Step"', 1))
+    resumed = launch("ddp", tmp_path / "run", *OPTIONS, "--kind", "base", "--resume")
+    assert resumed.returncode == 0, resumed.stderr[-4000:]
+    assert f"{damaged} was altered" in resumed.stderr and "checkpoint-5" in resumed.stderr
+    again = json.loads((tmp_path / "run" / "numbers.json").read_text())
+    for a, b in zip(numbers["history"], again["history"], strict=True):
+        assert a == pytest.approx(b, rel=1e-6, abs=1e-9)
+    assert not list((tmp_path / "run" / "out").glob("*.lock"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "fault", "told"),
     [

@@ -290,6 +290,24 @@ def test_the_average_of_a_teacher_is_saved_and_read_back(build, make_model):
         assert (value != dict(whole.model.named_parameters())[name].detach()).any()
 
 
+def test_a_damaged_checkpoint_another_model_and_another_run_are_refused(build, make_model):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "lmbda": 0.0}
+    whole = build(model=make_model(), **settings)
+    whole.train()
+    folder = Path(whole.args.output_dir)
+    with pytest.raises(ValueError, match="holds checkpoints of another run"):
+        build(model=make_model(), **settings).train()
+    with pytest.raises(ValueError, match="other weights than the one the run started from"):
+        build(model=make_model(seed=5), **settings).train(resume_from_checkpoint=True)
+    (folder / "checkpoint-2" / "optimizer.pt").unlink()
+    resumed = build(model=make_model(), **settings)
+    with pytest.raises(ValueError, match=r"optimizer\.pt is missing.*Give .*checkpoint-1"):
+        resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    with pytest.warns(UserWarning, match=r"Skipped newer.*optimizer\.pt is missing"):
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed.run_id == whole.run_id and resumed.state.global_step == 2
+
+
 def test_a_fresh_adapter_is_taught_by_the_model_below_it(build, make_model, rows):
     adapter = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=True)
     trainer = build(model=make_model(), peft_config=adapter, learning_rate=1e-2, max_steps=2, lmbda=0.0, clip=None)

@@ -52,7 +52,9 @@ def check_initial_weights(own: Mapping[str, str], of_run: Mapping[str, str]) -> 
         raise ValueError(
             "model: the one given to the trainer has other weights than the one the run started from, or the same in "
             "another dtype, and a checkpoint does not hold them: teacher_model_kind='base' would teach from other weights, "
-            "and an adapter would stand on others. Give the original model; the checkpoint's weights are loaded over it."
+            "and an adapter would stand on others. Give the original model; the checkpoint's weights are loaded over it. If "
+            "they differ by rounding alone, as where an adapter's initialisation is computed anew, delete "
+            "trl_opsd_checkpoint.json in the checkpoint: then nothing of it is checked."
         )
 
 

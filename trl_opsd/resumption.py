@@ -44,7 +44,7 @@ class CheckpointSearch:
             return None
         if wanted is True:
             return self._newest_of(output_dir)
-        if Path(wanted).is_dir():
+        if any(self.of_all(Path(wanted).is_dir())):  # one that is nowhere is refused by HF Trainer
             self._check_given(wanted)
         return str(wanted)
 
