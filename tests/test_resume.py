@@ -190,7 +190,7 @@ def test_the_newest_complete_checkpoint_is_taken_and_newer_half_written_ones_are
 def test_a_half_written_checkpoint_given_by_name_is_refused_with_one_to_take(build, tmp_path):
     trained(build, max_steps=2)
     half_write(tmp_path / "run" / "checkpoint-2")
-    with pytest.raises(ValueError, match=r"checkpoint-2' is half-written.*Give .*checkpoint-1, the newest complete"):
+    with pytest.raises(ValueError, match=r"checkpoint-2 is half-written.*Give .*checkpoint-1, the newest complete"):
         build().train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
 
 

@@ -123,6 +123,11 @@ class CheckpointSearch:
             self.tell(
                 f"{checkpoint.folder.parent} also holds checkpoints of another run, which are left alone: {', '.join(others)}."
             )
+        if checkpoint.files is not None and not any("optim" in name for name in checkpoint.files):
+            self.tell(
+                f"{checkpoint.folder} was saved without its optimizer (save_only_model): optimizer, learning rate and "
+                "random numbers start anew, so the run is not the uninterrupted one."
+            )
         if checkpoint.files is None:
             marker = f"trl_opsd's marker ({MARKER})" if checkpoint.state == "unmarked" else "a list of its files"
             self.tell(

@@ -16,6 +16,8 @@ from ..run_lock import only_run_in
 class IdentifiedRun(CheckedCheckpoints):
     """Mixin in front of one of TRL's trainers, whose `args` are `SelfDistillationSettings` and that has a `teacher`."""
 
+    own_run_ids: frozenset[str] = frozenset()  # one for each call of `train`
+
     def remember_initial_weights(self) -> None:
         """Hash what a checkpoint does not hold of the model as it was given; a collective."""
         taught = self.teacher.values if self.teacher.kind == "base" else ()
@@ -57,11 +59,12 @@ class IdentifiedRun(CheckedCheckpoints):
             self._look_for_others()
         own = checkpoint.run if checkpoint is not None else None
         self.run_id = _of_all(own or uuid.uuid4().hex)[0]
+        self.own_run_ids |= {self.run_id}
 
     def _look_for_others(self) -> None:
         found = [each for each in read_checkpoints(self.args.output_dir) if each.can_resume]
         found = _of_all([(each.folder.name, each.run) for each in found])[0]
-        others = [name for name, run in found if not self.run_id or run != self.run_id]  # an id: trained before
+        others = [name for name, run in found if run not in self.own_run_ids]
         if others and not self.args.overwrite_output_dir:
             raise ValueError(
                 f"output_dir={self.args.output_dir!r} holds checkpoints of another run ({', '.join(others)}), and this one "
