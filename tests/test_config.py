@@ -268,6 +268,7 @@ def test_the_fields_it_adds_are_a_frozen_set():
         "teacher_sync_steps",
         "teacher_tokens_per_forward",
         "teacher_update_rate",
+        "verifier",
     }
 
 

@@ -10,18 +10,10 @@ from collections import Counter
 import pytest
 from torch import nn
 
-from trl_opsd import verification
 from trl_opsd.rewards import accuracy_reward, guard_rewards, no_reward
-from trl_opsd.verification import parse_answer, verifies, verify
+from trl_opsd.verification import verifies, verify
 
 SOLUTION = "2 and 3 make \\boxed{5}"
-
-
-@pytest.fixture(autouse=True)
-def fresh_caches():
-    yield
-    verify.cache_clear()
-    parse_answer.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -91,16 +83,7 @@ def test_odd_text_on_either_side_gives_false_and_never_an_error(text):
     assert verifies(text) in (True, False)
 
 
-# The alarm may go off inside a destructor, where Python can only warn.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_nested_braces_and_towers_of_powers_stop_at_the_time_limit(monkeypatch):
-    monkeypatch.setattr(verification, "_PARSING_SECONDS", 1)
-    monkeypatch.setattr(verification, "_COMPARING_SECONDS", 1)
-    assert verify("\\boxed{" + "{" * 3000 + "5" + "}" * 3000 + "}", SOLUTION) is False
-    assert verify("\\boxed{9^{9^{9^9}}}", SOLUTION) is False
-
-
-def test_outside_the_main_thread_no_alarm_is_set_and_answers_are_the_same():
+def test_outside_the_main_thread_answers_are_the_same():
     results, errors = [], []
 
     def work():
@@ -113,20 +96,6 @@ def test_outside_the_main_thread_no_alarm_is_set_and_answers_are_the_same():
     thread.start()
     thread.join(60)
     assert not errors and results == [1.0, 0.0, 0.0]
-
-
-def test_a_parser_that_raises_found_no_answer(monkeypatch):
-    import math_verify
-
-    def fail(*args, **kwargs):
-        raise RecursionError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(math_verify, "verify", fail)
-        assert verify("\\boxed{5}", SOLUTION) is False
-    parse_answer.cache_clear()
-    monkeypatch.setattr(math_verify, "parse", fail)
-    assert parse_answer("\\boxed{5}") == () and not verifies("\\boxed{5}")
 
 
 def fragile(completions, prompts, answers, log_extra=None, scale=1.0, **columns):

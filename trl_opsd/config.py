@@ -14,6 +14,7 @@ from .callbacks import GUARDS
 from .markers import REFLECTION_MARKERS
 from .rewards import REWARD_ERRORS
 from .settings import SelfDistillationSettings, option, require
+from .verification import VERIFIER_HELP, check_verifier
 
 # What only TRL's policy-gradient loss reads: without a reward in the loss these do nothing.
 REWARD_ONLY_FIELDS = installed_fields(
@@ -101,6 +102,7 @@ class OPSDConfig(SelfDistillationSettings, GRPOConfig):
     reward_weight: float = option(
         0.0, "Weight of TRL's policy-gradient loss beside the distillation; 0 leaves rewards to the log."
     )
+    verifier: str = option("math", VERIFIER_HELP)
     reward_errors: str = option(
         "raise",
         "When a reward function raises: `raise` stops the run and names the row, `skip` leaves such rows without a "
@@ -135,6 +137,7 @@ class OPSDConfig(SelfDistillationSettings, GRPOConfig):
 
     def _check_rollouts(self) -> None:
         require(self.reward_weight >= 0, self, "reward_weight", "0 or more")
+        check_verifier(self.verifier)
         require(self.reward_errors in REWARD_ERRORS, self, "reward_errors", f"one of {REWARD_ERRORS}")
         require(self.decomposition_steps >= 0, self, "decomposition_steps", "0 or more")
         if self.reward_weight > 0 and self.num_generations < 2:

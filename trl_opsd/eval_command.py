@@ -16,6 +16,7 @@ from .arguments import UsageError
 from .eval_models import RULES, EvaluatedModel, resolve_models
 from .eval_summary import add_to_cards, check_cards, summarize, table_of
 from .questions import BENCHMARKS, load_questions
+from .verification import VERIFIER_HELP, check_verifier
 
 BACKENDS = ("transformers", "vllm")
 _THINKING = {"on": {"enable_thinking": True}, "off": {"enable_thinking": False}, "default": {}}
@@ -56,6 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_new_tokens", type=int, default=38_912, help="length limit of a completion")
     parser.add_argument("--thinking", choices=[*_THINKING], default="default", help="`enable_thinking` of the template")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one evaluation per seed")
+    parser.add_argument("--verifier", default="math", help=VERIFIER_HELP)
     parser.add_argument("--backend", choices=BACKENDS, default="transformers", help="what samples")
     parser.add_argument(
         "--batch_size", type=int, help=f"completions transformers samples at once; {_BATCH_SIZE} if unset"
@@ -72,6 +74,7 @@ def run(arguments: list[str]) -> None:
     """Evaluate as a command line says; prints the table and writes it with `summary.json` into the output folder."""
     options = make_parser().parse_args(arguments)
     _check_backend(options)
+    check_verifier(options.verifier, "--verifier")
     models = resolve_models(options.models, options.checkpoints)
     if options.add_to_card:
         check_cards(models)
@@ -111,7 +114,7 @@ def _read_records(models: list[EvaluatedModel], options: argparse.Namespace) -> 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """What must be equal for two results to be compared."""
     names = ("num_samples", "temperature", "top_p", "top_k", "max_new_tokens", "thinking", "prompt_template", "dtype")
-    names = (*names, "backend")
+    names = (*names, "backend", "verifier")
     return {name: getattr(options, name) for name in (*names, "num_questions")}
 
 
@@ -142,7 +145,8 @@ def _evaluate_model(model: str, sets: dict[str, list], options: argparse.Namespa
 
 
 def _check_settings(path: Path, options: argparse.Namespace) -> None:
-    before, now = json.loads(path.read_text())["settings"], settings_of(options)
+    before = {"verifier": "math", **json.loads(path.read_text())["settings"]}
+    now = settings_of(options)
     changed = [
         f"{name} was {before.get(name)!r}, is {value!r}" for name, value in now.items() if before.get(name) != value
     ]
@@ -191,7 +195,7 @@ def evaluate_rows(model: Any, tokenizer: Any, rows: list, seed: int, options: ar
         progress=True,
         **sampling,
     )
-    record = asdict(summarize_samples(samples, [row["solution"] for row in rows]))
+    record = asdict(summarize_samples(samples, [row["solution"] for row in rows], verifier=options.verifier))
     if not options.save_completions:
         del record["completions"]
     return record

@@ -41,6 +41,7 @@ def summarize(
             line = {"dataset": dataset, "model": model.path, "checkpoint": model.place, "run": model.given}
             line |= {"seeds": list(seeds), "num_questions": len(scores), "num_samples": settings["num_samples"]}
             line |= {name: float(np.mean([result[name] for result in results])) for name in _AVERAGED}
+            line["unscored_share"] = float(np.mean([result.get("unscored_share", 0.0) for result in results]))
             line |= {"avg_per_seed": [result["avg_at_k"] for result in results], "settings": dict(settings)}
             line["interval"] = bootstrap_interval(scores)
             line["difference"] = None if first is None else tuple(paired_difference(scores, first))
@@ -64,7 +65,8 @@ def table_of(summary: Sequence[Mapping[str, Any]]) -> str:
         names = [line[name].replace("|", "\\|") for name in ("dataset", "model", "checkpoint")]
         length, markers = f"{line['mean_completion_length']:.0f}", f"{line['markers_per_1000_tokens']:.1f}"
         rows.append([*names, average, interval, any_right, majority, length, cut, markers, difference])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n\n" + "\n".join(rule_of(summary))
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([*lines, "", *rule_of(summary), *unscored_of(summary)])
 
 
 def rule_of(summary: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -90,6 +92,16 @@ def rule_of(summary: Sequence[Mapping[str, Any]]) -> list[str]:
             "rule."
         )
     return sentences
+
+
+def unscored_of(summary: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each line of which some completions were not scored."""
+    return [
+        f"Not scored: verification ran out of time on {100 * line['unscored_share']:.2g} % of the completions of "
+        f"{line['model']} on {line['dataset']}; they count as wrong."
+        for line in summary
+        if line["unscored_share"]
+    ]
 
 
 def check_cards(models: Sequence[EvaluatedModel]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from .generation import Completion, Prompt, generate_completions, render_prompt
 from .markers import REFLECTION_MARKERS, count_markers
-from .verification import parse_answer, verify
+from .verification import Verdict, start_verifying
 
 __all__ = [
     "Completion",
@@ -53,6 +53,7 @@ class EvaluationResult:
         mean_completion_length (`float`): tokens, the eos token included.
         cut_share (`float`): share of completions that reached the length limit, in [0, 1].
         markers_per_1000_tokens (`float`): reflection markers per 1,000 completion tokens.
+        unscored_share (`float`): share of completions whose verification ran out of time, in [0, 1]; they count as wrong.
         completions (`tuple[tuple[Completion, ...], ...]`): all samples of each question.
     """
 
@@ -64,6 +65,7 @@ class EvaluationResult:
     mean_completion_length: float
     cut_share: float
     markers_per_1000_tokens: float
+    unscored_share: float
     completions: tuple[tuple[Completion, ...], ...]
 
     def pass_at(self, k: int) -> float:
@@ -79,13 +81,17 @@ def estimate_pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def majority_is_correct(completions: Sequence[str], solution: str) -> bool:
+def majority_is_correct(completions: Sequence[str], solution: str, verifier: str = "math") -> bool:
     """Whether the most frequent answer is right; the earliest wins a tie, unreadable ones do not vote."""
-    answers = [(str(parsed[0]), text) for text in completions if (parsed := parse_answer(text))]
-    if not answers:
+    return _majority_is_right(start_verifying([(text, solution) for text in completions], verifier)())
+
+
+def _majority_is_right(verdicts: Sequence[Verdict]) -> bool:
+    votes = Counter(verdict.answer for verdict in verdicts if verdict.answer is not None)
+    if not votes:
         return False
-    winner = Counter(answer for answer, _ in answers).most_common(1)[0][0]
-    return verify(next(text for answer, text in answers if answer == winner), solution)
+    winner = votes.most_common(1)[0][0]
+    return bool(next(verdict for verdict in verdicts if verdict.answer == winner).is_right)
 
 
 def evaluate(
@@ -95,6 +101,7 @@ def evaluate(
     *,
     num_samples: int = 4,
     markers: Sequence[str] = REFLECTION_MARKERS,
+    verifier: str = "math",
     **generation: Any,
 ) -> EvaluationResult:
     """Samples and verifies every row of `prompt` and `solution`.
@@ -104,6 +111,7 @@ def evaluate(
         rows (`Sequence[Mapping]`): questions with a `prompt` and a `solution` that verifies.
         num_samples (`int`): k of avg@k, pass@k and majority@k.
         markers (`Sequence[str]`): words counted as reflection markers.
+        verifier (`str`): what compares answers: `math`, `exact`, `choice` or `module:function`.
         **generation: further arguments of [`generate_completions`].
 
     Returns:
@@ -112,31 +120,34 @@ def evaluate(
     rows = list(rows)
     prompts = [row["prompt"] for row in rows]
     samples = generate_completions(model, tokenizer, prompts, num_samples=num_samples, **generation)
-    return summarize(samples, [row["solution"] for row in rows], markers)
+    return summarize(samples, [row["solution"] for row in rows], markers, verifier)
 
 
 def summarize(
     samples: Sequence[Sequence[Completion]],
     solutions: Sequence[str],
     markers: Sequence[str] = REFLECTION_MARKERS,
+    verifier: str = "math",
 ) -> EvaluationResult:
-    """Numbers of samples made elsewhere, the same count for every question."""
+    """Numbers of samples made elsewhere, the same count for every question; arguments as in [`evaluate`]."""
     if not samples:
         raise ValueError("rows is empty; give at least one question.")
-    pairs = list(zip(samples, solutions, strict=True))
-    counts = [sum(verify(sample.text, solution) for sample in group) for group, solution in pairs]
     flat = [sample for group in samples for sample in group]
     num_samples, num_tokens = len(samples[0]), sum(sample.num_tokens for sample in flat)
-    majority = [majority_is_correct([sample.text for sample in group], solution) for group, solution in pairs]
+    pairs = [(one.text, solution) for group, solution in zip(samples, solutions, strict=True) for one in group]
+    verdicts = start_verifying(pairs, verifier)()
+    by_question = [verdicts[start : start + num_samples] for start in range(0, len(verdicts), num_samples)]
+    counts = [sum(verdict.is_right is True for verdict in group) for group in by_question]
     return EvaluationResult(
         num_samples=num_samples,
         avg_at_k=float(np.mean(counts) / num_samples),
         pass_at_k=float(np.mean([count > 0 for count in counts])),
-        majority_at_k=float(np.mean(majority)),
+        majority_at_k=float(np.mean([_majority_is_right(group) for group in by_question])),
         per_question_scores=tuple(count / num_samples for count in counts),
         mean_completion_length=num_tokens / len(flat),
         cut_share=float(np.mean([sample.is_cut for sample in flat])),
         markers_per_1000_tokens=1000 * sum(count_markers(sample.text, markers) for sample in flat) / max(1, num_tokens),
+        unscored_share=float(np.mean([verdict.ran_out for verdict in verdicts])),
         completions=tuple(tuple(group) for group in samples),
     )
 

@@ -22,7 +22,7 @@ from ._trl import model_for_generation
 from .adapters import rewrite_prompt
 from .evaluation import EvaluationResult, bootstrap_interval, paired_difference, summarize
 from .generation import Completion, check_sampling, generate_completions
-from .verification import verifies
+from .verification import check_verifier, warn_of_golds, which_verify
 
 FILE = "evaluation.json"
 _LOGGED = {
@@ -32,6 +32,7 @@ _LOGGED = {
     "mean_completion_length": "eval/completion_length",
     "cut_share": "eval/cut_share",
     "markers_per_1000_tokens": "eval/reflection_markers_per_1000",
+    "unscored_share": "eval/unscored",
 }
 
 
@@ -55,9 +56,11 @@ class EvaluationCallback(TrainerCallback):
         temperature, top_p, top_k, batch_size: as in [`generate_completions`].
         max_new_tokens (`int`, *optional*): length limit; the trainer's `max_completion_length` if None.
         chat_template_kwargs (`Mapping`, *optional*): the student's if None.
+        verifier (`str`, *optional*): what compares answers: `math`, `exact`, `choice` or `module:function`; the trainer's
+            if None.
 
     Raises:
-        ValueError: no question, `every` below 1, or several samples at temperature 0.
+        ValueError: no question, `every` below 1, no such verifier, or several samples at temperature 0.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class EvaluationCallback(TrainerCallback):
         max_new_tokens: int | None = None,
         batch_size: int = 128,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        verifier: str | None = None,
     ):
         if every is not None and every < 1:
             raise ValueError(f"every is {every}; set it to 1 or more steps, or to None to measure at the end alone.")
@@ -85,9 +89,15 @@ class EvaluationCallback(TrainerCallback):
         self.rows = [dict(row) if template is None else {**row, **rewrite_prompt(row, template)} for row in rows]
         if not self.rows:
             raise ValueError("rows is empty; give at least one question.")
-        unread = sum(not verifies(row["solution"]) for row in self.rows)
+        self.verifier = getattr(args, "verifier", "math") if verifier is None else verifier
+        check_verifier(self.verifier)
+        golds = [row["solution"] for row in self.rows]
+        unread = sum(not read for read in which_verify(golds, self.verifier))
         if unread:
             self._tell(f"rows: {unread} of {len(self.rows)} solutions hold no answer to verify; they count as wrong.")
+        warning = warn_of_golds(golds, self.verifier, "rows of EvaluationCallback")
+        if warning is not None:
+            self._tell(warning)
         if chat_template_kwargs is None:
             chat_template_kwargs = getattr(args, "chat_template_kwargs", None)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
@@ -170,7 +180,8 @@ class EvaluationCallback(TrainerCallback):
         samples = self._sample()
         result = []
         if self.trainer.accelerator.is_main_process:
-            result = [replace(summarize(samples, [row["solution"] for row in self.rows]), completions=())]
+            golds = [row["solution"] for row in self.rows]
+            result = [replace(summarize(samples, golds, verifier=self.verifier), completions=())]
         return gather_object(result)[0]
 
     def _sample(self) -> list[list[Completion]]:
@@ -219,7 +230,8 @@ class EvaluationCallback(TrainerCallback):
             "num_questions": len(self.rows),
             "num_samples": self.num_samples,
             "seeds": [self.seed],
-            "settings": settings | {"backend": "transformers", "checkpoint_rule": self.checkpoint_rule},
+            "settings": settings
+            | {"backend": "transformers", "checkpoint_rule": self.checkpoint_rule, "verifier": self.verifier},
         }
 
     def _base(self) -> dict[str, Any] | None:

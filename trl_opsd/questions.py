@@ -7,7 +7,7 @@ from typing import Any
 
 from .adapters import FORMATS, boxed, make_row, rewrite_prompt
 from .arguments import UsageError
-from .verification import verifies
+from .verification import warn_of_golds, which_verify
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,13 @@ def load_questions(name: str, options: argparse.Namespace) -> list[dict[str, Any
     rows = [{**row, **rewrite_prompt(row, template)} for row in rows[: options.num_questions]]
     if not rows:
         raise UsageError(f"--datasets {name}: no question.")
-    unread = sum(not verifies(row["solution"]) for row in rows)
+    golds = [row["solution"] for row in rows]
+    unread = sum(not read for read in which_verify(golds, options.verifier))
     if unread:
         print(f"{name}: {unread} of {len(rows)} gold answers cannot be read and count as wrong; see --answer_column.")
+    warning = warn_of_golds(golds, options.verifier, name)
+    if warning is not None:
+        print(f"warning: {warning}")
     return rows
 
 

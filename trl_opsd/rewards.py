@@ -10,27 +10,63 @@ from typing import Any
 
 from torch import nn
 
-from .verification import verifies, verify
+from .verification import Verdict, check_verifier, start_verifying
 
 REWARD_ERRORS = ("raise", "skip")
+_RAN_OUT = (
+    "Verifying a rollout ran out of time (5 seconds, less where many of a batch do), so it has no reward. The log has the "
+    "share of such rollouts as rewards/unscored."
+)
 
 
-def accuracy_reward(completions: list, solution: list[str | None], **kwargs: Any) -> list[float | None]:
-    """1 where a completion's answer equals the reference's under math-verify, 0 where it does not.
+def make_accuracy_reward(verifier: str = "math") -> Callable[..., list[float | None]]:
+    """A reward function that compares a completion's answer with the reference's.
 
     Args:
-        completions: texts, or conversations of one message.
-        solution: reference solutions; their last answer counts.
-        **kwargs: ignored, TRL passes more columns.
+        verifier: `math`, `exact`, `choice` or `module:function`.
 
-    Returns:
-        One reward a completion; None where the reference holds no answer that can be read.
+    Raises:
+        ValueError: there is no such verifier.
     """
+    check_verifier(verifier)
+
+    def accuracy_reward(
+        completions: list,
+        solution: list[str | None],
+        log_metric: Callable[[str, float], None] | None = None,
+        **kwargs: Any,
+    ) -> list[float | None]:
+        """1 where a completion's answer equals the reference's, 0 where it does not.
+
+        Args:
+            completions: texts, or conversations of one message.
+            solution: reference solutions; their last answer counts.
+            log_metric: TRL's; gets `rewards/unscored`, the share of completions that ran out of time.
+            **kwargs: ignored, TRL passes more columns.
+
+        Returns:
+            One reward a completion; None where the reference holds no answer that can be read, or time ran out.
+        """
+        pairs = accuracy_pairs(completions, solution)
+        verdicts = iter(start_verifying([pair for pair in pairs if pair is not None], verifier)())
+        by_row = [Verdict(None) if pair is None else next(verdicts) for pair in pairs]
+        num_unscored = sum(verdict.ran_out for verdict in by_row)
+        if num_unscored:
+            warnings.warn(_RAN_OUT, stacklevel=2)
+        if log_metric is not None and by_row:
+            log_metric("rewards/unscored", num_unscored / len(by_row))
+        return [None if verdict.is_right is None else float(verdict.is_right) for verdict in by_row]
+
+    return accuracy_reward
+
+
+def accuracy_pairs(completions: list, solution: list[str | None]) -> list[tuple[str, str] | None]:
+    """What is verified: the text of each completion and its reference; None where there is no reference."""
     texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
-    return [
-        float(verify(text or "", gold)) if gold is not None and verifies(gold) else None
-        for text, gold in zip(texts, solution, strict=True)
-    ]
+    return [None if gold is None else (text or "", gold) for text, gold in zip(texts, solution, strict=True)]
+
+
+accuracy_reward = make_accuracy_reward()
 
 
 def no_reward(completions: list, **kwargs: Any) -> list[float]:

@@ -6,6 +6,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,13 @@ from trl import (
 from .adapters import FORMATS, rewrite_prompt, to_sft_row
 from .arguments import environment_of, given_value, read_command_line
 from .config import option
-from .rewards import accuracy_reward
+from .rewards import make_accuracy_reward
 from .trainers.base import SelfDistillationTrainer
+from .trainers.checks import warn_of_first_golds
 from .trainers.ogls_sd import OGLSSDTrainer
 from .trainers.opsd import OPSDTrainer
 from .trainers.purified_opsd import PurifiedOPSDTrainer
+from .verification import VERIFIER_HELP
 
 TRAINERS: dict[str, type[SelfDistillationTrainer]] = {
     "opsd": OPSDTrainer,
@@ -70,6 +73,7 @@ class BaselineArguments(DataArguments):
     prompt_template: str | None = option(
         None, "Rewrites the last user message; holds `{prompt}`. None takes the dataset's prompt as it is."
     )
+    verifier: str = option("math", VERIFIER_HELP)
 
 
 def load_rows(script_args: DataArguments, split: str) -> Dataset | IterableDataset:
@@ -135,8 +139,12 @@ def make_baseline(name: str, script_args: BaselineArguments, training_args: Any,
             rows = rows.map(to_sft_row, remove_columns=rows.column_names)
         arguments[split] = rows
     if name == "grpo":
-        arguments["reward_funcs"] = accuracy_reward
-    return BASELINES[name][0](**arguments)
+        arguments["reward_funcs"] = make_accuracy_reward(script_args.verifier)
+    trainer = BASELINES[name][0](**arguments)
+    warning = warn_of_first_golds(arguments["train_dataset"], script_args.verifier) if name == "grpo" else None
+    if warning is not None and trainer.is_world_process_zero():
+        warnings.warn(warning, stacklevel=2)
+    return trainer
 
 
 def _trainer_arguments(script_args: DataArguments, training_args: Any, model_args: ModelConfig) -> dict[str, Any]:

@@ -43,7 +43,12 @@ def results_section(evaluation: Sequence[Mapping[str, Any]] | None) -> str:
         rows.append([data, escaped(str(line["model"])), *numbers, shown])
     settings = {as_json(line["settings"]) for line in evaluation if line.get("settings")}
     seeds = {as_json(line["seeds"]) for line in evaluation if line.get("seeds")}
-    notes = []
+    notes = [
+        f"Verification ran out of time on {line['unscored_share']:.2%} of the completions of {escaped(str(line['model']))} "
+        f"on {escaped(line['dataset'])}, which count as wrong."
+        for line in evaluation
+        if line.get("unscored_share")
+    ]
     if len({str(line["model"]) for line in evaluation}) == 1:
         notes.append("The base was not measured beside this model.")
     notes.append(f"Evaluation settings: {'; '.join(sorted(settings)) or 'not recorded'}.")

@@ -13,7 +13,7 @@ from ..collators import TeacherCollator
 from ..methods import Method
 from ..train import TRAINERS, load_rows, parse_as_one_of
 from ..validation import check_model_config, check_rows
-from ..verification import verifies
+from ..verification import warn_of_golds, which_verify
 from . import mismatches
 from .facts import model_facts, num_processes, run_facts
 from .options import make_parser
@@ -96,13 +96,18 @@ def find_mismatches(
     num_shortened = sum(any(view.shortened for view in row) for row in views)
     found.append(mismatches.check_shortened(num_shortened, len(rows), args.max_teacher_prompt_length))
     solutions = [row.get("solution") for row in rows]
-    found.append(mismatches.check_solutions(solutions))
+    found.append(mismatches.check_solutions(solutions, args.verifier))
+    found.append(warn_of_golds(solutions, args.verifier, "gold answers that are no mathematics"))
     if method.needs_reward or args.reward_weight > 0:
-        _require_verifiable(method, solutions)
+        _require_verifiable(method, solutions, args.verifier)
         threshold = getattr(args, "reward_threshold", 0.5)
         found.append(
             mismatches.check_reward_splits(
-                solutions, threshold=threshold, num_generations=args.num_generations, temperature=args.temperature
+                solutions,
+                args.verifier,
+                threshold=threshold,
+                num_generations=args.num_generations,
+                temperature=args.temperature,
             )
         )
     return [warning for warning in found if warning is not None]
@@ -119,9 +124,10 @@ def _template_mismatches(collator: TeacherCollator, rows: list[dict], views: lis
     return found
 
 
-def _require_verifiable(method: Method, solutions: list[str | None]) -> None:
-    if not any(solution and verifies(solution) for solution in solutions):
+def _require_verifiable(method: Method, solutions: list[str | None], verifier: str) -> None:
+    if not any(which_verify(solutions, verifier)):
         raise ValueError(
-            f"no `solution` of the first {len(solutions)} rows holds an answer to verify, but {method.name} needs to know "
-            "which rollouts are right. Box the answers, or train from Python with reward_funcs."
+            f"no `solution` of the first {len(solutions)} rows holds an answer that verifier={verifier!r} can read, but "
+            f"{method.name} needs to know which rollouts are right. Box the answers, set another verifier, or train from Python "
+            "with reward_funcs."
         )

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..collators import TeacherCollator
 from ..contexts import Prompt
-from ..rewards import accuracy_reward
-from ..verification import verifies
+from ..rewards import make_accuracy_reward
+from ..verification import which_verify
 
 # Answers that no reference solution has: a reward that calls one right calls everything right.
 _WRONG_ANSWER = "\\boxed{-271828182845904}"
@@ -100,24 +100,25 @@ def check_lengths(longest: int, rollout: int, limits: dict[str, int | None]) -> 
     )
 
 
-def check_solutions(solutions: Sequence[str | None]) -> str | None:
-    """Solutions in which math-verify reads no answer."""
-    bad = [index for index, solution in enumerate(solutions) if solution and not verifies(solution)]
+def check_solutions(solutions: Sequence[str | None], verifier: str) -> str | None:
+    """Solutions in which the verifier reads no answer."""
+    bad = [index for index, read in enumerate(which_verify(solutions, verifier)) if solutions[index] and not read]
     if not bad:
         return None
     return (
-        f"solution that does not verify: {len(bad)} of {len(solutions)} rows hold no answer that math-verify can read "
+        f"solution that does not verify: {len(bad)} of {len(solutions)} rows hold no answer that verifier={verifier!r} can read "
         f"(rows {', '.join(map(str, bad[:8]))}). Their rollouts get no reward: box the answer, or drop the rows."
     )
 
 
 def check_reward_splits(
-    solutions: Sequence[str | None], *, threshold: float, num_generations: int, temperature: float
+    solutions: Sequence[str | None], verifier: str, *, threshold: float, num_generations: int, temperature: float
 ) -> str | None:
     """No group can have both right and wrong rollouts, whatever the model samples."""
     known = [solution for solution in solutions if solution]
-    right = accuracy_reward(known, known)
-    wrong = accuracy_reward([_WRONG_ANSWER] * len(known), known)
+    reward = make_accuracy_reward(verifier)
+    right = reward(known, known)
+    wrong = reward([_WRONG_ANSWER] * len(known), known)
     pairs = [(best, worst) for best, worst in zip(right, wrong, strict=True) if best is not None]
     reason = None
     if num_generations < 2:

@@ -27,7 +27,7 @@ from ..scoring import ContextSharing
 from ..states import offload_states, read_views
 from ..teacher import Teacher
 from ..validation import num_positions
-from .checks import check_inputs, check_prompts, check_sampling_keeps_weights, choose_reward
+from .checks import check_inputs, check_prompts, check_sampling_keeps_weights, choose_reward, warn_of_first_golds
 from .publishing import PublishingTrainer
 from .rollout_text import rollouts_text
 from .runs import IdentifiedRun
@@ -38,7 +38,7 @@ class SelfDistillationTrainer(IdentifiedRun, PublishingTrainer):
     """GRPOTrainer whose loss is the divergence to a privileged self on the student's own rollouts.
 
     Takes every argument of `trl.GRPOTrainer`. `reward_funcs` may be left out: then answers are verified with
-    math-verify for the log where the solutions hold one. Datasets have the columns `prompt` (text, or a conversation
+    `verifier` for the log where the solutions hold one. Datasets have the columns `prompt` (text, or a conversation
     that ends with a user turn) and `solution` (the reference).
 
     Subclasses set `method` and `config_class`.
@@ -72,7 +72,7 @@ class SelfDistillationTrainer(IdentifiedRun, PublishingTrainer):
         if isinstance(model, str):  # a pickle can run code when it is read
             args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
         self._reward_errors: Counter[str] = Counter()
-        rewards = choose_reward(self.method, reward_funcs, train_dataset)
+        rewards = choose_reward(self.method, reward_funcs, train_dataset, args.verifier)
         super().__init__(
             model=model,
             reward_funcs=guard_rewards(rewards, args.reward_errors, self._reward_errors),
@@ -93,6 +93,9 @@ class SelfDistillationTrainer(IdentifiedRun, PublishingTrainer):
         check_sampling_keeps_weights(self.model, args)
         self.collator = self._make_collator()
         check_prompts(self.collator, train_dataset, eval_dataset)
+        warning = None if reward_funcs else warn_of_first_golds(train_dataset, args.verifier)
+        if warning is not None:
+            self._tell(warning)
         self._start(fresh_adapter=peft_config is not None)
 
     # Set-up

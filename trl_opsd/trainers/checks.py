@@ -13,9 +13,9 @@ from .._trl import trusts_remote_code
 from ..collators import TeacherCollator
 from ..contexts import TeacherContext
 from ..methods import Method
-from ..rewards import accuracy_reward, no_reward
+from ..rewards import make_accuracy_reward, no_reward
 from ..validation import check_dataset, check_model_config, check_no_special_token
-from ..verification import verifies
+from ..verification import warn_of_golds, which_verify
 
 _ROWS_TO_VERIFY = 32
 
@@ -50,7 +50,7 @@ def check_inputs(
     check_model_config(config_of(model, args))
 
 
-def choose_reward(method: Method, reward_funcs: Any, dataset: Any) -> Any:
+def choose_reward(method: Method, reward_funcs: Any, dataset: Any, verifier: str) -> Any:
     """The user's reward functions; else accuracy where solutions hold an answer; else a zero that TRL needs there.
 
     Raises:
@@ -58,15 +58,26 @@ def choose_reward(method: Method, reward_funcs: Any, dataset: Any) -> Any:
     """
     if reward_funcs:
         return reward_funcs
-    rows = [row for _, row in zip(range(_ROWS_TO_VERIFY), dataset, strict=False)]
-    if any(verifies(row["solution"]) for row in rows if row.get("solution")):
-        return accuracy_reward
+    if any(which_verify(first_solutions(dataset), verifier)):
+        return make_accuracy_reward(verifier)
     if method.needs_reward:
         raise ValueError(
-            "reward_funcs is not given and no `solution` of the first rows holds an answer to verify, but "
-            f"{method.name} needs to know which rollouts are right. Pass a reward function."
+            "reward_funcs is not given and no `solution` of the first rows holds an answer that "
+            f"verifier={verifier!r} can read, but {method.name} needs to know which rollouts are right. Set another verifier, "
+            "or pass a reward function."
         )
     return no_reward
+
+
+def first_solutions(dataset: Any) -> list[str | None]:
+    """Solutions of the rows by which a dataset is judged before training."""
+    return [row.get("solution") for row in islice(dataset, _ROWS_TO_VERIFY)]
+
+
+def warn_of_first_golds(dataset: Any, verifier: str) -> str | None:
+    """What to know of answers that are no mathematics, where the first rows have some and are verified by default."""
+    solutions = first_solutions(dataset)
+    return warn_of_golds(solutions, verifier, "train_dataset") if any(which_verify(solutions, verifier)) else None
 
 
 def check_prompts(collator: TeacherCollator, train_dataset: Any, eval_dataset: Any) -> None:

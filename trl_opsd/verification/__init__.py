@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the answer in a text is the reference's: by math-verify, as text, by letter, or by a function of one's own.
+
+`math` runs in processes of its own (`pool`, `worker`), so that no text can hold up or end a run.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from . import pool
+from .answers import choice_letter, exact_answer, last_answer
+from .golds import warn_of_golds
+from .pool import Verdict
+
+__all__ = [
+    "VERIFIER_HELP",
+    "Verdict",
+    "check_verifier",
+    "start_verifying",
+    "verifies",
+    "verify",
+    "warn_of_golds",
+    "which_verify",
+]
+
+VERIFIER_HELP = (
+    "How answers are compared: `math` by math-verify; `exact` as text, in which leading zeros count; `choice` by the letter "
+    "of an option; or `module:function`, your own, which takes a completion and a solution and returns True or False."
+)
+Pair = tuple[str, str]
+# Reads the answer in a text, None where there is none; equal answers are equal strings.
+_READERS: dict[str, Callable[[str], str | None]] = {"exact": exact_answer, "choice": choice_letter}
+
+
+def start_verifying(pairs: Sequence[Pair], verifier: str = "math") -> Callable[[], list[Verdict]]:
+    """Begin to compare the answers of texts with those of references.
+
+    Args:
+        pairs: a text and a reference solution each; the last answer of both counts.
+        verifier: `math`, `exact`, `choice`, or `module:function`.
+
+    Returns:
+        A function that waits for the verdicts, one a pair in their order. Until then the caller may do other work.
+
+    Raises:
+        ValueError: there is no such verifier.
+    """
+    if verifier == "math":
+        return pool.start(pairs).results
+    if verifier in _READERS:
+        judge = partial(_compare, _READERS[verifier])
+    else:
+        judge = partial(_ask_function, verifier, _load(verifier))
+    verdicts = [judge(text, gold) for text, gold in pairs]
+    return lambda: verdicts
+
+
+def verify(completion: str, solution: str, verifier: str = "math") -> bool:
+    """Whether the answer in `completion` equals the one in `solution`; False where either cannot be read."""
+    return bool(start_verifying([(completion, solution)], verifier)()[0].is_right)
+
+
+def verifies(solution: str, verifier: str = "math") -> bool:
+    """Whether `solution` holds an answer that the verifier can read."""
+    return which_verify([solution], verifier)[0]
+
+
+def which_verify(solutions: Sequence[str | None], verifier: str = "math") -> list[bool]:
+    """For each solution whether it holds an answer that the verifier can read; a function of one's own is not asked."""
+    texts = [solution or "" for solution in solutions]
+    if verifier == "math":
+        return [verdict.answer is not None for verdict in start_verifying([(text, "") for text in texts])()]
+    read = _READERS.get(verifier, last_answer)
+    return [read(text) is not None for text in texts]
+
+
+def check_verifier(verifier: str, place: str = "verifier") -> None:
+    """See that there is such a verifier.
+
+    Raises:
+        ValueError: names `place` and says what it may be.
+    """
+    if verifier != "math" and verifier not in _READERS:
+        _load(verifier, place)
+
+
+def _compare(read: Callable[[str], str | None], text: str, gold: str) -> Verdict:
+    wanted, found = read(gold), read(text)
+    return Verdict(None if wanted is None else found == wanted, found)
+
+
+def _ask_function(name: str, function: Callable[[str, str], bool | None], text: str, gold: str) -> Verdict:
+    value = function(text, gold)
+    if value is not None and value not in (True, False):
+        raise ValueError(f"verifier={name!r} returned {value!r}; it must return True, False, or None for no score.")
+    return Verdict(None if value is None else bool(value), last_answer(text))
+
+
+def _load(verifier: str, place: str = "verifier") -> Callable[[str, str], bool | None]:
+    """The function that `module:function` names; modules of the working directory count too, as for TRL's rewards."""
+    allowed = f"one of math, {', '.join(_READERS)}, or `module:function`"
+    module, colon, name = verifier.partition(":")
+    if not colon:
+        raise ValueError(f"{place}={verifier!r} is not {allowed}.")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{place}={verifier!r} is not {allowed}: {error}.") from error
+    if not callable(function):
+        raise ValueError(f"{place}={verifier!r} is a {type(function).__name__}; name a function of (text, solution).")
+    return function
