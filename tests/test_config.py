@@ -28,6 +28,7 @@ from trl_opsd.config import REWARD_ONLY_FIELDS
         ({"loss_reduction": "mean"}, ("loss_reduction='mean'", "'token' or 'sequence'")),
         ({"reward_errors": "ignore"}, ("reward_errors='ignore'", "'raise', 'skip'")),
         ({"reward_weight": -1.0}, ("reward_weight=-1.0", "0 or more")),
+        ({"verifier": "maths"}, ("verifier='maths'", "math, exact, choice, or `module:function`")),
         ({"num_loss_tokens_to_skip": -1}, ("num_loss_tokens_to_skip=-1", "0 or more")),
         ({"distillation_length": 0}, ("distillation_length=0", "positive")),
         (
@@ -325,6 +326,7 @@ COMMAND_LINE = {
     "reflection_markers": ("wait", ["wait"]),
     "reward_errors": ("skip", "skip"),
     "reward_weight": ("0", 0.0),
+    "verifier": ("exact", "exact"),
     "sample_distilled_only": ("true", True),
     "share_contexts": ("false", False),
     "solution_shortening": ("end", "end"),

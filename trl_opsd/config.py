@@ -14,7 +14,7 @@ from .callbacks import GUARDS
 from .markers import REFLECTION_MARKERS
 from .rewards import REWARD_ERRORS
 from .settings import SelfDistillationSettings, option, require
-from .verification import VERIFIER_HELP, check_verifier
+from .verification import check_verifier
 
 # What only TRL's policy-gradient loss reads: without a reward in the loss these do nothing.
 REWARD_ONLY_FIELDS = installed_fields(
@@ -102,7 +102,11 @@ class OPSDConfig(SelfDistillationSettings, GRPOConfig):
     reward_weight: float = option(
         0.0, "Weight of TRL's policy-gradient loss beside the distillation; 0 leaves rewards to the log."
     )
-    verifier: str = option("math", VERIFIER_HELP)
+    verifier: str = option(
+        "math",
+        "How answers are compared: `math` (math-verify), `exact` (as text, leading zeros count), `choice` (letters), or "
+        "`module:function`, your own, of completion and solution.",
+    )
     reward_errors: str = option(
         "raise",
         "When a reward function raises: `raise` stops the run and names the row, `skip` leaves such rows without a "

@@ -16,7 +16,7 @@ from .arguments import UsageError
 from .eval_models import RULES, EvaluatedModel, resolve_models
 from .eval_summary import add_to_cards, check_cards, summarize, table_of
 from .questions import BENCHMARKS, load_questions
-from .verification import VERIFIER_HELP, check_verifier
+from .verification import check_verifier
 
 BACKENDS = ("transformers", "vllm")
 _THINKING = {"on": {"enable_thinking": True}, "off": {"enable_thinking": False}, "default": {}}
@@ -57,7 +57,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_new_tokens", type=int, default=38_912, help="length limit of a completion")
     parser.add_argument("--thinking", choices=[*_THINKING], default="default", help="`enable_thinking` of the template")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one evaluation per seed")
-    parser.add_argument("--verifier", default="math", help=VERIFIER_HELP)
+    parser.add_argument(
+        "--verifier",
+        default="math",
+        help="how answers are compared: math (math-verify), exact (as text, leading zeros count), choice (letters), or "
+        "module:function, your own, of completion and solution",
+    )
     parser.add_argument("--backend", choices=BACKENDS, default="transformers", help="what samples")
     parser.add_argument(
         "--batch_size", type=int, help=f"completions transformers samples at once; {_BATCH_SIZE} if unset"

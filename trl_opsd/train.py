@@ -34,7 +34,6 @@ from .trainers.checks import warn_of_first_golds
 from .trainers.ogls_sd import OGLSSDTrainer
 from .trainers.opsd import OPSDTrainer
 from .trainers.purified_opsd import PurifiedOPSDTrainer
-from .verification import VERIFIER_HELP
 
 TRAINERS: dict[str, type[SelfDistillationTrainer]] = {
     "opsd": OPSDTrainer,
@@ -73,7 +72,11 @@ class BaselineArguments(DataArguments):
     prompt_template: str | None = option(
         None, "Rewrites the last user message; holds `{prompt}`. None takes the dataset's prompt as it is."
     )
-    verifier: str = option("math", VERIFIER_HELP)
+    verifier: str = option(
+        "math",
+        "How answers are compared: `math` (math-verify), `exact` (as text, leading zeros count), `choice` (letters), or "
+        "`module:function`, your own, of completion and solution.",
+    )
 
 
 def load_rows(script_args: DataArguments, split: str) -> Dataset | IterableDataset:

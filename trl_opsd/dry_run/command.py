@@ -104,10 +104,10 @@ def find_mismatches(
         found.append(
             mismatches.check_reward_splits(
                 solutions,
-                args.verifier,
                 threshold=threshold,
                 num_generations=args.num_generations,
                 temperature=args.temperature,
+                verifier=args.verifier,
             )
         )
     return [warning for warning in found if warning is not None]

@@ -112,7 +112,12 @@ def check_solutions(solutions: Sequence[str | None], verifier: str) -> str | Non
 
 
 def check_reward_splits(
-    solutions: Sequence[str | None], verifier: str, *, threshold: float, num_generations: int, temperature: float
+    solutions: Sequence[str | None],
+    *,
+    threshold: float,
+    num_generations: int,
+    temperature: float,
+    verifier: str = "math",
 ) -> str | None:
     """No group can have both right and wrong rollouts, whatever the model samples."""
     known = [solution for solution in solutions if solution]

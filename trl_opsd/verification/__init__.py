@@ -16,7 +16,6 @@ from .golds import warn_of_golds
 from .pool import Verdict
 
 __all__ = [
-    "VERIFIER_HELP",
     "Verdict",
     "check_verifier",
     "start_verifying",
@@ -26,10 +25,6 @@ __all__ = [
     "which_verify",
 ]
 
-VERIFIER_HELP = (
-    "How answers are compared: `math` by math-verify; `exact` as text, in which leading zeros count; `choice` by the letter "
-    "of an option; or `module:function`, your own, which takes a completion and a solution and returns True or False."
-)
 Pair = tuple[str, str]
 # Reads the answer in a text, None where there is none; equal answers are equal strings.
 _READERS: dict[str, Callable[[str], str | None]] = {"exact": exact_answer, "choice": choice_letter}
