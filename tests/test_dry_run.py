@@ -235,3 +235,11 @@ def test_the_check_of_completion_ids_sees_a_lost_token(monkeypatch):
     monkeypatch.setattr(module, "left_pad", pad_on_the_right)
     with pytest.raises(AssertionError, match="lost tokens"):
         check_completion_ids([[1, 2, 3], [4]], [7, 8], pad_id=0)
+
+
+def test_gold_answers_that_are_no_mathematics_are_named_unless_another_verifier_reads_them(dry_run):
+    rows = [{**row, "solution": "\\boxed{olleh}"} for row in build_rows("train", 8)]
+    code, text = dry_run(rows=rows)
+    assert code == 0 and "! gold answers that are no mathematics: 8 of 8" in text and "'olleh' in row 0, a word" in text
+    code, text = dry_run(("verifier", "exact"), rows=rows)
+    assert code == 0 and text.endswith("Warnings: none\n"), text

@@ -250,3 +250,31 @@ def test_the_table_shows_fractions_as_the_card_does_and_a_bar_in_a_name_ends_no_
     for number in ("0.002", "0.250", "0.500", "0.125", "-0.351 [-0.402, -0.298]"):
         assert f"| {number} |" in row and f"| {number} |" in card
     assert row.startswith("| a\\|b | m |") and "[0.000, 0.005]" in row
+
+
+def test_a_set_of_words_is_named_and_read_by_the_verifier_that_is_given(tmp_path, capsys):
+    path = tmp_path / "words.jsonl"
+    path.write_text(json.dumps({"prompt": "1+1", "solution": "\\boxed{tac}"}) + "\n")
+    line = words(tmp_path, "--models", model_path(), "--datasets", path)
+    cli.main(line)
+    assert "warning: " in (printed := capsys.readouterr().out) and "'tac' in row 0, a word" in printed
+    assert cli.main([*line, "--verifier", "exact"]) == 2
+    assert "verifier was 'math', is 'exact'" in capsys.readouterr().err
+    cli.main([*line, "--verifier", "exact", "--output_dir", str(tmp_path / "exact")])
+    assert "warning" not in capsys.readouterr().out
+    (record,) = json.loads((tmp_path / "exact" / "summary.json").read_text())
+    assert record["settings"]["verifier"] == "exact" and record["unscored_share"] == 0.0
+    assert cli.main([*line, "--verifier", "maths"]) == 2
+    assert "--verifier='maths' is not one of math, exact, choice" in capsys.readouterr().err
+
+
+def test_completions_that_were_not_scored_stand_under_the_table():
+    from trl_opsd.eval_summary import summarize, table_of
+
+    result = {"per_question_scores": [0.5], "avg_at_k": 0.5, "pass_at_k": 1.0, "majority_at_k": 0.0, "cut_share": 0.0}
+    result |= {"mean_completion_length": 3.0, "markers_per_1000_tokens": 0.0}
+    model = EvaluatedModel("m", "m", "as given")
+    for share in ({}, {"unscored_share": 0.25}):
+        summary = summarize([model], {("m", "set"): [result | share]}, ["set"], [0], {"num_samples": 4})
+        told = "ran out of time on 25 % of the completions of m on set; they count as wrong"
+        assert (told in table_of(summary)) == bool(share)

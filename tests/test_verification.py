@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers are verified in processes that no text can hold up, and by another rule than mathematics where that is chosen."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,9 +11,14 @@ import time
 import weakref
 
 import pytest
+from datasets import Dataset
 
+from trl_opsd import OPSDTrainer
+from trl_opsd.demo import model_path
 from trl_opsd.evaluation import Completion, majority_is_correct, summarize
+from trl_opsd.evaluation_callback import EvaluationCallback
 from trl_opsd.rewards import accuracy_reward, make_accuracy_reward
+from trl_opsd.train import make_baseline, parse
 from trl_opsd.verification import (
     check_verifier,
     pool,
@@ -413,3 +419,62 @@ def test_a_warning_names_the_first_such_answer_and_what_to_set():
         assert text in told
     assert warn_of_golds(["\\boxed{tac}"], "exact", "own.jsonl") is None
     assert warn_of_golds(["\\boxed{5}", "A proof in many words. " * 9], "math", "own.jsonl") is None
+
+
+# In a run
+
+
+WORDS = Dataset.from_list([{"prompt": f"{n}+1", "solution": "So \\boxed{tac}."} for n in range(8)])
+
+
+def test_a_run_warns_of_gold_answers_that_are_no_mathematics_and_its_verifier_serves_the_callback(
+    make_model, make_args, tokenizer
+):
+    given = {"train_dataset": WORDS, "processing_class": tokenizer}
+    with pytest.warns(UserWarning, match=r"train_dataset: 8 of 8 gold answers .*'tac' in row 0, a word"):
+        OPSDTrainer(make_model(), args=make_args(), **given)
+    trainer = OPSDTrainer(make_model(), args=make_args(verifier="exact"), **given)  # a warning would be an error
+    assert EvaluationCallback(trainer, [dict(WORDS[0])]).verifier == "exact"
+    assert trainer.reward_func_names == ["accuracy_reward"]
+    assert trainer.reward_funcs[0](completions=["\\boxed{cat}", "\\boxed{tac}"], solution=["\\boxed{tac}"] * 2) == [
+        0.0,
+        1.0,
+    ]
+    with pytest.warns(UserWarning, match="rows of EvaluationCallback: 1 of 1 gold answers"):
+        EvaluationCallback(trainer, [dict(WORDS[0])], verifier="math")
+
+
+def test_words_without_a_box_are_rewarded_by_text_where_mathematics_reads_nothing(make_model, make_args, tokenizer):
+    rows = WORDS.map(lambda row: {"solution": "tac"})
+    for verifier, name in {"math": "no_reward", "exact": "accuracy_reward"}.items():
+        args = make_args(verifier=verifier)
+        trainer = OPSDTrainer(make_model(), args=args, train_dataset=rows, processing_class=tokenizer)
+        assert trainer.reward_func_names == [name]
+
+
+def test_the_log_has_the_share_of_rollouts_that_were_not_scored(
+    make_model, make_args, tokenizer, dataset, short_limits, monkeypatch
+):
+    asked = pool.Worker.verify
+
+    def every_other(self, text, gold, seconds):
+        return pool.Verdict(None, ran_out=True) if gold.endswith("{1}") else asked(self, text, gold, seconds)
+
+    monkeypatch.setattr(pool.Worker, "verify", every_other)
+    rows = dataset.select([0])
+    args = make_args(max_steps=1, logging_steps=1, num_generations=4, per_device_train_batch_size=4)
+    trainer = OPSDTrainer(make_model(), args=args, train_dataset=rows, processing_class=tokenizer)
+    with pytest.warns(UserWarning, match="ran out of time"):
+        trainer.train()
+    assert trainer.state.log_history[0]["rewards/unscored"] == 1.0
+
+
+def test_the_baseline_verifies_by_the_same_rule(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in WORDS))
+    words = f"--model_name_or_path {model_path()} --dataset_name {rows} --output_dir {tmp_path} --use_cpu --bf16 false"
+    words = [*words.split(), "--report_to", "none", "--per_device_train_batch_size", "8", "--verifier"]
+    trainer = make_baseline("grpo", *parse("grpo", [*words, "exact"]))
+    assert trainer.reward_funcs[0](completions=["\\boxed{cat}"], solution=["\\boxed{tac}"]) == [0.0]
+    with pytest.warns(UserWarning, match="8 of 8 gold answers are no number"):
+        make_baseline("grpo", *parse("grpo", [*words, "math"]))

@@ -79,7 +79,10 @@ def run(arguments: list[str]) -> None:
     """Evaluate as a command line says; prints the table and writes it with `summary.json` into the output folder."""
     options = make_parser().parse_args(arguments)
     _check_backend(options)
-    check_verifier(options.verifier, "--verifier")
+    try:
+        check_verifier(options.verifier, "--verifier")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     models = resolve_models(options.models, options.checkpoints)
     if options.add_to_card:
         check_cards(models)

@@ -100,7 +100,7 @@ def unscored_of(summary: Sequence[Mapping[str, Any]]) -> list[str]:
         f"Not scored: verification ran out of time on {100 * line['unscored_share']:.2g} % of the completions of "
         f"{line['model']} on {line['dataset']}; they count as wrong."
         for line in summary
-        if line["unscored_share"]
+        if line.get("unscored_share")
     ]
 
 
