@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The teacher's prompt in token ids: the tokenizer's own rendering, within budget, the template whole."""
 
+import copy
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -211,3 +213,19 @@ def test_a_padding_token_inside_a_sequence_is_a_token():
 def test_positions_count_tokens_alone():
     mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
     assert positions_from_mask(mask).tolist() == [[0, 0, 0, 1, 2, 2], [0, 1, 2, 3, 4, 5]]
+
+
+def test_a_system_message_that_the_template_refuses_is_told_to_move(tokenizer):
+    """As Gemma 2's template does."""
+    refusing = copy.deepcopy(tokenizer)
+    refusing.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}x"
+    )
+    collator = TeacherCollator(refusing, {"teacher": "{prompt}{solution}"})
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "2+3=?"}]
+    with pytest.raises(ValueError, match=r"System role not supported.*move its text into the user message"):
+        collator.check_renders(turns)
+    refusing.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(ValueError) as raised:
+        collator.check_renders(turns[1:])
+    assert "system message" not in str(raised.value)

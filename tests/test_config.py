@@ -9,7 +9,7 @@ import pytest
 from transformers import HfArgumentParser
 from trl import GRPOConfig, TrlParser
 
-from trl_opsd import OPSDConfig
+from trl_opsd import OGLSSDConfig, OPSDConfig
 from trl_opsd.config import REWARD_ONLY_FIELDS
 
 
@@ -125,6 +125,15 @@ def test_a_value_at_the_edge_of_its_range_is_taken_in_silence(make_args, setting
 def test_a_distillation_length_over_the_completion_length_warns(make_args):
     with pytest.warns(UserWarning, match=r"distillation_length=9 .*max_completion_length=8"):
         make_args(distillation_length=9)
+
+
+def test_a_length_that_was_not_set_is_not_warned_of(make_args):
+    """OGLS-SD distils 1,024 tokens by default."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        make_args(OGLSSDConfig, num_generations=2, max_completion_length=8)
+    with pytest.warns(UserWarning, match=r"distillation_length=9 .*max_completion_length=8"):
+        make_args(OGLSSDConfig, num_generations=2, max_completion_length=8, distillation_length=9)
 
 
 def other_value(config_field):

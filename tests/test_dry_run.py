@@ -58,7 +58,7 @@ def test_a_healthy_set_up_gives_no_warning(dry_run, method):
 
 def test_the_demos_recipe_gives_no_warning(tmp_path, capsys):
     data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in build_rows("train", 8)))
+    data.write_text("".join(json.dumps(row) + "\n" for row in build_rows("train", 64)))
     recipe = f"{model_path()}/../opsd.yaml"
     words = ["--config", recipe, "--model_name_or_path", model_path(), f"--dataset_name={data}", "--rows", "1"]
     assert cli.main(["dry-run", "opsd", *words, f"--output_dir={tmp_path}"]) == 0
@@ -87,7 +87,9 @@ def test_the_batch_is_that_of_the_processes_the_launcher_would_start(dry_run):
     _, text = dry_run(method="ogls-sd", launcher=["--accelerate_config", "zero3_cpu"])
     assert "16 rollouts a step = 8 per device x 1 accumulation x 2 processes" in text
     assert "2 prompts x 8 rollouts a generation batch" in text
-    _, text = dry_run(("gradient_accumulation_steps", 3), launcher=["--num_processes", "4"])
+    _, text = dry_run(
+        ("gradient_accumulation_steps", 3), launcher=["--num_processes", "4"], rows=build_rows("train", 96)
+    )
     assert "96 rollouts a step = 8 per device x 3 accumulation x 4 processes" in text
 
 
@@ -113,7 +115,7 @@ def test_the_memory_line_is_of_the_launchers_engine_and_shares(dry_run):
         "single": [],
         "zero3": ["--accelerate_config", "zero3_cpu", "--num_processes", "8"],
     }.items():
-        _, text = dry_run(launcher=launcher, **sizes)
+        _, text = dry_run(launcher=launcher, rows=build_rows("train", 64), **sizes)
         totals[engine] = float(re.search(rf"; (\S+) GiB on each GPU \({engine}, peak in", text).group(1))
     assert totals["zero3"] < 0.6 * totals["single"]
 

@@ -56,6 +56,13 @@ def write_rows(folder, suffix):
     return path
 
 
+def steps_of(folder):
+    """Optimizer steps of a finished run, and that each of them logged a loss."""
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert sum("loss" in entry for entry in state["log_history"]) == state["global_step"]
+    return state["global_step"]
+
+
 def run(command, folder):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "CI": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
@@ -73,7 +80,7 @@ def test_the_example_trains_on_a_local_folder_and_file(tmp_path, local_model, su
     run([sys.executable, str(ROOT / "examples" / "opsd.py"), *model, *names, *SETTINGS, *lora], tmp_path)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "2601.18734" in card and "Reference solution begins" in card
-    assert (tmp_path / "out" / "checkpoint-1").is_dir()
+    assert (tmp_path / "out" / "checkpoint-1").is_dir() and steps_of(tmp_path / "out") == 2
     if lora:
         assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     else:
@@ -95,6 +102,7 @@ def test_the_command_line_takes_a_recipe_and_overrides(tmp_path, local_model):
     command = [str(Path(sys.executable).parent / "trl-opsd"), "opsd", "--config", str(recipe)]
     run([*command, f"--model_name_or_path={local_model}", "--output_dir=out", *SETTINGS], tmp_path)
     assert "| `clip` | None |" in (tmp_path / "out" / "README.md").read_text()
+    assert steps_of(tmp_path / "out") == 2
 
 
 def test_the_command_line_knows_every_trainer_and_helps_without_torch():

@@ -63,12 +63,12 @@ ROWS = {
     "no solution column": (
         lambda: Dataset.from_list([{"prompt": [USER]}]),
         "no `solution` column",
-        "rename_column",
+        "`dataset.map(lambda row",
     ),
     "no prompt column": (
         lambda: Dataset.from_list([{"solution": "5"}]),
         "no `prompt` column",
-        "rename_column",
+        "`dataset.map(lambda row",
     ),
     "empty dataset": (lambda: Dataset.from_list([]), "is empty", "at least one row"),
     "empty with columns": (lambda: Dataset.from_dict({"prompt": [], "solution": []}), "is empty", "one row"),
@@ -131,7 +131,7 @@ ROWS = {
     "a stream with known columns": (
         lambda: Dataset.from_list([{"prompt": [USER]}]).to_iterable_dataset(),
         "no `solution` column",
-        "rename_column",
+        "`dataset.map(lambda row",
     ),
 }
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +322,12 @@ class RolloutTrainer(CheckedCheckpoints, NamedByMethod, GRPOTrainer):
     def end_token_ids(self) -> set[int]:
         """Tokens that end a rollout; one that was cut at the limit has none of them at its end."""
         return set(getattr(self, "eos_token_ids", [self._tokenizer.eos_token_id]))  # later TRL
+
+    def first_rows(self) -> list[int]:
+        """Indices of the rows that a fresh run samples from first; none of a stream."""
+        if not hasattr(self.train_dataset, "__len__"):
+            return []
+        return list(dict.fromkeys(islice(self._get_train_sampler(), self.args.generation_batch_size)))
 
     def render_kwargs(self) -> dict[str, Any]:
         """What TRL passes to `apply_chat_template` beside the user's arguments."""

@@ -5,7 +5,7 @@ The rollout's ids are appended as they were sampled. Nothing here decodes and re
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -118,10 +118,22 @@ class TeacherCollator:
         for template in self.templates:
             self._privileged_ids(prompt, template, _CUT)
 
+    @cached_property
     def template_length(self) -> int:
-        """Tokens of the longest template around an empty problem."""
-        turn = [{"role": "user", "content": "?"}] if getattr(self.tokenizer, "chat_template", None) else "?"
-        return max(len(self._privileged_ids(turn, template, _CUT)) for template in self.templates)
+        """Tokens of the longest prompt, the student's among them, around an empty problem."""
+        has_template = getattr(self.tokenizer, "chat_template", None) or "chat_template" in self.render_kwargs
+        turn = [{"role": "user", "content": "?"}] if has_template else "?"
+        prompts = [self._privileged_ids(turn, template, _CUT) for template in self.templates]
+        return max(map(len, [*prompts, self._render(turn, self.student_kwargs)]))
+
+    def settings_key(self) -> str:
+        """All that decides how a prompt is encoded, as text."""
+        tokenizer = self.tokenizer
+        vocabulary = (
+            tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else tokenizer.get_vocab()
+        )
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tokenizer"}
+        return repr((vocabulary, tokenizer.all_special_tokens, getattr(tokenizer, "chat_template", None), own))
 
     def check_budget(self, prompt: Prompt, template: str) -> None:
         """Check that the budget leaves room for some of the slot's text.
@@ -159,9 +171,12 @@ class TeacherCollator:
                 **template_kwargs,
             )
         except Exception as error:
+            has_system = any(turn.get("role") == "system" for turn in prompt)
             raise ValueError(
                 f"The chat template refused a prompt with the arguments {template_kwargs!r} ({error}). Check "
                 "chat_template_kwargs and teacher_chat_template_kwargs, and that the tokenizer has a chat template."
+                + has_system
+                * " If it takes no system message, move its text into the user message."
             ) from error
         return list(encoded["input_ids"])
 

@@ -15,8 +15,6 @@ Prompt = str | list[dict[str, Any]]
 SHORTEN_CHOICES = ("middle", "end")
 ROLES = ("system", "user", "assistant", "tool")
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
 TEACHER_PROMPT_TEMPLATE = """{prompt}
 
 A reference solution to this problem stands between the two marks.
@@ -133,11 +131,13 @@ def check_text(text: Any, place: str, *, may_be_empty: bool = False) -> None:
         raise ValueError(f"{place} is not text but {type(text).__name__}. Give a string, or remove the row.")
     if not may_be_empty and not text.strip():
         raise ValueError(f"{place} is empty. Remove the row or give it a text.")
-    if (broken := _SURROGATE.search(text)) is not None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
         raise ValueError(
-            f"{place} is not valid Unicode: half of a surrogate pair ({broken.group()!r}) at character "
-            f"{broken.start()}. Repair how the file was decoded, or remove the row."
-        )
+            f"{place} is not valid Unicode: half of a surrogate pair ({text[error.start]!r}) at character "
+            f"{error.start}. Repair how the file was decoded, or remove the row."
+        ) from None
 
 
 def check_prompt(prompt: Any, row: str) -> None:

@@ -7,7 +7,7 @@ Differences to TRL's `DataCollatorForChatML`:
 3. Each row's question and `solution` go along.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -16,18 +16,19 @@ import torch
 
 from .collators import TeacherCollator, left_pad
 from .contexts import TeacherContext, as_text_turns, fill_template, message_text, rewrite_last_turn
-from .validation import check_rows
+from .passes import check_all_rows
+from .validation import CHECKS_VERSION, check_rows
 
 IGNORED = -100
 
 
-def split_messages(rows: Sequence[Mapping[str, Any]], name: str) -> Iterator[dict[str, Any]]:
-    """`prompt`, `answer` and `solution` of rows with `messages` and `solution`.
+def split_messages(rows: Iterable[Mapping[str, Any]], name: str, start: int = 0) -> Iterator[dict[str, Any]]:
+    """`prompt`, `answer` and `solution` of rows with `messages` and `solution`, of which the first has the index `start`.
 
     Raises:
         ValueError: a row has no conversation that ends with an assistant's text behind a user's; names the row.
     """
-    for index, row in enumerate(rows):
+    for index, row in enumerate(rows, start):
         messages = row.get("messages") if isinstance(row, Mapping) else None
         is_list = isinstance(messages, list) and all(isinstance(turn, dict) for turn in messages)
         if not is_list or len(messages) < 2 or messages[-1].get("role") != "assistant":
@@ -61,8 +62,16 @@ def check_messages(dataset: Any, name: str) -> None:
                 "the answer last, `solution` what the teacher reads; to have it read the answer, add "
                 "`dataset.map(lambda row: {'solution': row['messages'][-1]['content']})`."
             )
-    rows = dataset if hasattr(dataset, "__len__") else islice(dataset, 1)
-    check_rows(split_messages(rows, name), name, needs_solution=True)
+    if not hasattr(dataset, "__len__"):
+        check_rows(split_messages(islice(dataset, 1), name), name, needs_solution=True)
+        return
+    dataset = dataset.select_columns(["messages", "solution"])
+    check_all_rows(
+        dataset,
+        lambda rows, start: check_rows(split_messages(rows, name, start), name, needs_solution=True, start=start),
+        key=lambda: f"messages {CHECKS_VERSION}",
+        name=name,
+    )
 
 
 @dataclass

@@ -176,7 +176,8 @@ class SelfDistillationSettings:
                     f"num_loss_tokens_to_skip={self.num_loss_tokens_to_skip} leaves nothing of {name}={limit}. Skip "
                     "fewer tokens or distil more."
                 )
-        if None not in (length, longest) and length > longest:
+        chosen = length != type(self).__dataclass_fields__["distillation_length"].default
+        if chosen and None not in (length, longest) and length > longest:
             warnings.warn(
                 f"distillation_length={length} is above {self._rollout_limit}={longest}; "
                 "every token of a rollout is distilled.",

@@ -30,7 +30,7 @@ from .arguments import environment_of, given_value, read_command_line
 from .config import option
 from .rewards import make_accuracy_reward
 from .trainers.base import SelfDistillationTrainer
-from .trainers.checks import warn_of_first_golds
+from .trainers.checks import check_fills_a_batch, check_trained, warn_of_first_golds
 from .trainers.ogls_sd import OGLSSDTrainer
 from .trainers.opsd import OPSDTrainer
 from .trainers.purified_opsd import PurifiedOPSDTrainer
@@ -117,7 +117,8 @@ def load_rows(script_args: DataArguments, split: str) -> Dataset | IterableDatas
         column = script_args.problem_column
         rows = rows.map(lambda row: {"prompt": [{"role": "user", "content": row[column]}]})
     if script_args.solution_column != "solution":
-        rows = rows.rename_column(script_args.solution_column, "solution")
+        # Copied, not renamed: a reward function may read the column by its own name.
+        rows = rows.map(lambda row: {"solution": row[script_args.solution_column]})
     return rows
 
 
@@ -158,10 +159,12 @@ def _trainer_arguments(script_args: DataArguments, training_args: Any, model_arg
         **(training_args.model_init_kwargs or {}),
     }
     evaluate = training_args.eval_strategy != "no"
+    rows = load_rows(script_args, script_args.dataset_train_split)
+    check_fills_a_batch(training_args, rows)  # before a model is loaded
     return {
         "model": model_args.model_name_or_path,
         "args": training_args,
-        "train_dataset": load_rows(script_args, script_args.dataset_train_split),
+        "train_dataset": rows,
         "eval_dataset": load_rows(script_args, script_args.dataset_test_split) if evaluate else None,
         "quantization_config": get_quantization_config(model_args),
         "peft_config": get_peft_config(model_args),
@@ -171,6 +174,7 @@ def _trainer_arguments(script_args: DataArguments, training_args: Any, model_arg
 def train(trainer: SelfDistillationTrainer, dataset_name: str | None = None) -> None:
     """Train, save, push if asked, and leave no process group behind (a launcher would report a failure)."""
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    check_trained(trainer.state)  # a baseline's trainer does not ask
     trainer.save_model(trainer.args.output_dir)
     trainer.save_state()  # the log, for `trl-opsd plot`
     if dataset_name is not None and Path(dataset_name).exists():

@@ -12,6 +12,7 @@ from ..arguments import UsageError
 from ..collators import TeacherCollator
 from ..methods import Method
 from ..train import TRAINERS, load_rows, parse_as_one_of
+from ..trainers.checks import check_fills_a_batch
 from ..validation import check_model_config, check_rows
 from ..verification import warn_of_golds, which_verify
 from . import mismatches
@@ -45,6 +46,7 @@ def _report(name: str, arguments: Sequence[str], num_rows: int) -> list[str]:
     script_args, args, model_args = parse_as_one_of(processes, name, arguments, *_NEUTRAL)
     method = TRAINERS[name].method
     rows = load_rows(script_args, script_args.dataset_train_split)
+    check_fills_a_batch(args, rows)
     size = len(rows) if hasattr(rows, "__len__") else None
     rows = list(itertools.islice(rows, max(num_rows, _ROWS_READ)))
     check_rows(rows, "train_dataset", needs_solution=method.needs_solution)

@@ -27,7 +27,8 @@ from ..scoring import ContextSharing
 from ..states import offload_states, read_views
 from ..teacher import Teacher
 from ..validation import num_positions
-from .checks import check_inputs, check_prompts, check_sampling_keeps_weights, choose_reward, warn_of_first_golds
+from .checks import check_inputs, check_sampling_keeps_weights, choose_reward, warn_of_first_golds
+from .prompt_checks import check_prompts
 from .publishing import PublishingTrainer
 from .rollout_text import rollouts_text
 from .runs import IdentifiedRun
@@ -92,7 +93,7 @@ class SelfDistillationTrainer(IdentifiedRun, PublishingTrainer):
         self.prepare_model_to_teach()
         check_sampling_keeps_weights(self.model, args)
         self.collator = self._make_collator()
-        check_prompts(self.collator, train_dataset, eval_dataset)
+        check_prompts(self.collator, train_dataset, eval_dataset, self.first_rows())
         warning = None if reward_funcs else warn_of_first_golds(train_dataset, args.verifier)
         if warning is not None:
             self._tell(warning)

@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -10,11 +11,10 @@ import torch
 from transformers import AutoConfig
 
 from .._trl import trusts_remote_code
-from ..collators import TeacherCollator
-from ..contexts import TeacherContext
 from ..methods import Method
+from ..passes import check_datasets
 from ..rewards import make_accuracy_reward, no_reward
-from ..validation import check_dataset, check_model_config, check_no_special_token
+from ..validation import check_dataset, check_model_config
 from ..verification import warn_of_golds, which_verify
 
 _ROWS_TO_VERIFY = 32
@@ -44,10 +44,60 @@ def check_inputs(
         raise ValueError(
             f"train_dataset is a dict of {sorted(train_dataset)}; give one of them, for instance its 'train'."
         )
-    check_dataset(train_dataset, "train_dataset", needs_solution=method.needs_solution)
-    if eval_dataset is not None:
-        check_dataset(eval_dataset, "eval_dataset", needs_solution=method.needs_solution)
+    check_datasets(partial(check_dataset, needs_solution=method.needs_solution), train_dataset, eval_dataset)
     check_model_config(config_of(model, args))
+
+
+def check_fills_a_batch(args: Any, dataset: Any) -> None:
+    """Check that a training set has the rows of one batch: an incomplete one is left out, and no step would be trained.
+
+    TRL samples a generation batch of distinct prompts at once; SFT and GKD leave rows out with `dataloader_drop_last` alone.
+    A stream is read as far as is needed.
+
+    Raises:
+        ValueError: it has fewer; names both numbers and what to set.
+    """
+    per_device, steps = args.per_device_train_batch_size, getattr(args, "steps_per_generation", None)
+    if steps is not None:
+        processes, group = args.generation_batch_size // (per_device * steps), args.num_generations
+        needed = args.generation_batch_size // group
+        batch = f"a generation batch takes {needed} prompts (per_device_train_batch_size={per_device} x {processes} "
+        batch += f"process{'es' * (processes > 1)} x steps_per_generation={steps} / num_generations={group})"
+    else:
+        whole = args.dataloader_drop_last and not getattr(args, "packing", False)
+        needed = per_device * args.world_size if whole else 1
+        batch = f"a batch takes {needed} (per_device_train_batch_size={per_device} on {args.world_size} processes)"
+    num_rows = len(dataset) if hasattr(dataset, "__len__") else sum(1 for _ in islice(dataset, needed))
+    if num_rows >= needed:
+        return
+    lower = "or lower per_device_train_batch_size." if steps is None else _smaller_batch(args, processes, num_rows)
+    raise ValueError(
+        f"train_dataset has {num_rows} row{'s' * (num_rows != 1)}, but {batch}, and an incomplete one is left out: no step "
+        f"would be trained. Give at least {needed} rows, {lower}"
+    )
+
+
+def _smaller_batch(args: Any, processes: int, num_rows: int) -> str:
+    """What to set for a generation batch of at most `num_rows` prompts."""
+    for steps in range(args.steps_per_generation - 1, 0, -1):
+        prompts, rest = divmod(args.per_device_train_batch_size * processes * steps, args.num_generations)
+        if rest == 0 and prompts <= num_rows:
+            return f"or set gradient_accumulation_steps (and steps_per_generation, where it is set) to {steps}."
+    return "or lower per_device_train_batch_size or gradient_accumulation_steps."
+
+
+def check_trained(state: Any) -> None:
+    """Check, when training has ended, that it began: a stream may have held too few rows.
+
+    Raises:
+        ValueError: no optimizer step was made, so that there is nothing to save.
+    """
+    if state.global_step == 0:
+        raise ValueError(
+            "Training ended without an optimizer step: train_dataset did not fill one batch on every process. The model is "
+            "untrained and was not saved. Give more rows, or lower per_device_train_batch_size or "
+            "gradient_accumulation_steps."
+        )
 
 
 def choose_reward(method: Method, reward_funcs: Any, dataset: Any, verifier: str) -> Any:
@@ -80,28 +130,6 @@ def warn_of_first_golds(dataset: Any, verifier: str) -> str | None:
     return warn_of_golds(solutions, verifier, "train_dataset") if any(which_verify(solutions, verifier)) else None
 
 
-def check_prompts(collator: TeacherCollator, train_dataset: Any, eval_dataset: Any) -> None:
-    """Render a row of each dataset with every template, and every row that could exhaust the budget or the positions.
-
-    Raises:
-        ValueError: the chat template refuses, a text spells out a control token, the budget leaves nothing of the
-            solution, or the model has too few positions.
-    """
-    named = (
-        {f"eval_dataset[{key!r}]": part for key, part in eval_dataset.items()} if isinstance(eval_dataset, dict) else {}
-    )
-    named = named or ({} if eval_dataset is None else {"eval_dataset": eval_dataset})
-    for name, dataset in {"train_dataset": train_dataset, **named}.items():
-        collator.check_renders(next(iter(dataset))["prompt"])
-        for index, row in _readable_rows(dataset):
-            with named_place(f"{name} row {index}"):
-                check_no_special_token(row, f"{name} row {index}", collator.special_tokens)
-                _check_positions(collator, row)
-        for row in _long_rows(collator, dataset):
-            for template in collator.templates:
-                collator.check_budget(row["prompt"], template)
-
-
 @contextmanager
 def named_place(place: str) -> Iterator[None]:
     """Within the context, a ValueError that does not name `place` gets it in front."""
@@ -111,34 +139,6 @@ def named_place(place: str) -> Iterator[None]:
         if str(error).startswith(place):
             raise
         raise ValueError(f"{place}: {error}") from error
-
-
-def _readable_rows(dataset: Any) -> Iterator[tuple[int, dict]]:
-    """Prompts and solutions of a dataset that can be read before training; of a stream the first row."""
-    columns = [column for column in ("prompt", "solution") if column in (dataset.column_names or ())]
-    rows = dataset.select_columns(columns) if columns else dataset
-    return enumerate(rows if hasattr(dataset, "__len__") else islice(rows, 1))
-
-
-def _check_positions(collator: TeacherCollator, row: dict) -> None:
-    """Encode what is long enough to exceed the model's positions: a token is at least one byte."""
-    limit, solution = collator.max_positions, row.get("solution") or ""
-    if limit is None or len(f"{row['prompt']}{solution}".encode()) <= limit - collator.template_length():
-        return
-    collator.check_renders(row["prompt"])
-    if solution:
-        collator.encode(row["prompt"], TeacherContext("teacher", solution))
-
-
-def _long_rows(collator: TeacherCollator, dataset: Any) -> Iterator[dict]:
-    yield next(iter(dataset))
-    if collator.max_length is None or not hasattr(dataset, "__len__"):
-        return
-    # A token is at least one byte, so only a prompt with more bytes than this may fail to fit.
-    bytes_that_fit = collator.max_length - collator.template_length()
-    for row in dataset.select_columns("prompt"):
-        if len(str(row["prompt"]).encode()) > bytes_that_fit:
-            yield row
 
 
 def config_of(model: Any, args: Any) -> Any:

@@ -18,6 +18,7 @@ from ..jobs import ScoringJob
 from ..losses import token_weights
 from ..messages import IGNORED, MessagesCollator, check_messages
 from ..methods import OPSD
+from ..passes import check_datasets
 from ..settings import SelfDistillationSettings, option
 from ..states import TargetStates
 from ..teacher import Teacher
@@ -155,9 +156,7 @@ class OPSDGKDTrainer(IdentifiedRun, SelfTeaching, NamedByMethod, GKDTrainer):
         _refuse_fsdp(args)
         if train_dataset is None:
             raise ValueError("train_dataset is None; give a dataset with the columns `messages` and `solution`.")
-        for label, dataset in {"train_dataset": train_dataset, "eval_dataset": eval_dataset}.items():
-            if dataset is not None:
-                check_messages(dataset, label)
+        check_datasets(check_messages, train_dataset, eval_dataset)
         if isinstance(model, str):  # a pickle can run code when it is read
             args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
         super().__init__(

@@ -11,6 +11,7 @@ from ..checkpoints import read_checkpoint, read_checkpoints
 from ..initial_weights import check_initial_weights, hash_initial_weights
 from ..resumption import CheckpointSearch
 from ..run_lock import only_run_in
+from .checks import check_fills_a_batch, check_trained
 
 
 class IdentifiedRun(CheckedCheckpoints):
@@ -35,9 +36,10 @@ class IdentifiedRun(CheckedCheckpoints):
             **kwargs: TRL's.
 
         Raises:
-            ValueError: another run trains into `output_dir` or has left checkpoints there; there is no whole checkpoint,
+            ValueError: the dataset has too few rows for a step; another run trains into `output_dir` or has left checkpoints there; there is no whole checkpoint,
                 or the one given is damaged or of another model.
         """
+        check_fills_a_batch(self.args, self.train_dataset)
         takes = self.accelerator.is_main_process
         with only_run_in(self.args.output_dir, takes=takes, of_all=_of_all, tell=self._tell):
             search = CheckpointSearch(
@@ -48,7 +50,9 @@ class IdentifiedRun(CheckedCheckpoints):
             )
             folder = search.resolve(resume_from_checkpoint, self.args.output_dir)
             self._identify_run(folder)
-            return super().train(folder, *args, **kwargs)
+            output = super().train(folder, *args, **kwargs)
+        check_trained(self.state)
+        return output
 
     def _identify_run(self, folder: str | None) -> None:
         """Take over the id of the run that is resumed, or make one and see that no other run's checkpoints are there."""
