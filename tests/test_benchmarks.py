@@ -124,3 +124,12 @@ def test_an_exponent_is_the_slope_of_the_upper_half(load):
     rows = [{"size": size, "median_s": max(100.0, size**2.0), "peak_extra_mb": None} for size in (1, 2, 4, 16, 32, 64)]
     assert exponent(rows, "median_s") == pytest.approx(2.0)
     assert exponent(rows, "peak_extra_mb") is None
+
+
+def test_the_checks_of_rows_are_timed_for_every_limit_and_a_second_run(load, tmp_path, capsys):
+    benchmark = load("row_checks")
+    output = tmp_path / "rows.jsonl"
+    benchmark.main(["--rows", "20", "--output", str(output)])
+    rows = read(output)
+    assert [row["limits"] for row in rows] == list(benchmark.LIMITS)
+    assert all(row["rows"] == 20 and row["cpu_s"] > 0 and row["again_s"] > 0 for row in rows)
