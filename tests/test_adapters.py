@@ -13,7 +13,6 @@ from trl_opsd.adapters import (
     from_openthoughts,
     from_problem,
     rewrite_prompt,
-    to_sft_row,
 )
 from trl_opsd.train import DataArguments, load_rows
 from trl_opsd.verification import verify
@@ -88,8 +87,6 @@ def test_a_format_named_in_the_arguments_is_applied_and_others_are_refused(tmp_p
         load_rows(DataArguments(dataset_name=str(data), dataset_format="gsm"), "train")
 
 
-def test_a_prompt_is_put_into_a_template_and_a_row_into_sft_form():
+def test_a_prompt_is_put_into_a_template():
     row = {"prompt": asked("{x}"), "solution": "s"}
     assert rewrite_prompt(row, "{prompt} Box {}.")["prompt"] == asked("{x} Box {}.")
-    assert to_sft_row(row) == {"prompt": asked("{x}"), "completion": [{"role": "assistant", "content": "s"}]}
-    assert to_sft_row({"prompt": "p", "solution": "s"}) == {"prompt": "p", "completion": "s"}

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_opsd import cli, eval_command
 from trl_opsd.arguments import UsageError
+from trl_opsd.card import add_results
 from trl_opsd.demo import build_rows, model_path
 from trl_opsd.eval_models import EvaluatedModel, resolve_models
 from trl_opsd.questions import BENCHMARKS, benchmark_row
@@ -217,6 +218,23 @@ def test_without_a_course_nothing_is_said_of_a_best(tmp_path, questions, capsys)
     cli.main(words(tmp_path, "--models", model_path(), "--datasets", questions, "--num_questions", 1))
     shown = capsys.readouterr().out
     assert "Checkpoint rule: every model as it was named." in shown and "Best of" not in shown
+
+
+def test_numbers_go_into_the_card_that_trl_wrote_of_a_baseline(tmp_path):
+    line = {"dataset": "d", "model": "this model", "num_questions": 2, "num_samples": 1, "avg_at_k": 0.25}
+    (tmp_path / "README.md").write_text("---\nbase_model: b\n---\n# Run\n\n## Training procedure\n\nSFT.\n\n## Cite\n")
+    for value in (0.25, 0.5):  # a second time in place of the first
+        add_results(tmp_path, [{**line, "avg_at_k": value}])
+        card = (tmp_path / "README.md").read_text()
+        assert f"| this model | {value:.3f} |" in card and card.count("## Results") == 1
+        assert (
+            card.index("# Run") < card.index("## Results") < card.index("## Training procedure") < card.index("## Cite")
+        )
+    (tmp_path / "README.md").write_text("# Run\n")
+    for value in (0.25, 0.5):
+        add_results(tmp_path, [{**line, "avg_at_k": value}])
+        card = (tmp_path / "README.md").read_text()
+        assert card.startswith("# Run\n\n## Results\n") and f"{value:.3f}" in card and card.count("avg@k") == 1
 
 
 def test_a_model_without_a_card_is_refused_before_anything_is_sampled(tmp_path, questions, spoilt, capsys):

@@ -35,7 +35,7 @@ FLOORS = (
     {"contexts", "heads"},
     {"adapters", "callbacks", "collators", "diagnostics", "messages", "rewards", "teacher", "validation"},
     {"forwards", "jobs", "methods", "scoring", "states"},
-    {"_trl", "card", "config", "plots", "settings"},
+    {"_trl", "arguments", "card", "config", "help_text", "plots", "settings"},
     {"trainers"},
 )
 ROOF = len(FLOORS)

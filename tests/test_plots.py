@@ -51,11 +51,33 @@ def test_runs_whose_folders_share_a_name_are_told_apart(tmp_path):
     assert all(f"<!-- {run} -->" in text for run in runs)
 
 
+def test_a_baselines_run_is_drawn_beside_a_methods_with_what_it_has(tmp_path):
+    run = write_state(tmp_path / "opsd", 3)
+    for name, entry in {
+        "sft": {"loss": 0.7},
+        "grpo": {"loss": 0.1, "reward": 0.5, "completions/mean_length": 9},
+    }.items():
+        history = [{**entry, "step": step} for step in (1, 2)]
+        (tmp_path / name).mkdir()
+        state = {"global_step": 2, "log_history": history}
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps(state))
+    assert main(["plot", str(tmp_path / "sft"), "--output", str(tmp_path / "sft.svg")]) == 0
+    assert (tmp_path / "sft.svg").read_text().count("<!-- not in these logs -->") == 5, "all panels but the loss"
+    text = plot_folders([run, tmp_path / "sft", tmp_path / "grpo"], tmp_path / "runs.svg").read_text()
+    assert all(f"<!-- {name} -->" in text for name in ("opsd", "sft", "grpo"))
+
+
 def test_what_cannot_be_drawn_is_refused_in_words(tmp_path):
     with pytest.raises(ValueError, match=r"holds no trainer_state\.json"):
         plot_folders([tmp_path], tmp_path / "run.png")
-    (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 1, "log_history": [{"loss": 1.0}]}))
-    with pytest.raises(ValueError, match="no `divergence` in its log"):
-        plot_folders([tmp_path], tmp_path / "run.png")
+    state = tmp_path / "trainer_state.json"
+    for text, message in (
+        (json.dumps({"global_step": 1, "log_history": [{"train_runtime": 1.0}]}), "has logged no step"),
+        ("[]", "is no trainer_state.json"),
+        ("{", "is no JSON"),
+    ):
+        state.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            plot_folders([tmp_path], tmp_path / "run.png")
     with pytest.raises(ValueError, match=r"end it with \.png or \.svg"):
         plot_folders([tmp_path], tmp_path / "run.jpg")

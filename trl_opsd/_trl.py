@@ -58,10 +58,10 @@ _HAS_ROUTER_LOSS = (
 _NUM_LOGPS_VALUES = 3 if _HAS_ROUTER_LOSS else 2
 
 
-def dict_fields(config_class: type) -> list[str]:
+def dict_fields(config_class: type, *ours: str) -> list[str]:
     """Fields that the command line may write as JSON: those of TRL's config and ours."""
     # TRL 1.11 added `chat_template_kwargs` to GRPOConfig's.
-    ours = ("chat_template_kwargs", "teacher_chat_template_kwargs")
+    ours = ours or ("chat_template_kwargs", "teacher_chat_template_kwargs")
     return list(dict.fromkeys([*config_class._VALID_DICT_FIELDS, *ours]))
 
 

@@ -100,10 +100,3 @@ def boxed(answer: Any) -> str:
 def rewrite_prompt(row: Row, template: str) -> dict[str, Any]:
     """The row with its last user message put into `template`, as `prompt_template` does it."""
     return {"prompt": rewrite_last_turn(row["prompt"], lambda text: fill_template(template, prompt=text))}
-
-
-def to_sft_row(row: Row) -> dict[str, Any]:
-    """The row as TRL's SFT takes it: the solution is what the model is to say."""
-    if isinstance(row["prompt"], str):
-        return {"prompt": row["prompt"], "completion": row["solution"]}
-    return {"prompt": row["prompt"], "completion": [{"role": "assistant", "content": row["solution"]}]}

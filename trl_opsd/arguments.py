@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whose a word of the command line or a key of a recipe is: the trainer's, accelerate's launcher's, or nobody's."""
 
+import argparse
 import difflib
 import re
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from .help_text import own_settings
 
 # Names of environment variables whose values are nobody's to read in a log.
 _SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
@@ -18,6 +23,21 @@ class UsageError(ValueError):
     """What a user typed cannot be meant; the message says what could."""
 
 
+class CommandParser(argparse.ArgumentParser):
+    """A parser of a command's words whose complaint is one line, without the options in front of it."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str):
+        """Raise the complaint.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(f"{message}. `--help` lists the options.")
+
+
 @dataclass(frozen=True)
 class CommandLine:
     """A command line taken apart.
@@ -25,10 +45,12 @@ class CommandLine:
     Attributes:
         own: words for the trainer's parser, `--config` among them.
         launcher: words for `accelerate launch`, those of the recipe first, so that the command line's win.
+        unread: keys of the recipe that only other methods read.
     """
 
     own: list[str]
     launcher: list[str]
+    unread: list[str]
 
 
 def read_command_line(arguments: Sequence[str], types: Iterable[type]) -> CommandLine:
@@ -39,7 +61,8 @@ def read_command_line(arguments: Sequence[str], types: Iterable[type]) -> Comman
         types: dataclasses whose fields the trainer's parser knows.
 
     Raises:
-        UsageError: a word or a key that neither the trainer nor the launcher knows; names the nearest.
+        UsageError: a word that neither the trainer nor the launcher knows, or a key that no method knows either; names
+            the nearest.
     """
     own_names = field_names(types)
     own, launcher = [], []
@@ -49,7 +72,9 @@ def read_command_line(arguments: Sequence[str], types: Iterable[type]) -> Comman
         else:
             _check_launcher_name(name, words[0], own_names)
             launcher += words
-    return CommandLine(own, [*_launcher_words_of_recipe(own, own_names), *launcher])
+    recipe = option_value(own, "config")
+    launched, unread = ([], []) if recipe is None else _others_of_recipe(recipe, own_names)
+    return CommandLine(own, [*launched, *launcher], unread)
 
 
 def split_options(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -78,11 +103,21 @@ def field_names(types: Iterable[type]) -> set[str]:
     return {field.name for field in known} | negated | {"config", "help"}
 
 
-def launcher_names() -> set[str]:
+@cache
+def launcher_names() -> frozenset[str]:
     """Names of the options of `accelerate launch`, and `accelerate_config`, which is ours for its `config_file`."""
     from accelerate.commands.launch import launch_command_parser
 
-    return (set(vars(launch_command_parser().parse_args(["script"]))) - _NOT_LAUNCHER) | {"accelerate_config"}
+    options = set(vars(launch_command_parser().parse_args(["script"])))
+    return frozenset(options - _NOT_LAUNCHER | {"accelerate_config"})
+
+
+@cache
+def method_names() -> frozenset[str]:
+    """Names of the settings of every method and baseline."""
+    from trl import GRPOConfig, SFTConfig
+
+    return frozenset(field_names((GRPOConfig, SFTConfig)) | own_settings())
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
@@ -94,16 +129,33 @@ def read_recipe(path: str) -> dict[str, Any]:
     """The mapping of a YAML file.
 
     Raises:
-        UsageError: there is no such file, or it holds something else.
+        UsageError: there is no such file, it is no YAML (names the line), or it holds something else.
     """
     import yaml
 
     if not Path(path).is_file():
         raise UsageError(f"--config {path}: no such file.")
-    recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UsageError(
+            f"--config {path}{line}: it is no YAML ({getattr(error, 'problem', None) or error}). Write one `key: value` "
+            "a line, texts with special characters in quotes."
+        ) from error
     if not isinstance(recipe, dict):
         raise UsageError(f"--config {path}: holds a {type(recipe).__name__}; write one `key: value` a line.")
     return recipe
+
+
+def recipe_place(path: str, key: str) -> str:
+    """Where a key stands in a YAML file: `recipe.yaml, line 3: key`."""
+    import yaml
+
+    root = yaml.compose(Path(path).read_text(encoding="utf-8"))
+    lines = {name.value: name.start_mark.line + 1 for name, _ in root.value}
+    return f"{path}, line {lines.get(key, '?')}: {key}"
 
 
 def option_value(arguments: Sequence[str], name: str) -> str | None:
@@ -132,23 +184,40 @@ def environment_of(arguments: Sequence[str]) -> str | None:
     return f"The recipe's `env` sets {', '.join(shown)} for this process and every program that it starts."
 
 
-def _launcher_words_of_recipe(own: Sequence[str], own_names: set[str]) -> list[str]:
-    path = option_value(own, "config")
+def _others_of_recipe(path: str, own_names: set[str]) -> tuple[list[str], list[str]]:
+    """Of the keys that are not the trainer's: the launcher's as its words, and those that only other methods read."""
     words: list[str] = []
-    for key, value in read_recipe(path).items() if path is not None else ():
+    unread = []
+    for key, value in read_recipe(path).items():
         if key in own_names or key == "env":
             continue
-        _check_launcher_name(key, f"{path}: {key}", own_names)
+        if key not in launcher_names() and key in method_names():
+            unread.append(key)
+            continue
+        _check_launcher_name(key, recipe_place(path, key), own_names)
         if value is not False:
             values = value if isinstance(value, list) else [] if value is True else [value]
             words += [f"--{key}", *map(str, values)]
-    return words
+    return words, unread
 
 
 def _check_launcher_name(name: str, place: str, own_names: set[str]) -> None:
     known = launcher_names()
     if name in known:
         return
-    near = nearest_name(name, own_names | known)
+    if name in method_names():
+        raise UsageError(f"{place} is a setting of another method, which this one does not read. Leave it out.")
+    near = nearest_name(name, own_names | known | method_names())
     hint = f" Did you mean `{near}`?" if near else ""
     raise UsageError(f"{place} is not known.{hint} `--help` lists the settings, `--help_all` every one of TRL's too.")
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make a folder and a file in it: what cannot be saved is not to be found out after the training.
+
+    Raises:
+        OSError: names the folder or the file.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"\0")

@@ -4,11 +4,14 @@
 Only the chosen command's module is imported, so that help does not wait for torch.
 """
 
+import os
 import sys
 from importlib import import_module
 from typing import Any
 
 from .arguments import UsageError
+from .terminal import calm_libraries
+from .user_errors import TRACEBACK, run_for_user
 
 # name -> help, and where the function is that takes the words behind the name.
 COMMANDS = {
@@ -43,19 +46,18 @@ def main(arguments: list[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(overview())
         return 0
-    name, rest = words[0], words[1:]
-    try:
-        if name not in COMMANDS:
-            raise UsageError(unknown_command(name))
-        code = run_command(name, rest)
-        return code if isinstance(code, int) else 0
-    except UsageError as error:
-        print(f"trl-opsd {name}: error: {error}", file=sys.stderr)
-        return 2
+    name, *rest = words
+    if "--traceback" in rest:
+        os.environ[TRACEBACK] = "1"
+        rest = [word for word in rest if word != "--traceback"]
+    calm_libraries()
+    return run_for_user(name, rest, lambda: run_command(name, rest))
 
 
 def run_command(name: str, rest: list[str]) -> Any:
     """Run one command; training ones take their name as the first argument, as one function serves them all."""
+    if name not in COMMANDS:
+        raise UsageError(unknown_command(name))
     if name in (*METHODS, *BASELINES):
         if "--help_all" in rest:
             import_module(".train", __package__).make_parser(name).print_help()
@@ -85,7 +87,8 @@ def overview() -> str:
             "commands:",
             *lines,
             "",
-            "`trl-opsd COMMAND --help` explains one. A first run: `trl-opsd demo`.",
+            "`trl-opsd COMMAND --help` explains one. A first run: `trl-opsd demo`. An error is a line and exit code 2;",
+            "`--traceback` shows where it came from.",
         ]
     )
 

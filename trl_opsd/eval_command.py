@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapters import FORMATS
-from .arguments import UsageError
+from .arguments import CommandParser, UsageError, check_writable
 from .eval_models import RULES, EvaluatedModel, resolve_models
 from .eval_summary import add_to_cards, check_cards, summarize, table_of
 from .questions import BENCHMARKS, load_questions
@@ -25,11 +25,10 @@ _BATCH_SIZE = 32
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of the command."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="trl-opsd eval",
         description="Sample and verify several models on several sets of questions; the first model is the one that "
         "the others are compared with. Finished files in --output_dir are not run again.",
-        allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     names = ", ".join(BENCHMARKS)
@@ -86,6 +85,7 @@ def run(arguments: list[str]) -> None:
     models = resolve_models(options.models, options.checkpoints)
     if options.add_to_card:
         check_cards(models)
+    check_writable(options.output_dir)
     # A wrong name shows before any model loads.
     sets = {name: load_questions(name, options) for name in options.datasets}
     for model in models:

@@ -111,11 +111,10 @@ def check_cards(models: Sequence[EvaluatedModel]) -> None:
         UsageError: names the first that has none.
     """
     for model in models[1:]:
-        path = Path(model.given) / "README.md"
-        if not path.exists() or "\n## Results\n" not in path.read_text(encoding="utf-8"):
+        if not (Path(model.given) / "README.md").exists():
             raise UsageError(
-                f"--add_to_card: {model.given} has no README.md with a section '## Results', as trl_opsd writes it into "
-                "the folder of a run. Name the folder of a run, or leave the option out."
+                f"--add_to_card: {model.given} has no README.md, as a training command writes it into the folder of a run. "
+                "Name the folder of a run, or leave the option out."
             )
 
 

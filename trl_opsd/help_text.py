@@ -7,13 +7,14 @@ from collections.abc import Collection, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
-_OPSD = (("config.py", "OPSDConfig"), ("settings.py", "SelfDistillationSettings"))
+_PROMPT = ("settings.py", "StudentPrompt")
+_OPSD = (("config.py", "OPSDConfig"), ("settings.py", "SelfDistillationSettings"), _PROMPT)
 _CLASSES = {  # command -> the classes with its settings, and their files
     "opsd": _OPSD,
     "ogls-sd": (("trainers/ogls_sd.py", "OGLSSDConfig"), *_OPSD),
     "purified-opsd": (("trainers/purified_opsd.py", "PurifiedOPSDConfig"), *_OPSD),
-    "sft": (("train.py", "BaselineArguments"),),
-    "grpo": (("train.py", "BaselineArguments"),),
+    "sft": (_PROMPT,),
+    "grpo": (("baselines.py", "GRPOBaselineConfig"), _PROMPT),
 }
 _DATA = ("train.py", "DataArguments")
 _WIDTH = 110
@@ -85,6 +86,12 @@ def _training_parts(command: str) -> list[str]:
 def _section(title: str, place: tuple[str, str], seen: Collection[str] = ()) -> str:
     entries = [_entry(*setting) for setting in settings_of(*place) if setting[0] not in seen]
     return f"{title} ({place[1]}):\n" + "\n".join(entries) + "\n"
+
+
+def own_settings() -> set[str]:
+    """Names of this package's settings of all methods and baselines, and of their data."""
+    places = {_DATA, *(place for classes in _CLASSES.values() for place in classes)}
+    return {name for place in places for name, _, _ in settings_of(*place)}
 
 
 def settings_of(file: str, class_name: str) -> Iterator[tuple[str, str, str]]:

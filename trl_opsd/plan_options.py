@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `trl-opsd plan` is asked: engines, lengths of texts, its options. Loads no torch, so that help answers at once."""
 
-import argparse
 from dataclasses import dataclass
 
+from .arguments import CommandParser
 from .cli import METHODS
 
 ENGINES = ("single", "ddp", "zero2", "zero3", "fsdp2")
@@ -22,14 +22,13 @@ class Workload:
     solution: int = 4096
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> CommandParser:
     """The options of the command; all other words are the training command's."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="trl-opsd plan",
         usage="trl-opsd plan --model_name_or_path NAME [--method METHOD] [--num_gpus N] [--SETTING VALUE ...]",
         description="Print what a run needs on each GPU, whether it fits, and the nearest setting with which it does. "
         "The model is read as its config alone: a Hub id, a folder, or one of the shapes of docs/scale.md.",
-        allow_abbrev=False,
     )
     parser.add_argument("--method", choices=METHODS, default="opsd", help="whose run it is")
     parser.add_argument("--num_gpus", type=int, help="default: what the accelerate file says, or 1")

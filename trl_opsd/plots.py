@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of a run from its log history. Needs matplotlib (`pip install trl-opsd[plots]`)."""
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from .arguments import CommandParser
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _BLUE, _ORANGE, _GREEN, _BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
@@ -16,9 +17,9 @@ _RUNS = tuple(zip((_BLUE, _ORANGE, _GREEN, "#CC79A7", "#E69F00", "#56B4E9", _BLA
 _PANELS = (
     ("Accuracy of the rollouts", "mean reward", (("reward", "-", None),)),
     (
-        "Divergence",
-        "nats per token",
-        (("divergence", "-", "unclipped"), ("loss", "--", "loss, clipped where a clip is set")),
+        "Divergence and loss",
+        "nats per token (GRPO's loss has no unit)",
+        (("divergence", "-", "unclipped divergence"), ("loss", "--", "loss, clipped where a clip is set")),
     ),
     ("Entropy gap", "nats per token, student - target", (("entropy_gap", "-", None),)),
     ("Completion length", "tokens", (("completions/mean_length", "-", None),)),
@@ -90,7 +91,7 @@ def _line(axes, entries, name: str, label: str | None, color: str, marker: str =
 
 def run_plot(arguments: list[str]) -> None:
     """`trl-opsd plot RUN [RUN ...] --output PICTURE`."""
-    parser = argparse.ArgumentParser(prog="trl-opsd plot", description="Draw the curves of one or several runs.")
+    parser = CommandParser(prog="trl-opsd plot", description="Draw the curves of one or several runs.")
     parser.add_argument("runs", nargs="+", help="output folders, checkpoints or trainer_state.json files")
     parser.add_argument("--output", default="run.png", help="the picture, .png or .svg")
     options = parser.parse_args(arguments)
@@ -109,7 +110,8 @@ def plot_folders(runs: Sequence[str | Path], path: str | Path) -> Path:
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: the suffix is another, or a run has no log of a trainer of this package.
+        ValueError: the suffix is another, or a run has logged none of the quantities; one that lacks some is drawn
+            where it has them.
     """
     require_matplotlib()
     from matplotlib.lines import Line2D
@@ -144,18 +146,29 @@ def read_history(run: str | Path) -> list[dict[str, Any]]:
     """The training log of a run: of its folder or, if that is further on, of its last checkpoint.
 
     Raises:
-        ValueError: there is none, or it is not of a trainer of this package.
+        ValueError: there is none, or no step was logged.
     """
     run = Path(run)
     files = [run] if run.is_file() else [*run.glob("trainer_state.json"), *run.glob("checkpoint-*/trainer_state.json")]
-    states = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    states = [_read_state(file) for file in files]
     if not states:
         raise ValueError(f"{run} holds no trainer_state.json, nor does a checkpoint in it. Give a run's output_dir.")
     history = max(states, key=lambda state: state["global_step"])["log_history"]
-    entries = [entry for entry in history if "divergence" in entry]
+    drawn = {key for _, _, lines in _PANELS for key, _, _ in lines}
+    entries = [entry for entry in history if drawn & entry.keys()]
     if not entries:
-        raise ValueError(f"{run} has no `divergence` in its log: it is not a run of trl_opsd, or it logged nothing.")
+        raise ValueError(f"{run} has logged no step: none of {', '.join(sorted(drawn))} is in its log.")
     return entries
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}). Name a run's output_dir or its trainer_state.json.") from error
+    if not isinstance(state, dict) or not {"global_step", "log_history"} <= state.keys():
+        raise ValueError(f"{file} is no trainer_state.json. Name a run's output_dir.")
+    return state
 
 
 def _grid():

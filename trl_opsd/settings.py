@@ -24,7 +24,20 @@ def option(default: Any, help_text: str) -> Any:
 
 
 @dataclass
-class SelfDistillationSettings:
+class StudentPrompt:
+    """The prompt as the student reads it; the methods and the baselines share it, so that their numbers compare."""
+
+    chat_template_kwargs: dict | str | None = option(
+        {"enable_thinking": False}, "Keyword arguments of the chat template for the student's prompt."
+    )
+    prompt_template: str | None = option(
+        None,
+        "Rewrites the last user message before sampling; holds `{prompt}`. None takes the dataset's prompt as it is.",
+    )
+
+
+@dataclass
+class SelfDistillationSettings(StudentPrompt):
     """The teacher, its prompt and the loss; a mixin in front of one of TRL's configs, which has `temperature`.
 
     Raises:
@@ -33,21 +46,11 @@ class SelfDistillationSettings:
 
     _rollout_limit = "max_completion_length"  # the field that TRL's config limits a rollout with
 
-    chat_template_kwargs: dict | str | None = option(
-        {"enable_thinking": False}, "Keyword arguments of the chat template for the student's prompt."
-    )
-
     # Not in `repr`, unlike in TRL's own configs.
     hub_token: str | None = field(
         default=None,
         repr=False,
         metadata={"help": "Token to push with; best left unset, then the one of `hf auth login` or HF_TOKEN is used."},
-    )
-
-    # The student's prompt.
-    prompt_template: str | None = option(
-        None,
-        "Rewrites the last user message before sampling; holds `{prompt}`. None takes the dataset's prompt as it is.",
     )
 
     # The teacher.

@@ -13,38 +13,36 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
-from trl import (
-    GRPOConfig,
-    GRPOTrainer,
-    ModelConfig,
-    ScriptArguments,
-    SFTConfig,
-    SFTTrainer,
-    TrlParser,
-    get_peft_config,
-    get_quantization_config,
-)
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from .adapters import FORMATS, rewrite_prompt, to_sft_row
-from .arguments import environment_of, given_value, read_command_line
+from .adapters import FORMATS
+from .arguments import (
+    CommandParser,
+    UsageError,
+    check_writable,
+    environment_of,
+    given_value,
+    option_value,
+    read_command_line,
+)
+from .baselines import BASELINES, baseline_arguments
 from .config import option
-from .rewards import make_accuracy_reward
+from .data_files import is_data_file, load_data_file
+from .recipe_values import check_recipe_values
+from .step_lines import show_steps
+from .terminal import calm_libraries
 from .trainers.base import SelfDistillationTrainer
 from .trainers.checks import check_fills_a_batch, check_trained, warn_of_first_golds
 from .trainers.ogls_sd import OGLSSDTrainer
 from .trainers.opsd import OPSDTrainer
 from .trainers.purified_opsd import PurifiedOPSDTrainer
+from .user_errors import run_for_user
 
 TRAINERS: dict[str, type[SelfDistillationTrainer]] = {
     "opsd": OPSDTrainer,
     "ogls-sd": OGLSSDTrainer,
     "purified-opsd": PurifiedOPSDTrainer,
 }
-
-# TRL's own trainers on the same data, for a comparison at the same budget.
-BASELINES = {"sft": (SFTTrainer, SFTConfig), "grpo": (GRPOTrainer, GRPOConfig)}
-
-_LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @dataclass
@@ -65,20 +63,6 @@ class DataArguments(ScriptArguments):
     solution_column: str = option("solution", "Column of the reference solution, read by the teacher.")
 
 
-@dataclass
-class BaselineArguments(DataArguments):
-    """The data of a baseline, whose config has no template for the prompt."""
-
-    prompt_template: str | None = option(
-        None, "Rewrites the last user message; holds `{prompt}`. None takes the dataset's prompt as it is."
-    )
-    verifier: str = option(
-        "math",
-        "How answers are compared: `math` (math-verify), `exact` (as text, leading zeros count), `choice` (letters), or "
-        "`module:function`, your own, of completion and solution.",
-    )
-
-
 def load_rows(script_args: DataArguments, split: str) -> Dataset | IterableDataset:
     """Load a split with the columns `prompt` and `solution`.
 
@@ -87,21 +71,19 @@ def load_rows(script_args: DataArguments, split: str) -> Dataset | IterableDatas
         split: of the dataset; a local file is one split whatever its name.
 
     Raises:
-        ValueError: no dataset was named, a named column is missing, or `dataset_format` is unknown.
+        ValueError: no dataset was named, a file cannot be read, a named column is missing, or `dataset_format` is
+            unknown.
     """
     if not script_args.dataset_name:
         raise ValueError("dataset_name is not set. Give a Hub id, a folder, or a local JSON, JSONL or Parquet file.")
-    loader = _LOADERS.get(Path(script_args.dataset_name).suffix)
-    if loader is None:
+    if is_data_file(script_args.dataset_name):
+        rows = load_data_file(script_args.dataset_name, streaming=script_args.dataset_streaming)
+    else:
         rows = load_dataset(
             script_args.dataset_name,
             name=script_args.dataset_config,
             split=split,
             streaming=script_args.dataset_streaming,
-        )
-    else:
-        rows = load_dataset(
-            loader, data_files=script_args.dataset_name, split="train", streaming=script_args.dataset_streaming
         )
     if script_args.dataset_format is not None:
         if script_args.dataset_format not in FORMATS:
@@ -132,20 +114,11 @@ def make_trainer(
     return trainer_class(**_trainer_arguments(script_args, training_args, model_args))
 
 
-def make_baseline(name: str, script_args: BaselineArguments, training_args: Any, model_args: ModelConfig) -> Any:
-    """Build a trainer of `BASELINES` on the same rows: SFT on the solutions, or GRPO on verified answers."""
+def make_baseline(name: str, script_args: DataArguments, training_args: Any, model_args: ModelConfig) -> Any:
+    """Build a trainer of `BASELINES` on the same rows and prompts."""
     arguments = _trainer_arguments(script_args, training_args, model_args)
-    for split in ("train_dataset", "eval_dataset"):
-        rows, template = arguments[split], script_args.prompt_template
-        if rows is not None and template is not None:
-            rows = rows.map(rewrite_prompt, fn_kwargs={"template": template})
-        if rows is not None and name == "sft":
-            rows = rows.map(to_sft_row, remove_columns=rows.column_names)
-        arguments[split] = rows
-    if name == "grpo":
-        arguments["reward_funcs"] = make_accuracy_reward(script_args.verifier)
-    trainer = BASELINES[name][0](**arguments)
-    warning = warn_of_first_golds(arguments["train_dataset"], script_args.verifier) if name == "grpo" else None
+    trainer = BASELINES[name][0](**baseline_arguments(name, arguments))
+    warning = warn_of_first_golds(arguments["train_dataset"], training_args.verifier) if name == "grpo" else None
     if warning is not None and trainer.is_world_process_zero():
         warnings.warn(warning, stacklevel=2)
     return trainer
@@ -201,7 +174,7 @@ def finish(trainer: SelfDistillationTrainer) -> None:
 def argument_types(name: str) -> tuple[type, type, type]:
     """The dataclasses that hold the settings of a method or a baseline."""
     if name in BASELINES:
-        return BaselineArguments, BASELINES[name][1], ModelConfig
+        return DataArguments, BASELINES[name][1], ModelConfig
     return DataArguments, TRAINERS[name].config_class, ModelConfig
 
 
@@ -210,8 +183,12 @@ def make_parser(name: str) -> TrlParser:
     return _strict_parser(argument_types(name), name)
 
 
+class _StrictParser(TrlParser):
+    error = CommandParser.error
+
+
 def _strict_parser(types: Sequence[type], name: str) -> TrlParser:
-    return TrlParser(types, prog=f"trl-opsd {name}", allow_abbrev=False)
+    return _StrictParser(types, prog=f"trl-opsd {name}", allow_abbrev=False)
 
 
 def parse(name: str, arguments: Sequence[str]) -> tuple[DataArguments, Any, ModelConfig]:
@@ -234,8 +211,18 @@ def parse_as(types: Sequence[type], name: str, arguments: Sequence[str]) -> tupl
     environment = environment_of(line.own)  # TRL's parser sets it
     if environment is not None and os.environ.get("RANK", "0") == "0":
         print(environment, file=sys.stderr)
-    # What the parser leaves over are the launcher's keys of the recipe; all others are known by now.
-    *parsed, _ = _strict_parser(types, name).parse_args_and_config(args=line.own, return_remaining_strings=True)
+    recipe = option_value(line.own, "config")
+    if recipe is not None:
+        check_recipe_values(recipe, types)
+    if line.unread and os.environ.get("RANK", "0") == "0":
+        print(f"{recipe}: {name} does not read {', '.join(line.unread)}, and leaves them to the methods that do.")
+    try:
+        # What the parser leaves over are the launcher's keys of the recipe and those of other methods.
+        *parsed, _ = _strict_parser(types, name).parse_args_and_config(args=line.own, return_remaining_strings=True)
+    except UsageError:
+        raise
+    except ValueError as error:  # of TRL's and transformers' configs too: nothing but the user's settings was read
+        raise ValueError(str(error)) from error
     return tuple(parsed)
 
 
@@ -265,13 +252,21 @@ def parse_as_one_of(
 def main(name: str, arguments: Sequence[str]) -> Any:
     """Train by a method's or a baseline's name as the command line does; returns the trainer."""
     script_args, training_args, model_args = parse(name, arguments)
+    check_writable(training_args.output_dir)
     if name in BASELINES:
         trainer = make_baseline(name, script_args, training_args, model_args)
     else:
         trainer = make_trainer(TRAINERS[name], script_args, training_args, model_args)
+    show_steps(trainer)
     train(trainer, script_args.dataset_name)
     return trainer
 
 
+def run(name: str, arguments: Sequence[str]) -> int:
+    """Train as one of several launched processes; returns the exit code."""
+    calm_libraries()
+    return run_for_user(name, arguments, lambda: main(name, arguments))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    sys.exit(run(sys.argv[1], sys.argv[2:]))

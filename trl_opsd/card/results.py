@@ -17,6 +17,7 @@ NUMBERS = {
     "markers_per_1000_tokens": "reflection markers per 1,000 tokens",
 }
 _HEADING = "## Results"
+_PROCEDURE = "\n## Training procedure"  # of TRL's cards
 
 
 def results_section(evaluation: Sequence[Mapping[str, Any]] | None) -> str:
@@ -63,20 +64,20 @@ def evaluation_thinking(evaluation: Sequence[Mapping[str, Any]] | None) -> str:
 
 
 def add_results(folder: str | Path, evaluation: Sequence[Mapping[str, Any]]) -> None:
-    """Put numbers measured later into the card of a saved model.
+    """Put numbers measured later into the card of a saved model, in place of those it has.
 
     Args:
-        folder: holds the model and its README.md.
+        folder: holds the model and its README.md. One that TRL wrote, as of a baseline, gets a section of results in
+            front of the training procedure.
         evaluation: see `results_section`.
-
-    Raises:
-        ValueError: the card has no section of results.
     """
     path = Path(folder) / "README.md"
     text = path.read_text(encoding="utf-8")
     before, found, after = text.partition(f"\n{_HEADING}\n")
-    if not found:
-        raise ValueError(f"{path} has no section '{_HEADING}'; it is not a card that trl_opsd wrote.")
-    rest = after[after.index("\n## ") :]
-    rest = re.sub('"evaluation": "[^"]*"', f'"evaluation": "{evaluation_thinking(evaluation)}"', rest, count=1)
+    if found:
+        after = after[after.find("\n## ") :] if "\n## " in after else "\n"
+    else:
+        before, procedure, after = text.partition(_PROCEDURE)
+        before, after = f"{before.rstrip()}\n", procedure + after
+    rest = re.sub('"evaluation": "[^"]*"', f'"evaluation": "{evaluation_thinking(evaluation)}"', after, count=1)
     path.write_text(f"{before}\n{results_section(evaluation)}\n{rest}", encoding="utf-8")

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of `trl-opsd demo`; those it does not know override the demo's recipe."""
 
-import argparse
+from ..arguments import CommandParser
 
 
 def run(arguments: list[str]) -> None:
     """Run the demo as a command line says."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="trl-opsd demo",
         description="Train the embedded model and print what it gained on held-out problems. Other options override "
         "its recipe, trl_opsd/demo/opsd.yaml.",
-        allow_abbrev=False,
     )
     parser.add_argument("--output_dir", default="outputs/demo", help="where the model, its card and the plot go")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run per seed")

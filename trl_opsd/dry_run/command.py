@@ -13,6 +13,7 @@ from ..collators import TeacherCollator
 from ..methods import Method
 from ..train import TRAINERS, load_rows, parse_as_one_of
 from ..trainers.checks import check_fills_a_batch
+from ..user_errors import sentence_of
 from ..validation import check_model_config, check_rows
 from ..verification import warn_of_golds, which_verify
 from . import mismatches
@@ -32,8 +33,11 @@ def run(arguments: list[str]) -> int:
         warnings = _report(options.method, rest, options.rows)
     except UsageError:
         raise
-    except (ValueError, OSError) as error:
-        print(f"\nERROR, the run would not start: {error}")
+    except Exception as error:
+        told = sentence_of(error)
+        if told is None:
+            raise
+        print(f"\nERROR, the run would not start: {told}")
         return 1
     print(f"\nWarnings: {len(warnings) or 'none'}")
     for warning in warnings:

@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of `trl-opsd dry-run`, apart from what it runs, so that help answers at once."""
 
-import argparse
-
+from ..arguments import CommandParser
 from ..cli import METHODS
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> CommandParser:
     """The options of the command; all other words are the training command's."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="trl-opsd dry-run",
         usage="trl-opsd dry-run METHOD --config RECIPE.yaml [--rows N] [--SETTING VALUE ...]",
         description="Print prompts as rendered, ids at the boundary, batch, steps, lengths and mismatches of a run. All "
         "other options are those of the training command, `--config` and launcher options among them.",
-        allow_abbrev=False,
     )
     parser.add_argument("method", choices=METHODS, metavar="METHOD", help=f"the training command: {', '.join(METHODS)}")
     parser.add_argument("--rows", type=int, default=2, help="rows to print")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`trl-opsd inspect`: models, method and settings as the training command takes them, to one HTML page."""
 
-import argparse
 import itertools
 import json
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
 from .._trl import trusts_remote_code
+from ..arguments import CommandParser, check_writable
 from ..card import thinking_modes
 from ..config import option
 from ..train import TRAINERS, DataArguments, load_rows, parse_as
@@ -54,13 +54,14 @@ def run_inspect(arguments: list[str]) -> Path:
         UsageError: an option or a key of the recipe is not known; names the nearest.
         ValueError: no rollout can be inspected, or an argument is missing.
     """
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder = CommandParser(add_help=False)
     finder.add_argument("--method", default="opsd", choices=[*TRAINERS])
     method = finder.parse_known_args(arguments)[0].method  # decides which settings there are
     types = (InspectArguments, TRAINERS[method].config_class, ModelConfig)
     inspect_args, settings, model_args = parse_as(types, "inspect", [*_NEUTRAL, *arguments])
     if inspect_args.num_rollouts < 1:
         raise ValueError(f"num_rollouts={inspect_args.num_rollouts} is not valid; set it to 1 or more.")
+    check_writable(Path(inspect_args.output).parent)
     inspector = make_inspector(inspect_args, settings, model_args)
     groups = _groups(inspector, inspect_args)
     records, num_seen = take_records(inspector, groups, inspect_args.num_rollouts)

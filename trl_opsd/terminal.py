@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What libraries print while a command works: no more than concerns its user. From Python they print as ever."""
+
+import logging
+import os
+import warnings
+
+_SECONDS_BEFORE_A_BAR = "2"
+
+
+def calm_libraries() -> None:
+    """For commands: warnings on one line, none of a library to its own programmers, no bar of an instant."""
+    os.environ.setdefault("TQDM_DELAY", _SECONDS_BEFORE_A_BAR)  # read when tqdm is imported
+    warnings.formatwarning = _as_line
+    for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # a broken file is told with its line
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+
+
+def _as_line(message, category, filename, lineno, line=None) -> str:
+    return f"warning: {message}\n"
