@@ -21,8 +21,8 @@ from trl_opsd.config import REWARD_ONLY_FIELDS
         ({"clip_value": float("nan")}, ("clip_value=nan", "finite")),
         ({"clip": "both"}, ("clip='both'", "'upper', 'symmetric', 'token'")),
         ({"divergence": "kl"}, ("divergence='kl'", "forward_kl")),
-        ({"jsd_weight": 0.0}, ("jsd_weight=0.0", "(0, 1)")),
-        ({"jsd_weight": 1.0}, ("jsd_weight=1.0", "reverse_kl")),
+        ({"mixture_weight": 0.0}, ("mixture_weight=0.0", "(0, 1)")),
+        ({"mixture_weight": 1.0}, ("mixture_weight=1.0", "reverse_kl")),
         ({"temperature": 0.0}, ("temperature=0.0", "above 0")),
         ({"loss_temperature": 0.0}, ("loss_temperature=0.0", "above 0")),
         ({"loss_reduction": "mean"}, ("loss_reduction='mean'", "'token' or 'sequence'")),
@@ -100,7 +100,7 @@ def test_a_value_out_of_range_is_refused_with_its_field_value_and_fix(make_args,
     "settings",
     [
         {"teacher_update_rate": 1.0},
-        {"jsd_weight": 0.999, "divergence": "jsd"},
+        {"mixture_weight": 0.999, "divergence": "jsd"},
         {"clip": None},
         {"num_loss_tokens_to_skip": 7},
         {"distillation_length": 8},
@@ -214,8 +214,8 @@ def test_the_loss_takes_the_sampling_temperature_unless_it_has_its_own(make_args
 
 
 def test_the_divergence_holds_every_setting_of_the_loss(make_args):
-    rule = make_args(divergence="jsd", jsd_weight=0.2, clip="symmetric", clip_value=0.3).loss_divergence()
-    assert (rule.name, rule.jsd_weight, rule.clip, rule.clip_value) == ("jsd", 0.2, "symmetric", 0.3)
+    rule = make_args(divergence="jsd", mixture_weight=0.2, clip="symmetric", clip_value=0.3).loss_divergence()
+    assert (rule.name, rule.mixture_weight, rule.clip, rule.clip_value) == ("jsd", 0.2, "symmetric", 0.3)
 
 
 @pytest.mark.parametrize("name", ["chat_template_kwargs", "teacher_chat_template_kwargs"])
@@ -256,7 +256,7 @@ def test_the_fields_it_adds_are_a_frozen_set():
         "distillation_length_steps",
         "divergence",
         "guard",
-        "jsd_weight",
+        "mixture_weight",
         "loss_reduction",
         "loss_temperature",
         "max_teacher_prompt_length",
@@ -323,7 +323,7 @@ COMMAND_LINE = {
     "distillation_length_steps": ("5", 5),
     "divergence": ("jsd", "jsd"),
     "guard": ("stop", "stop"),
-    "jsd_weight": ("0.25", 0.25),
+    "mixture_weight": ("0.25", 0.25),
     "loss_reduction": ("sequence", "sequence"),
     "loss_temperature": ("1.5", 1.5),
     "max_teacher_prompt_length": ("512", 512),

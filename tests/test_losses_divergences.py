@@ -22,7 +22,7 @@ from trl_opsd.losses import (
 
 RULES = list(itertools.product(DIVERGENCES, CLIPS))
 SUPPORT_FORMS = list(itertools.product(SUPPORTS, REMAINDERS))
-JSD_WEIGHT, TEMPERATURE, CLIP_VALUE = 0.3, 1.3, 0.04
+MIXTURE_WEIGHT, TEMPERATURE, CLIP_VALUE = 0.3, 1.3, 0.04
 
 
 def draw(*shape, seed=0, scale=1.5):
@@ -32,7 +32,7 @@ def draw(*shape, seed=0, scale=1.5):
 def settings(name, clip):
     return {
         "divergence": name,
-        "jsd_weight": JSD_WEIGHT,
+        "mixture_weight": MIXTURE_WEIGHT,
         "temperature": TEMPERATURE,
         "clip": clip,
         "clip_value": CLIP_VALUE,
@@ -46,13 +46,17 @@ def softmax_by_hand(logits):
 
 def term_and_slope(name, q, p):
     """One entry's term and its derivative with respect to log q."""
-    m = JSD_WEIGHT * p + (1 - JSD_WEIGHT) * q
+    m = MIXTURE_WEIGHT * p + (1 - MIXTURE_WEIGHT) * q
     if name == "forward_kl":
         return p * (math.log(p) - math.log(q)), -p
     if name == "reverse_kl":
         return q * (math.log(q) - math.log(p)), q * (math.log(q) - math.log(p) + 1)
     kl_target, kl_student = p * math.log(p / m), q * math.log(q / m)
-    return JSD_WEIGHT * kl_target + (1 - JSD_WEIGHT) * kl_student, (1 - JSD_WEIGHT) * kl_student
+    if name == "skewed_forward_kl":
+        return kl_target, -(1 - MIXTURE_WEIGHT) * p * q / m
+    if name == "skewed_reverse_kl":
+        return kl_student, kl_student + q - (1 - MIXTURE_WEIGHT) * q * q / m
+    return MIXTURE_WEIGHT * kl_target + (1 - MIXTURE_WEIGHT) * kl_student, (1 - MIXTURE_WEIGHT) * kl_student
 
 
 def by_hand(student, target, name, clip):
@@ -99,7 +103,7 @@ def test_equal_distributions_have_divergence_exactly_zero(name, clip):
     assert gradient.abs().max() < 1e-7
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "reverse_kl"])
 @pytest.mark.parametrize("clip", CLIPS)
 def test_target_probability_zero_gives_finite_value_and_gradient(name, clip):
     student, target = draw(3, 6).float().requires_grad_(), draw(3, 6, seed=1).float()
@@ -221,8 +225,8 @@ def test_top_k_tail_keeps_the_divergence_between_zero_and_the_full_one(name):
         ("clip", "lower"),
         ("clip_value", 0.0),
         ("clip_value", math.nan),
-        ("jsd_weight", 0.0),
-        ("jsd_weight", 1.0),
+        ("mixture_weight", 0.0),
+        ("mixture_weight", 1.0),
         ("temperature", 0.0),
         ("temperature", -1.0),
     ],

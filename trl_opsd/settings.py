@@ -82,8 +82,12 @@ class SelfDistillationSettings(StudentPrompt):
     )
 
     # The loss.
-    divergence: str = option("forward_kl", "`forward_kl` KL(teacher, student), `reverse_kl` or `jsd`.")
-    jsd_weight: float = option(0.5, "Weight of the target in the mixture of `jsd`, in (0, 1).")
+    divergence: str = option(
+        "forward_kl", "What is measured between teacher and student; docs/methods.md lists the names."
+    )
+    mixture_weight: float = option(
+        0.5, "Weight of the teacher in the mixture that `jsd` and the skewed divergences use, in (0, 1)."
+    )
     clip: str | None = option(
         "upper",
         "`upper` or `symmetric` clip each vocabulary entry's term, `token` the position's sum; `none` does not clip.",
@@ -146,7 +150,7 @@ class SelfDistillationSettings(StudentPrompt):
         """
         return Divergence(
             name=self.divergence,
-            jsd_weight=self.jsd_weight,
+            mixture_weight=self.mixture_weight,
             temperature=self.loss_temperature,
             clip=self.clip,
             clip_value=self.clip_value,

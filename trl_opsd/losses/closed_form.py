@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from .divergences import MAX_LOG_RATIO, Divergence
+from .divergences import Divergence
+from .forms import FORMS, Block
 
 
 class FusedDiagnostics(NamedTuple):
@@ -37,15 +38,6 @@ class FusedDiagnostics(NamedTuple):
     top_agreement: torch.Tensor
 
 
-class _Block(NamedTuple):
-    """Log-probabilities and probabilities of a block, each (n, V)."""
-
-    log_q: torch.Tensor
-    log_p: torch.Tensor
-    q: torch.Tensor
-    p: torch.Tensor
-
-
 def sweep(
     student_logits: torch.Tensor, target_logits: torch.Tensor, rule: Divergence, *, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -62,8 +54,8 @@ def sweep(
         respect to `student_logits`, or None.
     """
     log_q, log_p = student_logits.log_softmax(-1), target_logits.log_softmax(-1)
-    block = _Block(log_q, log_p, log_q.exp(), log_p.exp())
-    terms, slope, multiple = _FORMS[rule.name](block, rule.jsd_weight)
+    block = Block(log_q, log_p, log_q.exp(), log_p.exp())
+    terms, slope, multiple = FORMS[rule.name].slope(block, rule.mixture_weight)
     unclipped = terms.sum(-1)
     loss, clipped_share, kept = unclipped, torch.zeros_like(unclipped), None
     if rule.clip == "token":
@@ -84,34 +76,9 @@ def sweep(
     return diagnostics, gradient if kept is None else gradient.mul_(kept.unsqueeze(-1))
 
 
-def _distribution_measures(block: _Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _distribution_measures(block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     student_entropy = -(block.q * block.log_q).sum(-1)
     target_entropy = -(block.p * block.log_p).sum(-1)
     # The student's highest value stands at the target's top token: on a CPU `argmax` costs twelve times `amax`.
     agreement = block.log_q.gather(-1, block.log_p.argmax(-1, keepdim=True)).squeeze(-1) == block.log_q.amax(-1)
     return student_entropy, target_entropy, agreement.to(student_entropy.dtype)
-
-
-# Each form gives the terms (n, V), g + c q (n, V) and c.
-
-
-def _forward_kl(block: _Block, jsd_weight: float) -> tuple[torch.Tensor, torch.Tensor, float]:
-    terms = (block.log_p - block.log_q).mul_(block.p)
-    return terms, block.q - block.p, 1.0
-
-
-def _reverse_kl(block: _Block, jsd_weight: float) -> tuple[torch.Tensor, torch.Tensor, float]:
-    terms = (block.log_q - block.log_p).mul_(block.q)
-    return terms, terms.clone(), -1.0
-
-
-def _jsd(block: _Block, jsd_weight: float) -> tuple[torch.Tensor, torch.Tensor, float]:
-    ratio = (block.log_p - block.log_q).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    log_m_over_q = torch.expm1(ratio).mul_(jsd_weight).log1p_()
-    slope = (block.q * log_m_over_q).mul_(jsd_weight - 1)
-    log_p_over_m = ratio.sub_(log_m_over_q)
-    terms = log_p_over_m.mul_(block.p).mul_(jsd_weight).add_(slope)
-    return terms, slope, 0.0
-
-
-_FORMS = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-CLIPS = (None, "upper", "symmetric", "token")
+from .forms import FORMS
 
-# Beyond this log-ratio the smaller of the two probabilities is under exp(-80): its term is below 1e-32, and
-# expm1 would overflow in float32 soon after.
-MAX_LOG_RATIO = 80.0
+DIVERGENCES = tuple(FORMS)
+CLIPS = (None, "upper", "symmetric", "token")
 
 
 @dataclass(frozen=True)
@@ -25,9 +23,10 @@ class Divergence:
     """Which divergence is measured, at which temperature, and how it is clipped.
 
     Args:
-        name: `forward_kl` is KL(target || student), `reverse_kl` is KL(student || target), `jsd` is
-            b KL(target || m) + (1 - b) KL(student || m) with m = b target + (1 - b) student.
-        jsd_weight: b above, in (0, 1). Only `jsd` reads it.
+        name: `forward_kl` is KL(target || student), `reverse_kl` is KL(student || target). With the mixture
+            m = w target + (1 - w) student, `skewed_forward_kl` is KL(target || m), `skewed_reverse_kl` is
+            KL(student || m), and `jsd` is w times the first plus (1 - w) times the second.
+        mixture_weight: w above, in (0, 1). Only these three read it.
         temperature: both logits are divided by it, > 0.
         clip: None, `upper` (each vocabulary entry's term is cut at `clip_value`, OPSD), `symmetric` (each
             term is kept within plus and minus `clip_value`, OGLS-SD) or `token` (the summed value is cut at
@@ -39,7 +38,7 @@ class Divergence:
     """
 
     name: str = "forward_kl"
-    jsd_weight: float = 0.5
+    mixture_weight: float = 0.5
     temperature: float = 1.0
     clip: str | None = None
     clip_value: float = 0.05
@@ -49,9 +48,9 @@ class Divergence:
             raise ValueError(f"divergence={self.name!r} is not known; set one of {DIVERGENCES}.")
         if self.clip not in CLIPS:
             raise ValueError(f"clip={self.clip!r} is not known; set one of {CLIPS}.")
-        if not 0 < self.jsd_weight < 1:
+        if not 0 < self.mixture_weight < 1:
             raise ValueError(
-                f"jsd_weight={self.jsd_weight} is outside (0, 1); set a weight between the two, or "
+                f"mixture_weight={self.mixture_weight} is outside (0, 1); set a weight between the two, or "
                 "divergence='forward_kl' or 'reverse_kl' for the ends."
             )
         require_positive("temperature", self.temperature)
@@ -74,7 +73,7 @@ def token_divergence(
     target_logits: torch.Tensor,
     *,
     divergence: str = "forward_kl",
-    jsd_weight: float = 0.5,
+    mixture_weight: float = 0.5,
     temperature: float = 1.0,
     clip: str | None = None,
     clip_value: float = 0.05,
@@ -83,9 +82,9 @@ def token_divergence(
 
     Args:
         student_logits: (..., V), finite. The only input with a gradient.
-        target_logits: (..., V), detached. An entry of -inf has probability 0: `forward_kl` and `jsd` stay
-            finite, `reverse_kl` is infinite by definition and has no usable gradient.
-        divergence, jsd_weight, temperature, clip, clip_value: see [`Divergence`].
+        target_logits: (..., V), detached. An entry of -inf has probability 0: `reverse_kl` is infinite by
+            definition there and has no usable gradient; every other divergence stays finite.
+        divergence, mixture_weight, temperature, clip, clip_value: see [`Divergence`].
 
     Returns:
         (...) in nats; float64 for float64 logits, float32 otherwise. At least 0 without an entry-wise clip.
@@ -93,7 +92,7 @@ def token_divergence(
     Raises:
         ValueError: for a setting out of range, shapes that differ, logits that are not floating point.
     """
-    rule = Divergence(divergence, jsd_weight, temperature, clip, clip_value)
+    rule = Divergence(divergence, mixture_weight, temperature, clip, clip_value)
     log_q, log_p = log_probs(student_logits, target_logits, rule.temperature)
     return clip_and_sum(divergence_terms(log_q, log_p, rule), rule)
 
@@ -157,18 +156,7 @@ def log_probs(
 
 def divergence_terms(log_q: torch.Tensor, log_p: torch.Tensor, rule: Divergence) -> torch.Tensor:
     """Terms (..., V) that sum to the unclipped divergence; a term is exactly 0 where log_q equals log_p."""
-    if rule.name == "forward_kl":
-        p = log_p.exp()
-        return p * (log_p - log_q).masked_fill(p == 0, 0.0)
-    if rule.name == "reverse_kl":
-        q = log_q.exp()
-        return q * (log_q - log_p).masked_fill(q == 0, 0.0)
-    # With r = log p - log q: log(m / q) = log(1 + b (e^r - 1)) and log(m / p) = log(1 + (1 - b) (e^-r - 1)).
-    ratio = (log_p - log_q).masked_fill(log_p == log_q, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # of two -inf too
-    b = rule.jsd_weight
-    log_m_over_q = torch.log1p(b * torch.expm1(ratio))
-    log_m_over_p = torch.log1p((1 - b) * torch.expm1(-ratio))
-    return -b * log_p.exp() * log_m_over_p - (1 - b) * log_q.exp() * log_m_over_q
+    return FORMS[rule.name].terms(log_q, log_p, rule.mixture_weight)
 
 
 def clipped_terms(terms: torch.Tensor, rule: Divergence) -> torch.Tensor:

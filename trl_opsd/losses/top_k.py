@@ -23,7 +23,7 @@ def top_k_divergence(
     support: str = "student",
     remainder: str = "tail",
     divergence: str = "forward_kl",
-    jsd_weight: float = 0.5,
+    mixture_weight: float = 0.5,
     temperature: float = 1.0,
     clip: str | None = None,
     clip_value: float = 0.05,
@@ -37,7 +37,7 @@ def top_k_divergence(
         support: `student`, `target` or `union`, whose likeliest tokens are compared.
         remainder: `tail` adds one bucket with the remaining mass of each; `renormalise` divides by the kept
             mass.
-        divergence, jsd_weight, temperature, clip, clip_value: see [`Divergence`].
+        divergence, mixture_weight, temperature, clip, clip_value: see [`Divergence`].
 
     Returns:
         (...) in nats; float64 for float64 logits, float32 otherwise.
@@ -45,7 +45,7 @@ def top_k_divergence(
     Raises:
         ValueError: for a setting out of range, shapes that differ, logits that are not floating point.
     """
-    rule = Divergence(divergence, jsd_weight, temperature, clip, clip_value)
+    rule = Divergence(divergence, mixture_weight, temperature, clip, clip_value)
     _check(k, support, remainder)
     log_q, log_p = log_probs(student_logits, target_logits, rule.temperature)
     kept = _support_mask(log_q, log_p, k, support)

@@ -31,7 +31,7 @@ GKDConfig, GKDTrainer = gkd_classes()
 
 # Settings and arguments of GKD that have no meaning here -> what to set instead.
 _OTHER_SETTINGS = {
-    "beta": "divergence ('forward_kl' is their 0, 'reverse_kl' their 1, 'jsd' with jsd_weight what is between)",
+    "beta": "divergence ('forward_kl' is their 0, 'reverse_kl' their 1, 'jsd' with mixture_weight what is between)",
     "seq_kd": "lmbda, and put the text to train on into `messages`",
     "teacher_model_name_or_path": "teacher_model_kind: the model itself is the teacher",
     "teacher_model_init_kwargs": "model_init_kwargs: the model itself is the teacher",

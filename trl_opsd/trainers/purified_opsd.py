@@ -16,7 +16,7 @@ class PurifiedOPSDConfig(OPSDConfig):
     The paper prints no weight for the JSD and no loss temperature; 0.5 and the sampling temperature are ours.
     """
 
-    divergence: str = option("jsd", "`forward_kl`, `reverse_kl` or `jsd`.")
+    divergence: str = option("jsd", "As in `OPSDConfig`.")
     clip: str | None = option(None, "`upper`, `symmetric`, `token` or `none`; the paper does not clip.")
     max_steps: int = option(200, "Optimizer steps.")
     tanh_bound: float = option(10.0, "c: no token moves by more than so many nats before the division, above 0.")
