@@ -17,11 +17,12 @@ from trl_opsd.losses import (
     BoundedShape,
     Divergence,
     LinearShape,
+    OutputHead,
     Shape,
+    Target,
     dense_divergence_from_hidden,
     fused_divergence,
 )
-from trl_opsd.losses.views import sum_views
 
 TEMPERATURE = 1.1
 
@@ -34,18 +35,15 @@ class Case(NamedTuple):
     lack: str | None = None
     shape: Shape = Shape()
     num_target_products: int = 1
-    as_pairs: bool = False
 
 
 CASES = {}
 for _name, _beta in (("forward_kl", 0.0), ("reverse_kl", 1.0), ("jsd", 0.5)):
     CASES[_name] = Case(Divergence(_name, temperature=TEMPERATURE), _beta)
     CASES[f"{_name}, clip"] = Case(Divergence(_name, temperature=TEMPERATURE, clip="upper"), lack="has no clip")
-_STEERED = Case(
+CASES["ogls_sd"] = Case(
     Divergence(temperature=TEMPERATURE, clip="symmetric"), lack="has no steered target", shape=LinearShape(3.0)
 )
-CASES["ogls_sd"] = _STEERED
-CASES["ogls_sd, as pairs"] = _STEERED._replace(as_pairs=True)
 CASES["purified"] = Case(
     Divergence("jsd", temperature=TEMPERATURE),
     lack="has no purified target",
@@ -55,15 +53,14 @@ CASES["purified"] = Case(
 
 
 class Inputs(NamedTuple):
-    """Hidden states of the student and of frozen views, each (N, H), and the head (V, H).
+    """Hidden states of the student and of the target's parts, each (N, H), and the head (V, H).
 
-    `views` are nine contexts with weights, four right and five wrong; `direction` is their weighted sum.
+    `direction` is the weighted sum of nine contexts, four right and five wrong.
     """
 
     student: torch.Tensor
     anchor: torch.Tensor
     direction: torch.Tensor
-    views: list[tuple[float, torch.Tensor]]
     weight: torch.Tensor
 
     @classmethod
@@ -72,18 +69,15 @@ class Inputs(NamedTuple):
         normal = partial(torch.randn, generator=generator, device=device)
         student = normal(size, width)
         anchor = student + 0.5 * normal(size, width)
-        views = [(1 / 4 if i < 4 else -1 / 5, 0.45 * normal(size, width)) for i in range(9)]
+        direction = sum((1 / 4 if i < 4 else -1 / 5) * 0.45 * normal(size, width) for i in range(9))
         weight = normal(vocabulary, width).mul_(3 / width**0.5)
-        return cls(student, anchor, sum_views(views), views, weight).to(dtype)
+        return cls(student, anchor, direction, weight).to(dtype)
 
     def to(self, dtype: torch.dtype) -> "Inputs":
-        views = [(weight, hidden.to(dtype)) for weight, hidden in self.views]
-        tensors = (tensor.to(dtype) for tensor in (self.student, self.anchor, self.direction))
-        return Inputs(*tensors, views, self.weight.to(dtype))
+        return Inputs(*(tensor.to(dtype) for tensor in self))
 
     def at(self, rows: slice) -> "Inputs":
-        views = [(weight, hidden[rows]) for weight, hidden in self.views]
-        return Inputs(self.student[rows], self.anchor[rows], self.direction[rows], views, self.weight)
+        return Inputs(self.student[rows], self.anchor[rows], self.direction[rows], self.weight)
 
     def leaves(self, trained: bool) -> "Inputs":
         return self._replace(
@@ -209,10 +203,10 @@ def exact(inputs: Inputs, case: Case, rows_at_a_time: int = 64) -> Gradients:
 
 
 def _hidden(inputs: Inputs, case: Case) -> tuple:
-    direction = (inputs.views if case.as_pairs else inputs.direction) if case.shape.uses_direction else None
-    return inputs.student, inputs.weight, inputs.anchor, direction
+    direction = inputs.direction if case.shape.uses_direction else None
+    return inputs.student, OutputHead(inputs.weight), Target(inputs.anchor, direction, case.shape)
 
 
 def _settings(inputs: Inputs, case: Case, size: int) -> dict[str, Any]:
     weights = torch.full((len(inputs.student),), 1 / size, device=inputs.student.device, dtype=torch.float64)
-    return {"token_weights": weights, "divergence": case.divergence, "shape": case.shape}
+    return {"token_weights": weights, "divergence": case.divergence}

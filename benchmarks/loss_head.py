@@ -13,8 +13,7 @@ Contenders run in turn within each repeat, so that a busy machine slows all alik
             its errors say how far from the full one
   ours      `trl_opsd.losses.fused_divergence`
   compiled  the same with its elementwise work fused by torch.compile (`compile_loss`); only where `--backends` names it
-"clip" is OPSD's upper clip. The nine contexts of OGLS-SD are one direction when the loss begins; "as pairs" hands the
-loss their hidden states with weights instead. Errors are those of the gradient (largest difference over the largest
+"clip" is OPSD's upper clip. The nine contexts of OGLS-SD are one direction when the loss begins. Errors are those of the gradient (largest difference over the largest
 entry, of hidden states and head) and of the loss (nats) against float64 from the same inputs, in blocks of positions.
 A contender that has no such loss, does not run here or runs out of memory gets a row with a `note`.
 `bfloat16` is autocast over float32 tensors, as the trainers run; `pure-bfloat16` holds everything in bfloat16. On a CPU our
@@ -43,7 +42,7 @@ PRESETS = {
     "gpu": "512x1024x151936,2048x2048x65536,2048x2048x151936,8192x2048x151936,8192x4096x151936,8192x2560x262144",
 }
 DTYPES = ("float32", "bfloat16", "pure-bfloat16")
-OPSD, OGLS_SD, OGLS_SD_AS_PAIRS = "forward_kl, clip", "ogls_sd", "ogls_sd, as pairs"
+OPSD, OGLS_SD = "forward_kl, clip", "ogls_sd"
 
 
 @dataclass
@@ -173,7 +172,6 @@ def print_ratios(rows: list[dict[str, Any]]) -> None:
             print("| " + " | ".join(cells) + " |")
         opsd = (OPSD, "ours")
         print(f"\nOGLS-SD / OPSD: {ratio((OGLS_SD, 'ours'), opsd)}; ", end="")
-        print(f"with nine views as pairs / OPSD: {ratio((OGLS_SD_AS_PAIRS, 'ours'), opsd)}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -106,7 +106,6 @@ def main():
     parser.add_argument("--kind", default="base")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--tied", action="store_true")
-    parser.add_argument("--tail-anchor", action="store_true", help="train on the ends of short right rollouts too")
     parser.add_argument("--all-right", action="store_true", help="leave OGLS-SD nothing to train on")
     parser.add_argument("--generate", action="store_true", help="sample rollouts instead of the given ones")
     parser.add_argument("--fault", help="see `Fault`")
@@ -118,8 +117,6 @@ def main():
     torch.manual_seed(0)
     trainer_class = TRAINERS[options.method]
     group = {"num_generations": GLOBAL_BATCH, "distillation_length": None} if options.method == "ogls-sd" else {}
-    if options.tail_anchor:
-        group |= {"tail_anchor_weight": 0.5, "tail_anchor_length": 3, "distillation_length": 2}
     args = trainer_class.config_class(
         **group,
         output_dir=str(options.output / "out"),

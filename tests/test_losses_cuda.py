@@ -11,9 +11,10 @@ from trl_opsd.losses import (
     BoundedShape,
     Divergence,
     LinearShape,
+    OutputHead,
     Shape,
+    Target,
     fused_divergence,
-    fused_token_nll,
     projection,
     tiles,
 )
@@ -49,31 +50,41 @@ def by_hand(monkeypatch):
 
     def apply(hidden, weight, bias, *others):
         context = _Context([True, grads[0], grads[0]])
-        results = tiles._FusedDivergence.forward(context, hidden, weight, bias, others[0], True)
-        grads[:] = tiles._FusedDivergence.backward(context, torch.ones_like(results[0]), None)[:3]
+        results = tiles.FusedDivergence.forward(context, hidden, weight, bias, others[0], True)
+        grads[:] = tiles.FusedDivergence.backward(context, torch.ones_like(results[0]), None)[:3]
         return results
 
-    monkeypatch.setattr(tiles._FusedDivergence, "apply", apply)
+    monkeypatch.setattr(tiles.FusedDivergence, "apply", apply)
     with torch.no_grad():
         yield grads
 
 
-def run(grads, rule=RULES[0], shape=SHAPES[0], *, dtype=torch.bfloat16, trained=True, pairs=False, **settings):
+def run(
+    grads,
+    rule=RULES[0],
+    shape=SHAPES[0],
+    *,
+    dtype=torch.bfloat16,
+    trained=True,
+    own_head=False,
+    positions=KEPT,
+    **logits,
+):
     """Loss and diagnostics; `grads` gets the gradients."""
     grads[:] = [trained]
-    views = [(0.5, make(SIZE, WIDTH, dtype=dtype)), (0.5, make(SIZE, WIDTH, dtype=dtype))]
-    anchor, direction = (views, views) if pairs else (make(SIZE, WIDTH, dtype=dtype), make(SIZE, WIDTH, dtype=dtype))
+
+    def head():
+        return OutputHead(make(VOCABULARY, WIDTH, dtype=dtype), make(VOCABULARY, dtype=dtype), **logits)
+
+    anchor, direction = (make(SIZE, WIDTH, dtype=dtype) for _ in range(2))
     return fused_divergence(
         make(SIZE, WIDTH, dtype=dtype),
-        make(VOCABULARY, WIDTH, dtype=dtype),
-        anchor,
-        direction if shape.uses_direction else None,
+        head(),
+        Target(anchor, direction if shape.uses_direction else None, shape, head() if own_head else None),
         token_weights=make(SIZE, dtype=torch.float32),
         divergence=rule,
-        shape=shape,
-        head_bias=make(VOCABULARY, dtype=dtype),
         tile_tokens=256,
-        **{"positions": torch.arange(KEPT, device="cuda"), **settings},
+        positions=None if positions is None else torch.arange(positions, device="cuda"),
     )
 
 
@@ -124,37 +135,15 @@ def test_without_autocast_a_float32_model_multiplies_wide(by_hand):
     assert products == {(torch.float32, torch.float32)}
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: type(shape).__name__)
-def test_capped_logits_keep_their_views_apart(by_hand, shape):
+def test_capped_logits(by_hand):
     with fake_cuda() as products:
-        check(
-            run(by_hand, shape=shape, pairs=True, logit_softcap=30.0, trained=False),
-            by_hand,
-            torch.bfloat16,
-            trained=False,
-        )
+        check(run(by_hand, logit_softcap=30.0, trained=False), by_hand, torch.bfloat16, trained=False)
     assert products == {NARROW}
 
 
 def test_a_target_with_a_head_of_its_own(by_hand):
     with fake_cuda():
-        target = {"target_head_weight": make(VOCABULARY, WIDTH), "target_head_bias": make(VOCABULARY)}
-        check(run(by_hand, **target, logit_scale=0.5), by_hand, torch.bfloat16)
-
-
-def test_the_likelihood_of_tokens(by_hand):
-    by_hand[:] = [True]
-    with fake_cuda() as products:
-        loss, values = fused_token_nll(
-            make(SIZE, WIDTH),
-            make(VOCABULARY, WIDTH),
-            torch.zeros(SIZE, dtype=torch.int64, device="cuda"),
-            token_weights=make(SIZE, dtype=torch.float32),
-            positions=torch.arange(10, device="cuda"),
-        )
-    assert loss.device.type == values.device.type == "cuda"
-    assert [grad if grad is None else (*grad.shape,) for grad in by_hand] == [(10, WIDTH), (VOCABULARY, WIDTH), None]
-    assert products == {NARROW}
+        check(run(by_hand, own_head=True, logit_scale=0.5), by_hand, torch.bfloat16)
 
 
 def test_positions_that_are_not_given_are_asked_for(by_hand):

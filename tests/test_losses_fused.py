@@ -3,6 +3,7 @@
 
 import dataclasses
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from trl_opsd.losses import (
     BoundedShape,
     Divergence,
     LinearShape,
+    OutputHead,
     Shape,
+    Target,
     dense_divergence_from_hidden,
     fused_divergence,
     projection,
@@ -34,20 +37,17 @@ VARIANTS = {
     "bias": {"head_bias": True},
     "scale": {"logit_scale": 0.5, "temperature": 1.3},
     "num_tokens": {"num_tokens": 9, "head_bias": True},
-    "target head": {"target_head_weight": True, "head_bias": True},
-    "target head and bias": {"target_head_weight": True, "target_head_bias": True, "head_bias": True},
-    "softcap": {"logit_softcap": 3.0},
-    "anchor views": {"anchor_views": True, "head_bias": True, "temperature": 1.3},
-    "softcap, anchor views": {"logit_softcap": 3.0, "anchor_views": True, "head_bias": True, "temperature": 1.3},
+    "target head": {"target_head": True, "head_bias": True},
+    "target head and bias": {"target_head": True, "target_head_bias": True, "head_bias": True},
     "all": {
-        "logit_softcap": 3.0,
         "logit_scale": 0.5,
         "temperature": 1.3,
         "num_tokens": 9,
         "head_bias": True,
-        "target_head_weight": True,
+        "target_head": True,
         "target_head_bias": True,
     },
+    "softcap": {"logit_softcap": 3.0, "logit_scale": 0.5, "temperature": 1.3, "head_bias": True, "target_head": True},
 }
 
 
@@ -56,45 +56,38 @@ def draw(*shape, seed=0, dtype=torch.float64):
 
 
 class Problem:
-    """Leaves with a gradient, frozen views and settings of one call, alike for both forms."""
+    """Leaves with a gradient, a frozen target and settings of one call, alike for both forms."""
 
     def __init__(self, rule, shape, variant="plain", dtype=torch.float64):
         options = dict(VARIANTS[variant])
-        self.hidden, self.weight = draw(N, H, dtype=dtype), draw(V, H, seed=1, dtype=dtype)
-        self.anchor, self.direction = draw(N, H, seed=2, dtype=dtype), draw(N, H, seed=3, dtype=dtype)
-        self.leaves = [self.hidden.requires_grad_(), self.weight.requires_grad_()]
         name, clip = rule
-        self.settings = {
-            "divergence": Divergence(name, 0.3, options.pop("temperature", 1.0), clip, 0.05),
-            "shape": shape,
-            "token_weights": torch.tensor([0.3, 0.1, 0.0, 0.7, 0.2, 0.0, 0.4], dtype=torch.float64),
-        }
-        if options.pop("head_bias", False):
-            self.settings["head_bias"] = draw(V, seed=4, dtype=dtype).requires_grad_()
-            self.leaves.append(self.settings["head_bias"])
-        if options.pop("target_head_weight", False):
-            self.settings["target_head_weight"] = draw(V, H, seed=5, dtype=dtype)
-        if options.pop("target_head_bias", False):
-            self.settings["target_head_bias"] = draw(V, seed=6, dtype=dtype)
-        if options.pop("anchor_views", False):  # the second row has one view, the others two
-            share = torch.tensor([0.25, 0.0, 0.5, 1.0, 0.5, 0.5, 0.75], dtype=torch.float64)
-            self.anchor = [(share, self.anchor), (1 - share, draw(N, H, seed=7, dtype=dtype))]
-        self.settings |= options
+        self.hidden, self.weight = draw(N, H, dtype=dtype), draw(V, H, seed=1, dtype=dtype)
+        self.bias = draw(V, seed=4, dtype=dtype) if options.pop("head_bias", False) else None
+        self.anchor, self.direction = draw(N, H, seed=2, dtype=dtype), draw(N, H, seed=3, dtype=dtype)
         if not shape.uses_direction:
             self.direction = None
-        elif options.get("logit_softcap"):
-            per_token = torch.linspace(-1, 1, N, dtype=dtype)
-            self.direction = [
-                (1.0, self.direction),
-                (per_token, draw(N, H, seed=8, dtype=dtype)),
-                (-0.5, self.hidden.detach()),
-            ]
+        self.shape = shape
+        self.leaves = [leaf.requires_grad_() for leaf in (self.hidden, self.weight, self.bias) if leaf is not None]
+        self.logits = {key: options.pop(key) for key in ("logit_scale", "logit_softcap") if key in options}
+        self.target_head = None
+        if options.pop("target_head", False):
+            bias = draw(V, seed=6, dtype=dtype) if options.pop("target_head_bias", False) else None
+            self.target_head = OutputHead(draw(V, H, seed=5, dtype=dtype), bias, **self.logits)
+        self.settings = {
+            "divergence": Divergence(name, 0.3, options.pop("temperature", 1.0), clip, 0.05),
+            "token_weights": torch.tensor([0.3, 0.1, 0.0, 0.7, 0.2, 0.0, 0.4], dtype=torch.float64),
+            **options,
+        }
+
+    def call(self, function, **extra):
+        """Loss and diagnostics."""
+        head = OutputHead(self.weight, self.bias, **self.logits)
+        target = Target(self.anchor, self.direction, self.shape, self.target_head)
+        return function(self.hidden, head, target, **{**self.settings, **extra})
 
     def run(self, function, **extra):
         """Loss, gradients to the leaves and diagnostics."""
-        loss, diagnostics = function(
-            self.hidden, self.weight, self.anchor, self.direction, **{**self.settings, **extra}
-        )
+        loss, diagnostics = self.call(function, **extra)
         return loss, torch.autograd.grad(1.7 * loss, self.leaves), diagnostics
 
 
@@ -107,6 +100,8 @@ def assert_equal_runs(fused, dense, **tolerance):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_fused_equals_dense_in_value_gradients_and_diagnostics(rule, shape, variant):
+    if variant == "softcap" and shape.uses_direction:
+        pytest.skip("refused, see below")
     problem = Problem(rule, shape, variant)
     dense = problem.run(dense_divergence_from_hidden)
     for tile_tokens in (1, 2, None):
@@ -125,15 +120,18 @@ def test_float32_is_within_1e_5_of_float64(rule, shape):
 def forbid(problem, *fields):
     """Give two tokens of each bias no probability at all."""
     for field in fields:
-        problem.settings[field].data[[3, 8]] = -torch.inf
+        bias = problem.bias if field == "head_bias" else problem.target_head.bias
+        bias.data[[3, 8]] = -torch.inf
     return problem
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("variant", ["bias", "num_tokens", "anchor views", "softcap, anchor views", "all"])
+@pytest.mark.parametrize("variant", ["bias", "num_tokens", "softcap", "all"])
 def test_a_token_without_probability_leaves_fused_equal_to_dense(rule, shape, dtype, variant):
+    if variant == "softcap" and shape.uses_direction:
+        pytest.skip("refused, see below")
     fields = ("head_bias", "target_head_bias") if variant == "all" else ("head_bias",)
     problem = forbid(Problem(rule, shape, variant, dtype), *fields)
     dense = problem.run(dense_divergence_from_hidden)
@@ -180,37 +178,12 @@ def test_bfloat16_input_costs_only_the_rounding_of_its_gradients(rule, shape, wi
 @pytest.mark.parametrize("form", [fused_divergence, dense_divergence_from_hidden])
 def test_gradients_equal_finite_differences(rule, shape, form):
     problem = Problem(rule, shape, "target head and bias")
-    frozen = (problem.anchor, problem.direction)
 
     def loss(hidden, weight, bias):
-        return form(hidden, weight, *frozen, **{**problem.settings, "head_bias": bias})[0]
+        problem.hidden, problem.weight, problem.bias = hidden, weight, bias
+        return problem.call(form)[0]
 
     assert torch.autograd.gradcheck(loss, problem.leaves)
-
-
-@pytest.mark.parametrize("anchor", ["one", "several"])
-@pytest.mark.parametrize("name", DIVERGENCES)
-def test_capped_views_are_capped_one_by_one_and_then_added(name, anchor):
-    cap, temperature, weight, hidden = 2.0, 1.3, draw(V, H, seed=1), draw(N, H)
-    bases, positive, negative = draw(2, N, H, seed=3), draw(3, N, H, seed=4), draw(2, N, H, seed=5)
-
-    def logits(states):
-        return cap * torch.tanh(states @ weight.T / cap)
-
-    base = logits(bases).mean(0) if anchor == "several" else logits(bases[0])
-    target = steered_logits(base, logits(positive), logits(negative), strength=1.5)
-    want = token_divergence(logits(hidden), target, divergence=name, temperature=temperature)
-    _, diagnostics = fused_divergence(
-        hidden,
-        weight,
-        [(0.5, view) for view in bases] if anchor == "several" else bases[0],
-        [(1 / 3, view) for view in positive] + [(-torch.ones(N) / 2, view) for view in negative],
-        token_weights=torch.ones(N),
-        divergence=Divergence(name, temperature=temperature),
-        shape=LinearShape(1.5),
-        logit_softcap=cap,
-    )
-    torch.testing.assert_close(diagnostics.loss, want, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -224,16 +197,14 @@ def test_steering_in_hidden_states_equals_steering_of_logits(name, temperature):
 
     target = steered_logits(logits(base), logits(positive), logits(negative), strength=1.5)
     want = token_divergence(logits(hidden), target, divergence=name, temperature=temperature)
-    views = [(1 / 3, view) for view in positive] + [(-1 / 2, view) for view in negative]
-    settings = {
-        "token_weights": torch.ones(N),
-        "divergence": Divergence(name, temperature=temperature),
-        "shape": LinearShape(1.5),
-        "head_bias": bias,
-    }
-    for direction in (positive.mean(0) - negative.mean(0), views):
-        _, diagnostics = fused_divergence(hidden, weight, base, direction, **settings)
-        torch.testing.assert_close(diagnostics.loss, want, rtol=0, atol=1e-9)
+    _, diagnostics = fused_divergence(
+        hidden,
+        OutputHead(weight, bias),
+        Target(base, positive.mean(0) - negative.mean(0), LinearShape(1.5)),
+        token_weights=torch.ones(N),
+        divergence=Divergence(name, temperature=temperature),
+    )
+    torch.testing.assert_close(diagnostics.loss, want, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("num_tokens", [None, 8])
@@ -250,13 +221,10 @@ def test_purifying_in_hidden_states_equals_purifying_of_logits(num_tokens, tempe
     want = token_divergence(logits(hidden)[:, :num_tokens], target[:, :num_tokens], divergence="jsd")
     _, diagnostics = fused_divergence(
         hidden,
-        weight,
-        base,
-        teacher - reference,
+        OutputHead(weight, bias),
+        Target(base, teacher - reference, BoundedShape(2.0, 0.7)),
         token_weights=torch.ones(N),
         divergence=Divergence("jsd", temperature=temperature),
-        shape=BoundedShape(2.0, 0.7),
-        head_bias=bias,
         num_tokens=num_tokens,
     )
     torch.testing.assert_close(diagnostics.loss, want, rtol=0, atol=1e-9)
@@ -273,11 +241,10 @@ def test_student_equal_to_target_has_loss_and_gradients_of_exactly_zero(rule, dt
     name, clip = rule
     loss, diagnostics = fused_divergence(
         hidden,
-        weight,
-        hidden,
+        OutputHead(weight),
+        Target(hidden),
         token_weights=torch.ones(50),
         divergence=Divergence(name, 0.3, 1.1, clip),
-        shape=Shape(),
         tile_tokens=tile_tokens,
     )
     loss.backward()
@@ -295,9 +262,7 @@ def test_no_weighted_position_gives_a_connected_zero(requires_grad):
         assert [g.shape for g in gradients] == [leaf.shape for leaf in problem.leaves]
     else:
         with torch.no_grad():
-            loss, diagnostics = fused_divergence(
-                problem.hidden, problem.weight, problem.anchor, problem.direction, **problem.settings
-            )
+            loss, diagnostics = problem.call(fused_divergence)
     assert loss.item() == 0 and not torch.stack(list(diagnostics)).any()
 
 
@@ -311,10 +276,10 @@ def test_a_position_of_weight_zero_may_hold_anything():
 
 def test_frozen_views_and_target_head_get_no_gradient():
     problem = Problem(("forward_kl", None), LinearShape(1.0), "target head and bias")
-    frozen = [problem.anchor, problem.direction, problem.settings["target_head_weight"]]
+    frozen = [problem.anchor, problem.direction, problem.target_head.weight]
     for tensor in frozen:
         tensor.requires_grad_()
-    loss, _ = fused_divergence(problem.hidden, problem.weight, problem.anchor, problem.direction, **problem.settings)
+    loss, _ = problem.call(fused_divergence)
     assert torch.autograd.grad(loss, frozen, allow_unused=True) == (None, None, None)
 
 
@@ -333,9 +298,7 @@ def test_no_grad_gives_the_value_without_gradient_products(monkeypatch):
     want = problem.run(fused_divergence)[0]
     monkeypatch.setattr(projection.Projection, "write_gradients", None)
     with torch.no_grad():
-        loss, diagnostics = fused_divergence(
-            problem.hidden, problem.weight, problem.anchor, problem.direction, **problem.settings
-        )
+        loss, diagnostics = problem.call(fused_divergence)
     assert not loss.requires_grad and not diagnostics.loss.requires_grad
     assert loss.item() == want.item()
 
@@ -392,12 +355,10 @@ def test_no_tensor_holds_the_logits_of_the_batch(name, shape, trains_head):
     with LargestTensor() as largest:
         loss, _ = fused_divergence(
             hidden,
-            weight,
-            draw(size, width, seed=2),
-            direction,
+            OutputHead(weight),
+            Target(draw(size, width, seed=2), direction, shape),
             token_weights=torch.ones(size),
             divergence=Divergence(name),
-            shape=shape,
             tile_tokens=tile,
         )
         loss.backward()
@@ -407,19 +368,20 @@ def test_no_tensor_holds_the_logits_of_the_batch(name, shape, trains_head):
 def test_a_single_backward_makes_no_second_gradient_of_the_head():
     size, vocabulary, width = 4, 512, 64
     hidden, weight = (draw(rows, width).requires_grad_() for rows in (size, vocabulary))
-    settings = {"token_weights": torch.ones(size), "divergence": Divergence("forward_kl"), "shape": Shape()}
-    loss, _ = fused_divergence(hidden, weight, draw(size, width, seed=2), **settings)
+    settings = {"token_weights": torch.ones(size), "divergence": Divergence("forward_kl")}
+    call = partial(fused_divergence, hidden, OutputHead(weight), Target(draw(size, width, seed=2)), **settings)
+    loss, _ = call()
     with LargestTensor() as made:
         (2.0 * loss).backward()
     assert set(made.makers.get(vocabulary * width, [])) <= {"detach.default"}
-    again, _ = fused_divergence(hidden, weight, draw(size, width, seed=2), **settings)
+    again, _ = call()
     wanted = torch.autograd.grad(2.0 * again, (hidden, weight), retain_graph=True)
     torch.testing.assert_close((hidden.grad, weight.grad), wanted, rtol=0, atol=0)
 
 
 def test_the_backward_may_run_twice():
     problem = Problem(("jsd", None), Shape())
-    loss, _ = fused_divergence(problem.hidden, problem.weight, problem.anchor, **problem.settings)
+    loss, _ = problem.call(fused_divergence)
     first = torch.autograd.grad(loss, problem.leaves, retain_graph=True)
     assert_equal_runs(torch.autograd.grad(loss, problem.leaves), first, rtol=0, atol=0)
 
@@ -429,21 +391,20 @@ def test_the_backward_may_run_twice():
     [
         ({"hidden": draw(N + 1, H)}, "student_hidden has shape"),
         ({"hidden": draw(1, N, H)}, "student_hidden has shape"),
-        ({"anchor": draw(N, H + 1)}, "anchor_hidden has shape"),
-        ({"direction": draw(N - 1, H)}, "direction_hidden has shape"),
-        ({"anchor": []}, "anchor_hidden has 0 views"),
-        ({"anchor": [(1.0, draw(N + 1, H))]}, "anchor_hidden has shape"),
-        ({"direction": None}, "direction_hidden has 0 views"),
-        ({"shape": Shape()}, "direction_hidden has 1 views"),
-        ({"logit_softcap": 3.0}, "direction_hidden is one tensor"),
-        ({"logit_softcap": 0.0}, "logit_softcap=0.0"),
+        ({"anchor": draw(N, H + 1)}, "direction has shape .* and anchor"),
+        ({"anchor": draw(N + 1, H), "direction": draw(N + 1, H)}, "target.anchor has shape"),
+        ({"direction": draw(N - 1, H)}, "direction has shape"),
+        ({"direction": None}, "direction is None"),
+        ({"shape": Shape()}, "direction is given"),
+        ({"logits": {"logit_softcap": 3.0}}, "logit_softcap=3.0.*not linear"),
+        ({"logits": {"logit_softcap": 0.0}}, "logit_softcap=0.0"),
         ({"num_tokens": V + 1}, f"num_tokens={V + 1}"),
         ({"tile_tokens": 0}, "tile_tokens=0"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(change, message):
     problem = Problem(("forward_kl", None), LinearShape(1.0))
-    for field in ("hidden", "anchor", "direction"):
+    for field in ("hidden", "anchor", "direction", "shape", "logits"):
         setattr(problem, field, change.pop(field, getattr(problem, field)))
     with pytest.raises(ValueError, match=message):
         problem.run(fused_divergence, **change)

@@ -162,29 +162,6 @@ def test_purified_needs_two_buffers_and_groups_a_cache(footprints, make_args):
     assert bytes_of(steered, "KV cache of shared") > 0 == bytes_of(purified, "KV cache of shared")
 
 
-@pytest.mark.parametrize(
-    ("method", "config", "settings", "states"),
-    [
-        (OPSD, None, {}, 1),
-        (PURIFIED_OPSD, PurifiedOPSDConfig, {}, 3),
-        # The anchor, the solution, and each of four rollouts as right or wrong, the rollout itself among them or not.
-        (OGLS_SD, OGLSSDConfig, {"exclude_own_rollout": False}, 6),
-        (OGLS_SD, OGLSSDConfig, {"exclude_own_rollout": True}, 5),
-        (OGLS_SD, OGLSSDConfig, {"max_contexts_per_pool": 1}, 3),
-    ],
-)
-def test_a_head_that_caps_its_logits_keeps_every_view(footprints, make_args, method, config, settings, states):
-    if config is OGLSSDConfig:
-        settings = {"num_generations": 4, "distillation_length": 8, **settings}
-    args = make_args(*[config] * (config is not None), **settings)
-    one = args.per_device_train_batch_size * args.steps_per_generation
-    one *= 32 * 4 * min(args.distillation_length or args.max_completion_length, args.max_completion_length)
-    capped = plan_memory(replace(footprints[False], caps_logits=True), args, method)
-    assert bytes_of(capped, "targets") == states * one
-    linear = plan_memory(footprints[False], args, method)
-    assert bytes_of(linear, "targets") == min(2, states) * one
-
-
 def test_a_head_that_trains_holds_its_gradient_beside_the_tiles(footprints, make_args):
     args, peaks = make_args(max_completion_length=256, per_device_train_batch_size=8), {}
     for trains in (False, True):

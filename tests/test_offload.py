@@ -9,7 +9,8 @@ from test_scoring import job
 from test_waits import GROUPS
 
 from trl_opsd import OGLSSDTrainer, OPSDTrainer, PurifiedOPSDTrainer
-from trl_opsd.states import empty_targets, offload_states, read_views
+from trl_opsd.losses import LinearShape
+from trl_opsd.states import TargetStates, offload_states, read_target
 
 METHODS = [(OPSDTrainer, {}), (OGLSSDTrainer, {**GROUPS, "distillation_length": 5}), (PurifiedOPSDTrainer, {})]
 
@@ -36,21 +37,17 @@ def test_it_changes_no_number(build, dataset, trainer_class, settings):  # noqa:
     assert histories[0] == histories[1]
 
 
-@pytest.mark.parametrize("linear_head", [True, False])
-def test_a_gpus_states_go_to_the_host_and_back_to_the_loss(linear_head):
+def test_a_gpus_states_go_to_the_host_and_back_to_the_loss():
     jobs = [job(2, 3, row=0), job(2, 3, row=1, direction=0.5), job(2, 3, row=1, anchor=0.0, direction=-0.5)]
     with fake_cuda():
-        place = {"device": torch.device("cpu"), "dtype": torch.float32}
-        target = empty_targets(jobs, (2, 4, 8), with_direction=True, linear_head=linear_head, **place)
+        target = TargetStates(torch.zeros(2, 4, 8), torch.zeros(2, 4, 8))
         for scored in jobs:
             target.add(scored, torch.empty(3, 8, device="cuda"))
         batch = target.columns()
         assert {tensor.device.type for tensor in batch.values()} == {"cpu"}
         batch |= offload_states(batch)
-        for part in ("anchor", "direction"):
-            views = read_views(batch, part, torch.device("cuda"))
-            views = [views] if torch.is_tensor(views) else [tensor for view in views for tensor in view]
-            assert {tensor.device.type for tensor in views} == {"cuda"}
+        target = read_target(batch, LinearShape(1.0), None, torch.device("cuda"))
+        assert {tensor.device.type for tensor in (target.anchor, target.direction)} == {"cuda"}
 
 
 def test_a_batch_that_was_not_offloaded_is(build, dataset):  # noqa: F811

@@ -9,7 +9,6 @@ from trl_opsd.forwards import TeacherForward
 from trl_opsd.heads import attach_head_function
 from trl_opsd.jobs import ScoringJob, padded_size, plan_forwards
 from trl_opsd.scoring import score_contexts
-from trl_opsd.states import read_views
 
 H = 3
 
@@ -112,32 +111,6 @@ def test_weights_add_up_in_anchor_and_direction():
     alone = [score([job(2 + k, 3, row=2)])[0].anchor for k in range(3)]
     torch.testing.assert_close(target.anchor, 0.25 * alone[0] + 0.75 * alone[1])
     torch.testing.assert_close(target.direction, alone[0] - 0.5 * alone[1] - 0.5 * alone[2])
-
-
-def test_under_a_capped_head_views_stay_apart_with_their_weights():
-    jobs = [job(2, 3, row=2, anchor=1.0), job(3, 3, row=2, anchor=0.0, direction=0.5), job(4, 2, row=0, direction=-1.0)]
-    jobs.append(job(5, 3, row=2, anchor=0.0, direction=-0.5))
-    target, _ = score(jobs, direction=True, linear_head=False)
-    summed, _ = score(jobs, direction=True)
-    columns = target.columns()
-    assert columns.keys() == {"anchor_hidden", "direction_hidden", "direction_weights"}
-    assert torch.equal(target.anchor, summed.anchor)  # one view a row, of weight 1
-    assert target.direction.shape == (3, 2, 4, H)
-    weights = columns["direction_weights"]
-    assert [sorted(row) for row in weights.tolist()] == [[-1.0, 0.0], [0.0, 0.0], [-0.5, 0.5]]
-    torch.testing.assert_close((weights[..., None, None] * target.direction).sum(1), summed.direction)
-
-
-@pytest.mark.parametrize("shares", [(0.25, 0.75), (0.5, 0.0)], ids=["two", "one of half"])
-def test_an_anchor_that_is_not_one_view_stays_apart_under_a_capped_head(shares):
-    jobs = [job(2 + k, 3, row=2, anchor=share) for k, share in enumerate(shares)]
-    columns = score([*jobs, job(6, 2, row=0)], linear_head=False)[0].columns()
-    batch = {name: tensor[[2, 0]] for name, tensor in columns.items()}  # as TRL shuffles and splits
-    views = read_views(batch, "anchor", torch.device("cpu"))
-    assert [hidden.shape for _, hidden in views] == [(8, H)] * sum(share > 0 for share in shares)
-    weights = torch.stack([weight for weight, _ in views], dim=1)
-    assert weights[:4].sum(1).tolist() == [sum(shares)] * 4 and weights[4:].sum(1).tolist() == [1.0] * 4
-    assert read_views(batch, "direction", torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("budget", [1, 13, 20, 40])

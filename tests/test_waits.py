@@ -42,7 +42,7 @@ GROUPS = {"num_generations": 4, "reward_funcs": reward_every_other}
     [
         (OPSDTrainer, {}),
         (OPSDTrainer, {"loss_reduction": "sequence", "num_loss_tokens_to_skip": 1}),
-        (OGLSSDTrainer, {**GROUPS, "tail_anchor_weight": 0.1, "distillation_length": 3}),
+        (OGLSSDTrainer, {**GROUPS, "distillation_length": 3}),
         (PurifiedOPSDTrainer, {}),
     ],
 )

@@ -90,10 +90,6 @@ class OPSDConfig(SelfDistillationSettings, GRPOConfig):
     )
 
     # Scoring and rewards.
-    share_contexts: bool = option(
-        True,
-        "Read a teacher context once for all rollouts it is used on. Changes no target, only the time of scoring.",
-    )
     offload_targets: bool = option(
         False,
         "Keep the targets' hidden states in host memory until their micro-batch. Changes no number; worth it where many "

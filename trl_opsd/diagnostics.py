@@ -10,8 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .heads import OutputHead
-from .losses import FusedDiagnostics, SignalDecomposition, decompose_signal
+from .losses import FusedDiagnostics, OutputHead, SignalDecomposition, decompose_signal
 
 # Positions whose three views are held as logits at once.
 _TILE_TOKENS = 64
@@ -56,7 +55,6 @@ class Diagnostics:
         values: dict[str, torch.Tensor],
         mask: torch.Tensor,
         rows: torch.Tensor,
-        tail: torch.Tensor | None = None,
     ) -> None:
         """Add a micro-batch.
 
@@ -64,14 +62,12 @@ class Diagnostics:
             values: (B, D) per name of `_MEANS`, detached.
             mask: (B, D), nonzero on distilled positions.
             rows: (B,) index of each rollout in the world's generation batch.
-            tail: (2,) summed negative log-likelihood and number of the tail anchor's tokens.
         """
         mask = mask.to(torch.float64)
         columns = [mask.sum(), *((values[name] * mask).sum() for name in _MEANS)]
         for first, last in BUCKETS.values():
             part = mask[:, first:last]
             columns += [part.sum(), (values["divergence"][:, first:last] * part).sum()]
-        columns += [mask.new_zeros(())] * 2 if tail is None else tail.to(mask.dtype).unbind()
         sums = torch.stack(columns)
         self._sums = sums if self._sums is None else self._sums + sums
         self._rows.append((rows, (values["divergence"] * mask).sum(1) / mask.sum(1).clamp(min=1)))
@@ -121,13 +117,12 @@ class Diagnostics:
             reduce: sums a tensor over ranks; a collective, so every rank must call.
             device: where an empty sum is made.
         """
-        size = 1 + len(_MEANS) + 2 * len(BUCKETS) + 2
+        size = 1 + len(_MEANS) + 2 * len(BUCKETS)
         sums = torch.zeros(size, dtype=torch.float64, device=device) if self._sums is None else self._sums
-        total, *sums, tail, num_tail_tokens = reduce(sums).tolist()
-        likelihood = {"tail_anchor/negative_log_likelihood": tail / num_tail_tokens} if num_tail_tokens else {}
+        total, *sums = reduce(sums).tolist()
         if not total:
-            return likelihood
-        means = likelihood | {name: value / total for name, value in zip(_MEANS, sums, strict=False)}
+            return {}
+        means = {name: value / total for name, value in zip(_MEANS, sums, strict=False)}
         means["entropy_gap"] = means["student_entropy"] - means["target_entropy"]
         buckets = sums[len(_MEANS) :]
         for name, count, value in zip(BUCKETS, buckets[::2], buckets[1::2], strict=True):

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
-from .heads import caps_logits, causal_lm
+from .heads import causal_lm
 
 # The published shapes: hidden size, layers, heads, key-value heads, intermediate size, tied embeddings.
 _QWEN3 = {
@@ -109,7 +109,6 @@ class Footprint:
         adapter_bytes: of one trainable parameter.
         hidden_bytes: of one element of the hidden states.
         head_tied: whether the head's weight is the input embedding's.
-        caps_logits: whether the head caps its logits, so that a target's views are kept apart.
         saved_layer: what one layer keeps for its backward.
         saved_rest: what the rest keeps.
         backward: what a backward holds at its peak above that, the largest gradient of a layer's weight among it.
@@ -127,7 +126,6 @@ class Footprint:
     adapter_bytes: int
     hidden_bytes: int
     head_tied: bool
-    caps_logits: bool
     saved_layer: Growth
     saved_rest: Growth
     backward: Growth
@@ -176,7 +174,6 @@ def measure_footprint(config: Any, dtype: torch.dtype, *, autocast: bool = True,
         adapter_bytes=next(p for p in one.parameters() if p.requires_grad).dtype.itemsize,
         hidden_bytes=traces[0][0].hidden_bytes,
         head_tied=head is inputs,
-        caps_logits=caps_logits(one),
         saved_layer=layer,
         saved_rest=saved[0] + layer * -1,
         backward=backward + Growth(_largest_gradient(one, autocast)),

@@ -16,8 +16,9 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .collators import left_pad, positions_from_mask
-from .heads import OutputHead, causal_lm, head_function
+from .heads import causal_lm, head_function
 from .jobs import ScoringJob, SharedBatch
+from .losses import OutputHead
 
 Run = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 Scored = tuple[ScoringJob, torch.Tensor]

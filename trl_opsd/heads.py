@@ -9,7 +9,6 @@ DeepSpeed ZeRO-3's gathered parameters, FSDP2's unsharded parameters.
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -17,33 +16,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .losses import OutputHead
 from .sharding import call_within, gathered, whole, whole_shape
 
-HeadFunction = Callable[[torch.Tensor, "OutputHead | None"], Any]
-
-
-@dataclass(frozen=True)
-class OutputHead:
-    """The map from hidden states to logits: `softcap(logit_scale * (h @ weight.T + bias))`.
-
-    Attributes:
-        weight: (V, H), whole (gathered) for as long as the forward runs.
-        bias: (V,) or None.
-        logit_scale: multiplier of the logits, 1 for most models.
-        logit_softcap: Gemma-style cap `c * tanh(z / c)`, or None.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Dense logits (..., V) of hidden states (..., H): for checks and small models."""
-        logits = nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias) * self.logit_scale
-        if self.logit_softcap is not None:
-            logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
-        return logits
+HeadFunction = Callable[[torch.Tensor, OutputHead | None], Any]
 
 
 class _Request:

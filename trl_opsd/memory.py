@@ -11,8 +11,8 @@ from typing import Any
 
 from .contexts import Rollout
 from .footprint import Footprint
+from .losses import LinearShape
 from .losses.projection import WIDENED_ROWS
-from .losses.targets import LinearShape
 from .losses.tiles import BLOCK_BYTES, MIN_TILE_TOKENS, TILE_BYTES
 from .methods import Method
 from .plan_options import ENGINES, Workload
@@ -144,23 +144,20 @@ class _Run:
         return self.method.shape(self.args, 0).uses_direction
 
     @property
-    def num_views(self) -> tuple[int, int]:
-        """Teacher contexts of a rollout, and those of its direction, at most: the method is asked about every group."""
-        size, most = self.args.num_generations, (1, 0)
+    def num_views(self) -> int:
+        """Teacher contexts of a rollout at most: the method is asked about every group."""
+        size, most = self.args.num_generations, 1
         for num_right in range(size + 1) if self.method.needs_reward else (0,):
             rewards = [float(index < num_right) for index in range(size)]
             group = [Rollout("", "solution", str(index), reward) for index, reward in enumerate(rewards)]
             for views in self.method.contexts(group, self.args, random.Random(0)):
-                most = max(most, (len(views), sum(view.direction != 0 for view in views)))
+                most = max(most, len(views))
         return most
 
     @property
     def num_states(self) -> int:
-        """Hidden states that a target holds for each position; a head that caps its logits keeps views apart."""
-        views, directions = self.num_views
-        if not self.model.caps_logits:
-            return 1 + self.uses_direction
-        return max(1, views - directions) + directions * self.uses_direction
+        """Hidden states that a target holds for each position."""
+        return 1 + self.uses_direction
 
     @property
     def context(self) -> int:
@@ -228,9 +225,8 @@ class _Run:
 
     def scoring(self) -> list[Part]:
         model, job = self.model, self.context + self.distilled
-        views, _ = self.num_views
-        tokens = max(job, min(self.args.teacher_tokens_per_forward, self.rows * views * job))
-        shared = self.method.needs_group and self.args.share_contexts
+        tokens = max(job, min(self.args.teacher_tokens_per_forward, self.rows * self.num_views * job))
+        shared = self.method.needs_group
         forward = model.running.at(tokens / job, self.distilled if shared else job, job)
         if shared:
             forward = max(forward, model.running.at(1, self.context))

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .forwards import Run, TeacherForward, score_plain, score_shared
 from .jobs import ScoringJob, SharedBatch, group_by_context, plan_forwards, plan_shared
-from .states import TargetStates, empty_targets
+from .states import TargetStates
 
 # Of the norm: bfloat16 in other batch shapes differs by about 0.01, a context unread by far more.
 _TOLERANCE = 0.05
@@ -50,7 +50,7 @@ class ContextSharing:
                 warnings.warn(
                     f"{type(run.model).__name__} cannot score a context once for all its rollouts "
                     f"({reason or 'found on another rank'}): it is read again for each. Targets are the same, scoring "
-                    "takes longer. Set share_contexts=False to leave this check out.",
+                    "takes longer.",
                     stacklevel=3,
                 )
         return self.supported
@@ -68,7 +68,6 @@ def score_contexts(
     tokens_per_forward: int,
     with_direction: bool,
     result_device: torch.device | None = None,
-    linear_head: bool = True,
     max_over_ranks: Callable[[int], int] = lambda count: count,
     sharing: ContextSharing | None = None,
     progress: bool = False,
@@ -86,7 +85,6 @@ def score_contexts(
         tokens_per_forward: tokens, padding and cached ones included, that one forward holds.
         with_direction: whether the result has a direction.
         result_device: of the result; None for the inputs'.
-        linear_head: whether views may be summed as hidden states; False keeps them apart.
         max_over_ranks: makes every rank run the same number of forwards, which sharded engines need; a rank that
             has fewer runs empty ones.
         sharing: whether contexts that jobs share can be run once; None runs every job on its own.
@@ -96,8 +94,8 @@ def score_contexts(
         The anchor and direction; positions behind a rollout's end and rows without a context are zero.
     """
     # Added up in float32 (float64 for a float64 model): a target of one view keeps the model's own numbers.
-    place = {"device": result_device or device, "dtype": dtype}
-    target = empty_targets(jobs, shape, with_direction=with_direction, linear_head=linear_head, **place)
+    parts = [torch.zeros(shape, dtype=dtype, device=result_device or device) for _ in range(1 + with_direction)]
+    target = TargetStates(*parts)
     share = sharing is not None and sharing.check(run, jobs, pad_id, device, max_over_ranks)
     shared, alone = plan_shared(jobs, tokens_per_forward) if share else ([], jobs)
     plain = plan_forwards(alone, tokens_per_forward)

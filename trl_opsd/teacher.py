@@ -21,7 +21,8 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .heads import OutputHead, causal_lm
+from .heads import causal_lm
+from .losses import OutputHead
 from .sharding import (
     exchange,
     first_ranks,

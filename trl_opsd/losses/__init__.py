@@ -6,10 +6,11 @@ from .decomposition import SignalDecomposition, decompose_signal
 from .dense import dense_divergence_from_hidden
 from .divergences import CLIPS, DIVERGENCES, Divergence, sampled_token_loss, token_divergence
 from .fused import fused_divergence
-from .reduction import REDUCTIONS, token_weights, weighted_sum
-from .targets import BoundedShape, LinearShape, Shape, purified_logits, steered_logits
-from .token_nll import fused_token_nll
+from .head import OutputHead
+from .shapes import BoundedShape, LinearShape, Shape, purified_logits, steered_logits
+from .target import Target
 from .top_k import REMAINDERS, SUPPORTS, top_k_divergence
+from .weights import REDUCTIONS, token_weights, weighted_sum
 
 __all__ = [
     "CLIPS",
@@ -21,12 +22,13 @@ __all__ = [
     "Divergence",
     "FusedDiagnostics",
     "LinearShape",
+    "OutputHead",
     "Shape",
     "SignalDecomposition",
+    "Target",
     "decompose_signal",
     "dense_divergence_from_hidden",
     "fused_divergence",
-    "fused_token_nll",
     "purified_logits",
     "sampled_token_loss",
     "steered_logits",

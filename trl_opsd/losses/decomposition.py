@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .divergences import compute_dtype
-from .targets import check_num_tokens
+from .shapes import check_num_tokens
 
 
 class SignalDecomposition(NamedTuple):

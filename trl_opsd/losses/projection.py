@@ -8,11 +8,12 @@ widened a slice at a time, so that no second copy of it exists.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .divergences import compute_dtype
+from .head import OutputHead
 
 # Head rows widened, or added to, at a time: 8192 x 4096 in float32 is 128 MiB.
 WIDENED_ROWS = 8192
@@ -23,58 +24,61 @@ LOWEST_BIAS = -1e30
 
 @dataclass(frozen=True)
 class Projection:
-    """Logits `softcap(logit_scale * (W h + b)) / temperature`, with everything constant.
+    """A frozen head at a temperature: logits `softcap(logit_scale * (W h + b)) / temperature`.
 
     Attributes:
-        weight: (V, H) W.
-        bias: (V,) b, finite, or None.
-        logit_scale: multiplier of the logits.
-        softcap: cap of `cap * tanh(z / cap)`, or None for a linear head.
+        head: the output head, detached; its bias is finite.
         temperature: divisor of the logits, > 0.
         dtype: in which products take their inputs, see `product_dtype`.
     """
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    logit_scale: float
-    softcap: float | None
+    head: OutputHead
     temperature: float
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None, **settings) -> Projection:
+    def of(cls, head: OutputHead, temperature: float, dtype: torch.dtype) -> Projection:
         """A projection detached from the head; on CUDA the head is narrowed to the products' dtype once.
 
         A bias of -inf, which gives a token no probability, becomes `LOWEST_BIAS`.
         """
-        weight = weight.detach().to(settings["dtype"]) if weight.is_cuda else weight.detach()
-        if bias is not None:
-            bias = bias.detach().to(torch.promote_types(bias.dtype, torch.float32)).clamp(min=LOWEST_BIAS)
-        return cls(weight, bias, **settings)
+        head = head.frozen()
+        if head.weight.is_cuda:
+            head = replace(head, weight=head.weight.to(dtype))
+        if head.bias is not None:
+            bias = head.bias.to(torch.promote_types(head.bias.dtype, torch.float32))
+            head = replace(head, bias=bias.clamp(min=LOWEST_BIAS))
+        return cls(head, temperature, dtype)
+
+    @property
+    def num_tokens(self) -> int:
+        """V, the rows of the head."""
+        return len(self.head.weight)
 
     @property
     def factor(self) -> float:
         """d logits / d (W h + b), for a softcap at z = 0."""
-        return self.logit_scale / self.temperature
+        return self.head.logit_scale / self.temperature
 
     def write_logits(self, hidden: torch.Tensor, out: torch.Tensor, *, with_bias: bool = True) -> torch.Tensor:
         """Fill `out` (n, V), float32 or float64, with tempered logits of `hidden` (n, H); returns `out`."""
         hidden = hidden.to(self.dtype)
         for rows, weight in self._slices():
             _product(hidden, weight.t(), out[:, rows])
-        if with_bias and self.bias is not None:
-            out.add_(self.bias)
-        if self.softcap is not None:
-            out.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+        if with_bias and self.head.bias is not None:
+            out.add_(self.head.bias)
+        softcap = self.head.logit_softcap
+        if softcap is not None:
+            out.mul_(self.head.logit_scale / softcap).tanh_().mul_(softcap / self.temperature)
         elif self.factor != 1:
             out.mul_(self.factor)
         return out
 
     def through_softcap(self, gradient: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """`gradient` (n, V) in place times the softcap's derivative at the tempered `logits` (n, V)."""
-        if self.softcap is None:
+        if self.head.logit_softcap is None:
             return gradient
-        tanh = logits * (self.temperature / self.softcap)
+        tanh = logits * (self.temperature / self.head.logit_softcap)
         return gradient.mul_(tanh.mul_(tanh).neg_().add_(1))
 
     def write_gradients(
@@ -113,10 +117,11 @@ class Projection:
 
     def _slices(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Slices of the head in the dtype of the products, with the rows they hold."""
-        step = WIDENED_ROWS if self.weight.dtype != self.dtype else len(self.weight)
-        for start in range(0, len(self.weight), step):
+        weight = self.head.weight
+        step = WIDENED_ROWS if weight.dtype != self.dtype else len(weight)
+        for start in range(0, len(weight), step):
             rows = slice(start, start + step)
-            yield rows, self.weight[rows].to(self.dtype)
+            yield rows, weight[rows].to(self.dtype)
 
 
 def product_dtype(hidden: torch.Tensor) -> torch.dtype:

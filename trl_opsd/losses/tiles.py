@@ -6,14 +6,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from .closed_form import FusedDiagnostics, sweep
-from .divergences import Divergence, compute_dtype, require_positive
-from .projection import Projection, product_dtype
+from .divergences import Divergence
+from .projection import Projection
+from .target import Target
 
 # Bytes of one tile, and of the part of it that the elementwise work handles at a time. On a CPU 1 MiB is
 # fastest on one idle core; 8 MiB costs a few percent there and makes far fewer thread barriers, which are
@@ -25,92 +25,40 @@ MIN_TILE_TOKENS = 256
 # Nats that only `LOWEST_BIAS` on one side alone can give: a token that one distribution has and the other cannot have.
 _INFINITE = 1e15
 
-Head = tuple[torch.Tensor, torch.Tensor | None]
-
-
-def fused_loss(
-    student_hidden: torch.Tensor,
-    head: Head,
-    target_at: Callable[[torch.Tensor], Any],
-    token_weights: torch.Tensor,
-    divergence: Divergence,
-    tile_tokens: int | None,
-    *,
-    positions: torch.Tensor | None = None,
-    compiled: bool = False,
-    **logit_settings: Any,
-) -> tuple[torch.Tensor, FusedDiagnostics]:
-    """The loss to any target, which has `num_tiles` and `write` as `TargetViews` has.
-
-    Args:
-        student_hidden, token_weights, divergence, tile_tokens, positions, compiled: as in [`fused_divergence`].
-        head: the student's, from `whole_head`.
-        target_at: from the positions (n,) of weight other than 0 to their target.
-        **logit_settings: `logit_scale` and `softcap` of the student's logits.
-    """
-    if logit_settings["softcap"] is not None:
-        require_positive("logit_softcap", logit_settings["softcap"], hint=", or None for a linear head")
-    if tile_tokens is not None and tile_tokens < 1:
-        raise ValueError(
-            f"tile_tokens={tile_tokens} is below 1; set a number of positions, or None for a size by bytes."
-        )
-    if positions is None:
-        positions = nonzero_positions(token_weights)
-    work = _Work(
-        student=head_projection(head, student_hidden, divergence, logit_settings),
-        target=target_at(positions),
-        divergence=divergence,
-        weights=token_weights.detach()[positions].to(compute_dtype(student_hidden.dtype)),
-        tile_tokens=tile_tokens,
-        compiled=compiled,
-    )
-    loss, stats = _FusedDivergence.apply(
-        student_hidden.index_select(0, positions), *head, work, torch.is_grad_enabled()
-    )
-    full = stats.new_zeros(len(stats), len(token_weights))
-    return loss, FusedDiagnostics(*full.index_copy_(1, positions, stats).unbind(0))
-
 
 def nonzero_positions(mask: torch.Tensor) -> torch.Tensor:
     """(n,) places of a flattened mask that are not 0; waits for the device."""
     return mask.flatten().nonzero().squeeze(-1)
 
 
-def whole_head(weight: torch.Tensor, bias: torch.Tensor | None, count: int) -> Head:
-    """The first `count` rows of a head's weight and bias, gathered if they are sharded."""
-    return _first_rows(weight, count), _first_rows(bias, count)
-
-
-def head_projection(head: Head, hidden: torch.Tensor, divergence: Divergence, logit_settings: dict) -> Projection:
-    """The head as the loss projects `hidden` with it: detached, at the divergence's temperature."""
-    return Projection.of(*head, temperature=divergence.temperature, dtype=product_dtype(hidden), **logit_settings)
-
-
-def _first_rows(tensor: torch.Tensor | None, count: int) -> torch.Tensor | None:
-    if tensor is None:
-        return None
-    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return tensor if len(tensor) == count else tensor[:count]
-
-
 @dataclass(frozen=True)
-class _Work:
-    """All that is constant in the loss of n positions, those whose weight is not 0."""
+class Work:
+    """All that is constant in the loss of n positions, those whose weight is not 0.
+
+    Attributes:
+        student: the student's head, as its hidden states are projected with it.
+        teacher: the target's head, likewise.
+        target: of the n positions.
+        divergence: its temperature is in the projections.
+        weights: (n,) float32 or float64.
+        tile_tokens, compiled: as in [`fused_divergence`].
+    """
 
     student: Projection
-    target: Any  # TargetViews, or another with `num_tiles` and `write`
+    teacher: Projection
+    target: Target
     divergence: Divergence
-    weights: torch.Tensor  # (n,)
+    weights: torch.Tensor
     tile_tokens: int | None
     compiled: bool
 
     def tiles(self) -> tuple[list[slice], list[torch.Tensor]]:
         """Slices of positions and the buffers (tile, V) they share: the student's, then the target's."""
         size, device = len(self.weights), self.weights.device.type
-        row_bytes = len(self.student.weight) * self.weights.element_size()
+        row_bytes = self.student.num_tokens * self.weights.element_size()
         budget = TILE_BYTES.get(device, TILE_BYTES["cpu"])
         step = max(1, min(self.tile_tokens or max(MIN_TILE_TOKENS, budget // row_bytes), size))
-        shape = (step, len(self.student.weight))
+        shape = (step, self.student.num_tokens)
         rows = [slice(start, min(start + step, size)) for start in range(0, size, step)]
         return rows, [self.weights.new_empty(shape) for _ in range(1 + self.target.num_tiles)]
 
@@ -131,11 +79,11 @@ class _Work:
         return torch.cat(diagnostics, dim=1)
 
 
-class _FusedDivergence(torch.autograd.Function):
+class FusedDivergence(torch.autograd.Function):
     """Loss and diagnostics of n positions; hidden (n, H), weight (V, H), bias (V,) or None."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, work: _Work, grad_enabled: bool):
+    def forward(ctx, hidden, weight, bias, work: Work, grad_enabled: bool):
         make = torch.empty_like if len(work.weights) else torch.zeros_like  # a first tile overwrites
         accumulated = [
             make(x, dtype=work.weights.dtype) if x is not None and needed and grad_enabled else None
@@ -171,7 +119,7 @@ def _graph_is_kept() -> bool:
     return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
 
 
-def _run(hidden, work: _Work, grad_hidden, grad_weight, grad_bias) -> torch.Tensor:
+def _run(hidden, work: Work, grad_hidden, grad_weight, grad_bias) -> torch.Tensor:
     """Diagnostics (6, n); writes the gradients of the three that are given."""
     with_gradient = any(grad is not None for grad in (grad_hidden, grad_weight, grad_bias))
     diagnostics = [work.weights.new_zeros(len(FusedDiagnostics._fields), 0)]
@@ -179,8 +127,8 @@ def _run(hidden, work: _Work, grad_hidden, grad_weight, grad_bias) -> torch.Tens
     for rows in slices:
         student, *target = (buffer[: rows.stop - rows.start] for buffer in buffers)
         work.student.write_logits(hidden[rows], student)
-        views = work.target.write(rows, target)
-        diagnostics.append(work.sweep_tile(student, *views, with_gradient=with_gradient))
+        logits = work.target.write_logits(work.teacher, rows, target)
+        diagnostics.append(work.sweep_tile(student, *logits, with_gradient=with_gradient))
         if with_gradient:
             own, first = None if grad_hidden is None else grad_hidden[rows], rows.start == 0
             grads = own, grad_weight, grad_bias

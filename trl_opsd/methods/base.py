@@ -29,8 +29,6 @@ class Method:
         needs_solution: every row must have a reference solution.
         needs_group: `contexts` reads the other rollouts of the prompt and their rewards.
         needs_reward: `contexts` reads rewards, so there must be some.
-        tail_lengths: from (rollouts of one prompt, settings) to how many last tokens of each rollout are trained on as
-            they are; read where the setting `tail_anchor_weight` is above 0.
         label: names the kind of a group from (rollouts, settings); the share of each kind is logged.
         paper: title, arXiv id and citation, for the model card.
     """
@@ -41,6 +39,5 @@ class Method:
     needs_solution: bool = True
     needs_group: bool = False
     needs_reward: bool = False
-    tail_lengths: Callable[[Sequence[Rollout], Any], list[int]] | None = None
     label: Callable[[Sequence[Rollout], Any], str] | None = None
     paper: dict[str, str] = field(default_factory=dict)

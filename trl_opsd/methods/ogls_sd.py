@@ -7,7 +7,6 @@ that what showing any solution does cancels.
 """
 
 from collections.abc import Sequence
-from statistics import median
 from typing import Any
 
 from ..contexts import Contexts, Rollout, TeacherContext, is_missing, without_blocks
@@ -22,8 +21,8 @@ def steering_contexts(group: Sequence[Rollout], settings: Any, draw: Any) -> lis
 
     Args:
         group: the rollouts of one prompt, with rewards.
-        settings: reads `reward_threshold`, `steering_teacher`, `exclude_own_rollout`, `max_contexts_per_pool`,
-            `max_rollout_context_length` and `strip_thinking`.
+        settings: reads `reward_threshold`, `steering_teacher`, `max_contexts_per_pool`, `max_rollout_context_length`
+            and `strip_thinking`.
         draw: `random.Random` that picks contexts where a pool is capped.
     """
     right, wrong = split_by_reward(group, settings.reward_threshold)
@@ -37,8 +36,7 @@ def steering_contexts(group: Sequence[Rollout], settings: Any, draw: Any) -> lis
         return contexts
     positives = _capped(positives, settings.max_contexts_per_pool, draw)
     for index in wrong:
-        others = [inserted[j] for j in wrong if j != index or not settings.exclude_own_rollout]
-        negatives = _capped(others, settings.max_contexts_per_pool, draw)
+        negatives = _capped([inserted[j] for j in wrong], settings.max_contexts_per_pool, draw)
         contexts[index] = _views(positives, negatives, settings.steering_teacher)
     return contexts
 
@@ -47,8 +45,6 @@ def _views(positives: list, negatives: list, teacher: str) -> Contexts:
     share = 1.0 / len(positives)
     if teacher == "mean_of_positives":
         return tuple(TeacherContext("teacher", *inserted, anchor=share) for inserted in positives)
-    if teacher == "steered" and not negatives:
-        return ()
     plain = TeacherContext("plain", None, anchor=1.0, direction=-1.0 if teacher == "positive_only" else 0.0)
     views = [TeacherContext("teacher", *inserted, direction=share) for inserted in positives]
     if teacher == "steered":
@@ -61,19 +57,6 @@ def split_by_reward(group: Sequence[Rollout], threshold: float) -> tuple[list[in
     """Indices of the right and of the wrong rollouts; one without a reward is neither."""
     scored = [(index, rollout.reward) for index, rollout in enumerate(group) if rollout.reward is not None]
     return [i for i, reward in scored if reward >= threshold], [i for i, reward in scored if reward < threshold]
-
-
-def short_right_tails(group: Sequence[Rollout], settings: Any) -> list[int]:
-    """Last tokens of each rollout that version 2's anchor trains on; 0 for all but short right rollouts.
-
-    What counts as short is ours, a third party's note on version 2 does not say: right, finished rollouts no longer than
-    the median of the group's right, finished ones. A group need not be distilled to have some.
-    """
-    right, _ = split_by_reward(group, settings.reward_threshold)
-    lengths = {index: group[index].num_tokens for index in right if group[index].finished}
-    longest = median(lengths.values()) if lengths else 0
-    short = {index: length for index, length in lengths.items() if length <= longest}
-    return [min(short.get(index, 0), settings.tail_anchor_length) for index in range(len(group))]
 
 
 def group_label(group: Sequence[Rollout], settings: Any) -> str:
@@ -115,7 +98,6 @@ OGLS_SD = Method(
     needs_solution=False,
     needs_group=True,
     needs_reward=True,
-    tail_lengths=short_right_tails,
     label=group_label,
     paper={
         "title": "OGLS-SD: On-Policy Self-Distillation with Outcome-Guided Logit Steering",

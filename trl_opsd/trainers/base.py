@@ -17,14 +17,14 @@ from ..card import describe_run
 from ..collators import TeacherCollator
 from ..config import OPSDConfig
 from ..diagnostics import Diagnostics
-from ..heads import OutputHead, head_function
+from ..heads import head_function
 from ..initial_weights import check_initial_weights, fingerprint
-from ..losses import token_weights
+from ..losses import OutputHead, token_weights
 from ..losses.tiles import nonzero_positions
 from ..rewards import guard_rewards
 from ..run_state import load_head, save_head
 from ..scoring import ContextSharing
-from ..states import offload_states, read_views
+from ..states import offload_states, read_target
 from ..teacher import Teacher
 from ..validation import num_positions
 from .checks import check_inputs, check_sampling_keeps_weights, choose_reward, warn_of_first_golds
@@ -32,7 +32,6 @@ from .prompt_checks import check_prompts
 from .publishing import PublishingTrainer
 from .rollout_text import rollouts_text
 from .runs import IdentifiedRun
-from .tail_anchor import count_tail_tokens, locate_tail, student_length, tail_loss
 
 
 class SelfDistillationTrainer(IdentifiedRun, PublishingTrainer):
@@ -115,7 +114,7 @@ class SelfDistillationTrainer(IdentifiedRun, PublishingTrainer):
         self.num_tokens = len(self.tokenizer) if getattr(args, "real_tokens_only", False) else None
         self.divergence = args.loss_divergence()
         self.diagnostics = {"train": Diagnostics(), "eval": Diagnostics()}
-        self._sharing = ContextSharing() if args.share_contexts else None
+        self._sharing = ContextSharing()
         # One for each mode: an evaluation must not change a pending batch's.
         self._target_heads: dict[str, OutputHead | None] = {"train": None, "eval": None}
         self._losses: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -157,13 +156,13 @@ class SelfDistillationTrainer(IdentifiedRun, PublishingTrainer):
         return super().add_targets(rows, batch, rewards, rollout_ids)
 
     def prepare_micro_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        places = {"distilled_positions": nonzero_positions(batch["distillation_mask"]), **locate_tail(batch)}
+        places = {"distilled_positions": nonzero_positions(batch["distillation_mask"])}
         return places | (offload_states(batch) if self.args.offload_targets else {})
 
     def count_loss_items(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         mask = batch["distillation_mask"]
         items = mask.sum() if self.args.loss_reduction == "token" else mask.any(dim=1).sum()
-        return {"num_loss_items": items, **count_tail_tokens(batch)}
+        return {"num_loss_items": items}
 
     def step_loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         diagnostics = self.diagnostics[self.mode]
@@ -173,9 +172,9 @@ class SelfDistillationTrainer(IdentifiedRun, PublishingTrainer):
                 loss, stats = self._mixed_loss(model, batch)
             else:
                 loss, stats = self._distillation_loss(model, batch)
-        mask, tail = batch["distillation_mask"], stats.pop("tail", None)
+        mask = batch["distillation_mask"]
         values = {name: value.view(mask.shape) for name, value in stats.items()}
-        diagnostics.add(values, mask, batch["rollout_index"], tail)
+        diagnostics.add(values, mask, batch["rollout_index"])
         if self.mode == "train":
             self._losses.append((loss.detach(), batch["rollout_index"]))
         return loss
@@ -221,20 +220,14 @@ class SelfDistillationTrainer(IdentifiedRun, PublishingTrainer):
         first = batch["prompt_ids"].size(1) - 1
 
         def function(hidden: torch.Tensor, head: OutputHead):
-            states = hidden[:, first:]
-            distilled = states[:, : mask.size(1)].flatten(0, 1)
-            views = (read_views(batch, part, mask.device) for part in ("anchor", "direction"))
-            positions = batch.get("distilled_positions")
-            loss, stats = self.divergence_of(distilled, *views, weights.flatten(), head, target_head, positions)
-            if "tail_mask" in batch:
-                tail, stats["tail"] = tail_loss(states, head, batch, self.accelerator.num_processes)
-                loss = loss + self.args.tail_anchor_weight * tail
-            return loss, stats
+            states = hidden[:, first : first + mask.size(1)].flatten(0, 1)
+            target = read_target(batch, self.shape_now(), target_head, mask.device)
+            return self.divergence_of(states, head, target, weights.flatten(), batch.get("distilled_positions"))
 
         return function
 
     def _distillation_loss(self, model: torch.nn.Module, batch: dict[str, Any]):
-        length = student_length(batch)
+        length = batch["distillation_mask"].size(1)
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"][:, :length]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"][:, :length]], dim=1)
         return self.loss_in_forward(model, ids, mask, self._loss_from_states(batch))

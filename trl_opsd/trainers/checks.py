@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a trainer refuses before any training, beyond what its config can know."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from .._trl import trusts_remote_code
+from ..jobs import ScoringJob
 from ..methods import Method
 from ..passes import check_datasets
 from ..rewards import make_accuracy_reward, no_reward
@@ -128,6 +129,27 @@ def warn_of_first_golds(dataset: Any, verifier: str) -> str | None:
     """What to know of answers that are no mathematics, where the first rows have some and are verified by default."""
     solutions = first_solutions(dataset)
     return warn_of_golds(solutions, verifier, "train_dataset") if any(which_verify(solutions, verifier)) else None
+
+
+def check_capped_head(method: Method, args: Any, jobs: Sequence[ScoringJob] = ()) -> None:
+    """Check that a model that caps its logits is never asked for the logits of a sum of hidden states.
+
+    Args:
+        method: its target must have no direction.
+        args: settings of the run.
+        jobs: of a scoring; every row's anchor must be one view.
+
+    Raises:
+        ValueError: it would be; names the method.
+    """
+    anchors = [job for job in jobs if job.anchor]
+    one_view_a_row = all(job.anchor == 1 for job in anchors) and len({job.row for job in anchors}) == len(anchors)
+    if method.shape(args, 0).uses_direction or not one_view_a_row:
+        raise ValueError(
+            f"model: it caps its logits (final_logit_softcapping), and {method.name} adds up several views of the teacher "
+            "as hidden states, which only a linear head allows. Use OPSD, whose target is one view, or a model without "
+            "the cap."
+        )
 
 
 @contextmanager

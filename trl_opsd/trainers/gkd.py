@@ -13,9 +13,8 @@ from ..card import describe_run
 from ..collators import TeacherCollator
 from ..contexts import Rollout
 from ..diagnostics import Diagnostics
-from ..heads import OutputHead
 from ..jobs import ScoringJob
-from ..losses import token_weights
+from ..losses import OutputHead, Target, token_weights
 from ..messages import IGNORED, MessagesCollator, check_messages
 from ..methods import OPSD
 from ..passes import check_datasets
@@ -255,17 +254,16 @@ class OPSDGKDTrainer(IdentifiedRun, SelfTeaching, NamedByMethod, GKDTrainer):
         torch.clear_autocast_cache()
         return target
 
-    def _loss_from_states(self, columns: torch.Tensor, mask: torch.Tensor, target: TargetStates):
+    def _loss_from_states(self, columns: torch.Tensor, mask: torch.Tensor, states: TargetStates):
         items = mask.sum() if self.args.loss_reduction == "token" else mask.any(dim=1).sum()
         items = self.accelerator.reduce(items.float()[None], reduction="sum")[0]
         # Engines average gradients over ranks, so each rank divides by its share of the global count.
         denominator = items.clamp(min=1) / self.accelerator.num_processes
         weights = token_weights(mask, reduction=self.args.loss_reduction, denominator=denominator)
-        target_head = self.teacher.head
+        target = Target(states.anchor[mask], None, self.shape_now(), self.teacher.head)
 
         def function(hidden: torch.Tensor, head: OutputHead):
-            states = hidden[:, :-1][columns]
-            return self.divergence_of(states, target.anchor[mask], None, weights[mask], head, target_head)
+            return self.divergence_of(hidden[:, :-1][columns], head, target, weights[mask])
 
         return function
 

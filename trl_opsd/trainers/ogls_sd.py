@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """OGLS-SD: trainer and settings (arXiv 2605.12400)."""
 
-import math
 from dataclasses import dataclass
 
 from ..config import OPSDConfig, option, require
@@ -29,20 +28,9 @@ class OGLSSDConfig(OPSDConfig):
     steering_teacher: str = option(
         "steered", "`steered`, or the paper's ablations `positive_only` and `mean_of_positives`."
     )
-    exclude_own_rollout: bool = option(False, "Leave a rollout itself out of its wrong pool.")
     max_contexts_per_pool: int | None = option(None, "Most contexts of a pool, drawn with the run's seed.")
     max_rollout_context_length: int | None = option(None, "Budget of an inserted rollout in tokens.")
     strip_thinking: bool = option(False, "Remove think blocks from inserted rollouts.")
-    tail_anchor_weight: float = option(
-        0.0,
-        "Not settled: weight of the mean negative log-likelihood of the last tokens of short right rollouts, which a third "
-        "party reports of the paper's version 2. 0 leaves it out. Above 0 the student runs over whole rollouts.",
-    )
-    tail_anchor_length: int = option(
-        128,
-        "Last tokens of a rollout that the tail anchor trains on. Short is ours: right, ended by itself, and no longer "
-        "than the median of the group's rollouts that are.",
-    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -52,8 +40,6 @@ class OGLSSDConfig(OPSDConfig):
         )
         require(self.steering_warmup_steps >= 0, self, "steering_warmup_steps", "0 or more")
         require(self.steering_teacher in TEACHERS, self, "steering_teacher", f"one of {TEACHERS}")
-        require(0 <= self.tail_anchor_weight < math.inf, self, "tail_anchor_weight", "a finite number, 0 or more")
-        require(self.tail_anchor_length >= 1, self, "tail_anchor_length", "1 or more")
         for name in ("max_contexts_per_pool", "max_rollout_context_length"):
             value = getattr(self, name)
             require(value is None or value >= 1, self, name, "1 or more, or None")

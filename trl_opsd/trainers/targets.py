@@ -31,7 +31,6 @@ from ..repetition import count_repeated
 from ..teacher import Teacher
 from ..validation import check_rows, without_special_tokens
 from .checks import named_place
-from .tail_anchor import tail_mask
 from .teaching import SelfTeaching
 
 _BATCHES_TO_WARN = 10
@@ -84,10 +83,6 @@ class TargetTrainer(SelfTeaching, RolloutTrainer):
         ]
         groups, own = self._groups(rollouts)
         contexts = self._contexts(groups)[own]
-        if self.method.tail_lengths is not None and self.args.tail_anchor_weight > 0:
-            lengths = [length for group in groups for length in self.method.tail_lengths(group, self.args)]
-            batch["tail_mask"] = tail_mask(batch, lengths[own])
-            self.add_metrics({"tail_anchor/rollouts": sum(length > 0 for length in lengths) / len(lengths)})
         mask = self._distilled_mask(batch, contexts)
         spans = [ids[: mask.size(1)] for ids in rollout_ids]
         scored = [

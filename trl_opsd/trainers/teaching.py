@@ -9,15 +9,14 @@ import torch
 from ..collators import positions_from_mask
 from ..diagnostics import log_values
 from ..forwards import TeacherForward
-from ..heads import OutputHead, attach_head_function, caps_logits, check_output_head, head_function, head_shape
+from ..heads import attach_head_function, caps_logits, check_output_head, head_function, head_shape
 from ..jobs import ScoringJob
-from ..losses import fused_divergence
-from ..losses.views import Views
+from ..losses import OutputHead, Shape, Target, fused_divergence
 from ..scoring import ContextSharing, score_contexts
 from ..states import TargetStates
 from ..teacher import Teacher
 from ..validation import check_engine, check_model_config, check_vocabulary
-from .checks import check_same_weights
+from .checks import check_capped_head, check_same_weights
 
 
 class SelfTeaching:
@@ -36,6 +35,8 @@ class SelfTeaching:
         check_engine(self.accelerator.state, adapters=hasattr(self.model, "peft_config"))
         check_same_weights(self.model, self.accelerator)
         check_model_config(self.model.config)
+        if caps_logits(self.model):
+            check_capped_head(self.method, self.args)
         attach_head_function(self.model)
         head_rows, self.hidden_size = head_shape(self.model)
         check_vocabulary(self.model.config, head_rows, len(self.tokenizer))
@@ -54,6 +55,8 @@ class SelfTeaching:
         def max_over_ranks(count):
             return int(self.accelerator.gather(torch.tensor([count], device=device)).max())
 
+        if caps_logits(self.model):
+            check_capped_head(self.method, self.args, jobs)
         with teacher.active(), self.accelerator.autocast():
             if not self._head_checked:
                 check_output_head(
@@ -70,7 +73,6 @@ class SelfTeaching:
                 tokens_per_forward=self.args.teacher_tokens_per_forward,
                 with_direction=with_direction,
                 result_device=result_device,
-                linear_head=not caps_logits(self.model),
                 max_over_ranks=max_over_ranks,
                 sharing=self._sharing,
                 progress=self.is_world_process_zero() and not self.args.disable_tqdm,
@@ -84,32 +86,27 @@ class SelfTeaching:
     def divergence_of(
         self,
         states: torch.Tensor,
-        anchor: Views,
-        direction: Views | None,
-        weights: torch.Tensor,
         head: OutputHead,
-        target_head: OutputHead | None,
+        target: Target,
+        weights: torch.Tensor,
         positions: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The method's loss now of the student's states (N, H), and its values (N,) for the log; see `fused_divergence`."""
         loss, stats = fused_divergence(
             states,
-            head.weight,
-            anchor,
-            direction,
+            head,
+            target,
             token_weights=weights,
             divergence=self.divergence,
-            shape=self.method.shape(self.args, self.state.global_step),
-            head_bias=head.bias,
-            target_head_weight=None if target_head is None else target_head.weight,
-            target_head_bias=None if target_head is None else target_head.bias,
-            logit_scale=head.logit_scale,
-            logit_softcap=head.logit_softcap,
             num_tokens=self.num_tokens,
             positions=positions,
             compiled=self.args.compile_loss,
         )
         return loss, log_values(stats)
+
+    def shape_now(self) -> Shape:
+        """How the direction enters the target at this optimizer step."""
+        return self.method.shape(self.args, self.state.global_step)
 
     def loss_in_forward(
         self, model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, function: Callable
