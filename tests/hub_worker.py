@@ -13,8 +13,8 @@ from pathlib import Path
 from datasets import Dataset
 
 from trl_opsd import OPSDConfig, OPSDTrainer
+from trl_opsd.card import publishing
 from trl_opsd.train import finish
-from trl_opsd.trainers import publishing
 
 ROWS = [
     {"prompt": [{"role": "user", "content": f"{n}+1=?"}], "solution": f"{n}+1={n + 1}\n\\boxed{{{n + 1}}}"}

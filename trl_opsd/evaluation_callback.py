@@ -147,8 +147,8 @@ class EvaluationCallback(TrainerCallback):
         """Measure the model that the run leaves, and keep the numbers for its card."""
         if args.load_best_model_at_end or not self.records or self.records[-1]["step"] != state.global_step:
             self._measure(f"step {state.global_step}", state.global_step, control)
-        if hasattr(self.trainer, "keep_evaluation"):
-            self.trainer.keep_evaluation(self.results())
+        if hasattr(self.trainer, "publisher"):
+            self.trainer.publisher.keep_evaluation(self.results())
 
     def _tell(self, text: str) -> None:
         if self.trainer.is_world_process_zero():

@@ -7,6 +7,7 @@ TRL shuffles and splits -> micro-batches -> student hidden states -> fused loss.
 
 from collections import Counter
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 
 from ..callbacks import LIMITS, CollapseGuard
 from ..card import describe_run
+from ..card.publishing import Publisher
 from ..collators import TeacherCollator
 from ..config import OPSDConfig
 from ..diagnostics import Diagnostics
@@ -29,12 +31,12 @@ from ..teacher import Teacher
 from ..validation import num_positions
 from .checks import check_inputs, check_sampling_keeps_weights, choose_reward, warn_of_first_golds
 from .prompt_checks import check_prompts
-from .publishing import PublishingTrainer
 from .rollout_text import rollouts_text
 from .runs import IdentifiedRun
+from .targets import TargetTrainer
 
 
-class SelfDistillationTrainer(IdentifiedRun, PublishingTrainer):
+class SelfDistillationTrainer(IdentifiedRun, TargetTrainer):
     """GRPOTrainer whose loss is the divergence to a privileged self on the student's own rollouts.
 
     Takes every argument of `trl.GRPOTrainer`. `reward_funcs` may be left out: then answers are verified with
@@ -121,6 +123,8 @@ class SelfDistillationTrainer(IdentifiedRun, PublishingTrainer):
         self._prompt_texts: list[str] = []
         self._group_labels: Counter[str] = Counter()
         self._unsplit_batches = 0
+        self.publisher = Publisher(self)
+        self.add_callback(self.publisher)
         self.add_callback(_StepHooks(self))
         if args.guard != "off":
             planned = self._planned_changes()
@@ -143,6 +147,12 @@ class SelfDistillationTrainer(IdentifiedRun, PublishingTrainer):
     def _updates_per_generation(self) -> int:
         args = self.args
         return args.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations
+
+    def train(self, *args, **kwargs):
+        """See `IdentifiedRun.train`."""
+        output = super().train(*args, **kwargs)
+        self.publisher.warn_of_failed_pushes()
+        return output
 
     # Hooks of RolloutTrainer
 
@@ -278,6 +288,42 @@ class SelfDistillationTrainer(IdentifiedRun, PublishingTrainer):
             self.num_completions_to_print = shown
         if self.log_completions and self.accelerator.is_main_process:
             print(rollouts_text(self.table_rows(), self.state.global_step, shown), end="", flush=True)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None, evaluation=None) -> None:
+        """Write README.md and run.png into the output directory: method, settings, results, data, hardware, limits.
+
+        Args:
+            model_name: title of the card; the output directory's name if None.
+            dataset_name: of the Hub; a later card keeps it.
+            tags: added to the metadata.
+            evaluation: numbers of base and model, see `trl_opsd.card.results_section`; a later card of the same weights
+                keeps them.
+        """
+        self.publisher.dataset_name = dataset_name or self.publisher.dataset_name
+        super().create_model_card(model_name=model_name, dataset_name=self.publisher.dataset_name, tags=tags)
+        if evaluation is not None:
+            self.publisher.keep_evaluation(evaluation)
+        self.publisher.write_card()
+
+    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
+        """Upload model, tokenizer and card.
+
+        Args:
+            commit_message: of the commit.
+            blocking: False returns a future at once.
+            token: other than the one of `hf auth login`.
+            revision: branch; the default one if None.
+            kwargs: for `create_model_card`.
+
+        Returns:
+            `CommitInfo` or a future of it; None on other processes than the first.
+
+        Raises:
+            RuntimeError: the upload failed; says where the model is and how to upload it.
+        """
+        begin = partial(super().push_to_hub, commit_message, blocking=False, token=token, revision=revision, **kwargs)
+        upload = begin()
+        return self.publisher.finish(upload, begin) if blocking and upload is not None else upload
 
 
 class _StepHooks(TrainerCallback):
