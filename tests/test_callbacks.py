@@ -10,7 +10,7 @@ import pytest
 from transformers import TrainerControl
 
 from trl_opsd import OGLSSDTrainer, OPSDTrainer
-from trl_opsd.callbacks import LIMITS, CollapseGuard
+from trl_opsd.callbacks import LEAST_CLIP_AGREEMENT, LIMITS, ClipWarning, CollapseGuard
 from trl_opsd.repetition import repeated_share
 
 START = {
@@ -155,8 +155,65 @@ def test_repetition_is_the_share_of_4_grams_seen_before_in_the_same_rollout(roll
     assert repeated_share(rollouts) == pytest.approx(share)
 
 
-def run_demo(tmp_path, *overrides):
-    """The embedded model's recipe, logging every step; the trainer and the guard's warnings."""
+def clip_warnings(logs, **state):
+    """What is told of one log, by a run of the paper's clip."""
+    state = SimpleNamespace(**{"is_world_process_zero": True, **state})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ClipWarning().on_log(SimpleNamespace(clip="upper", clip_value=0.05), state, TrainerControl(), logs=logs)
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_clip_that_turns_the_gradient_is_told_with_the_figure_and_what_to_set():
+    (text,) = clip_warnings({"clip_gradient_agreement": -0.18, "num_tokens": 1500})
+    for part in ("clip='upper'", "clip_value=0.05", "-0.18", "clip=None", "none"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("logs", "state"),
+    [
+        ({"clip_gradient_agreement": LEAST_CLIP_AGREEMENT, "num_tokens": 1500}, {}),
+        ({"clip_gradient_agreement": -0.18, "num_tokens": 900}, {}),  # noise
+        ({"clip_gradient_agreement": -0.18, "num_tokens": 1500}, {"is_world_process_zero": False}),
+        ({"divergence": 0.1, "num_tokens": 3000}, {}),  # a later step
+        (None, {}),
+    ],
+)
+def test_otherwise_nothing_is_told_of_the_clip(logs, state):
+    assert clip_warnings(logs, **state) == []
+
+
+@pytest.mark.parametrize(("clip", "expected"), [("upper", {1}), ("token", {1}), (None, set())])
+def test_the_clips_agreement_is_measured_at_the_first_step_alone(
+    make_model, make_args, dataset, tokenizer, monkeypatch, clip, expected
+):
+    args = make_args(clip=clip, max_steps=3, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    trainer = OPSDTrainer(make_model(), args=args, train_dataset=dataset, processing_class=tokenizer)
+    trainer.train()
+    logged = {log["step"] for log in trainer.state.log_history if "clip_gradient_agreement" in log}
+    assert logged == expected
+
+
+def test_the_clip_is_judged_at_the_strength_that_a_growing_target_ends_with(make_model, make_args, dataset, tokenizer):
+    def first(steering_warmup_steps):
+        settings = {"num_generations": 4, "max_completion_length": 8, "distillation_length": 8, "max_steps": 2}
+        args = make_args(OGLSSDTrainer.config_class, **settings, steering_warmup_steps=steering_warmup_steps)
+        trainer = OGLSSDTrainer(make_model(), args=args, train_dataset=dataset, processing_class=tokenizer)
+        trainer.train()
+        return trainer.state.log_history[0]["clip_gradient_agreement"]
+
+    assert first(2) == pytest.approx(first(0), abs=1e-6)
+
+
+def test_the_papers_clip_is_told_on_the_embedded_model(tmp_path):
+    trainer, told = run_demo(tmp_path, "--clip", "upper", "--clip_value", "0.05", "--max_steps", "1", start="clip=")
+    assert len(told) == 1
+    assert -0.5 < trainer.state.log_history[0]["clip_gradient_agreement"] < 0
+
+
+def run_demo(tmp_path, *overrides, start="Collapse guard"):
+    """The embedded model's recipe, logging every step; the trainer and the warnings that begin with `start`."""
     from trl_opsd.demo import build_rows, model_path
     from trl_opsd.train import main
 
@@ -168,7 +225,7 @@ def run_demo(tmp_path, *overrides):
         warnings.simplefilter("always")
         trainer = main("opsd", [*words, "--disable_tqdm", "true", *overrides])
     texts = [str(warning.message) for warning in caught]
-    return trainer, [text for text in texts if text.startswith("Collapse guard")]
+    return trainer, [text for text in texts if text.startswith(start)]
 
 
 @pytest.mark.slow

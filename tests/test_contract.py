@@ -401,6 +401,7 @@ def test_the_log_holds_every_diagnostic(build, tmp_path):
     expected = {
         "loss",
         "divergence",
+        "clip_gradient_agreement",
         "clipped_share",
         "student_entropy",
         "target_entropy",

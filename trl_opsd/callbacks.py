@@ -89,6 +89,29 @@ LIMITS = (
 )
 
 
+# Cosine below which next to nothing of the unclipped gradient is left; see docs/log.md for the measurements.
+LEAST_CLIP_AGREEMENT = 0.1
+
+
+class ClipWarning(TrainerCallback):
+    """Warns at the first log if the clip has turned the gradient of the loss."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Judge the agreement, which is measured at the first step alone."""
+        entry = logs or {}
+        agreement = entry.get("clip_gradient_agreement", 1.0)
+        is_noise = entry.get("num_tokens", MIN_TOKENS) < MIN_TOKENS
+        if agreement >= LEAST_CLIP_AGREEMENT or is_noise or not state.is_world_process_zero:
+            return
+        warnings.warn(
+            f"clip={args.clip!r} with clip_value={args.clip_value}: the clipped gradient agrees with the unclipped one to "
+            f"{agreement:.2f} at the first step (cosine: 1 is the same direction, 0 none of it, below 0 the opposite), so "
+            "training may raise the divergence from the teacher and lower accuracy, as it does on small vocabularies. "
+            "Set clip=None (on the command line: none), or a larger clip_value.",
+            stacklevel=2,
+        )
+
+
 class CollapseGuard(TrainerCallback):
     """Warns, or stops the run, when its log leaves the range of its start.
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .losses import FusedDiagnostics, OutputHead, SignalDecomposition, decompose_signal
+from .losses import FusedDiagnostics, OutputHead, SignalDecomposition, clip_agreement, decompose_signal
 
 # Positions whose three views are held as logits at once.
 _TILE_TOKENS = 64
@@ -55,6 +55,7 @@ class Diagnostics:
         values: dict[str, torch.Tensor],
         mask: torch.Tensor,
         rows: torch.Tensor,
+        clip_products: torch.Tensor | None = None,
     ) -> None:
         """Add a micro-batch.
 
@@ -62,12 +63,14 @@ class Diagnostics:
             values: (B, D) per name of `_MEANS`, detached.
             mask: (B, D), nonzero on distilled positions.
             rows: (B,) index of each rollout in the world's generation batch.
+            clip_products: (3,) of `clip_gradient_products`, where they were measured.
         """
         mask = mask.to(torch.float64)
         columns = [mask.sum(), *((values[name] * mask).sum() for name in _MEANS)]
         for first, last in BUCKETS.values():
             part = mask[:, first:last]
             columns += [part.sum(), (values["divergence"][:, first:last] * part).sum()]
+        columns += [mask.new_zeros(())] * 3 if clip_products is None else clip_products.to(mask.dtype).unbind()
         sums = torch.stack(columns)
         self._sums = sums if self._sums is None else self._sums + sums
         self._rows.append((rows, (values["divergence"] * mask).sum(1) / mask.sum(1).clamp(min=1)))
@@ -117,12 +120,16 @@ class Diagnostics:
             reduce: sums a tensor over ranks; a collective, so every rank must call.
             device: where an empty sum is made.
         """
-        size = 1 + len(_MEANS) + 2 * len(BUCKETS)
+        size = 1 + len(_MEANS) + 2 * len(BUCKETS) + 3
         sums = torch.zeros(size, dtype=torch.float64, device=device) if self._sums is None else self._sums
-        total, *sums = reduce(sums).tolist()
+        reduced = reduce(sums)
+        total, *sums = reduced[:-3].tolist()
         if not total:
             return {}
         means = {name: value / total for name, value in zip(_MEANS, sums, strict=False)}
+        agreement = clip_agreement(reduced[-3:])
+        if agreement is not None:
+            means["clip_gradient_agreement"] = agreement
         means["entropy_gap"] = means["student_entropy"] - means["target_entropy"]
         buckets = sums[len(_MEANS) :]
         for name, count, value in zip(BUCKETS, buckets[::2], buckets[1::2], strict=True):

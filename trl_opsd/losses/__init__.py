@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses of on-policy self-distillation: plain functions of tensors that need torch and nothing else."""
 
+from .clip_agreement import clip_agreement, clip_gradient_products
 from .closed_form import FusedDiagnostics
 from .decomposition import SignalDecomposition, decompose_signal
 from .dense import dense_divergence_from_hidden
@@ -26,6 +27,8 @@ __all__ = [
     "Shape",
     "SignalDecomposition",
     "Target",
+    "clip_agreement",
+    "clip_gradient_products",
     "decompose_signal",
     "dense_divergence_from_hidden",
     "fused_divergence",

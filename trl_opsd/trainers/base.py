@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..callbacks import LIMITS, CollapseGuard
+from ..callbacks import LIMITS, ClipWarning, CollapseGuard
 from ..card import describe_run
 from ..card.publishing import Publisher
 from ..collators import TeacherCollator
@@ -126,6 +126,7 @@ class SelfDistillationTrainer(IdentifiedRun, TargetTrainer):
         self.publisher = Publisher(self)
         self.add_callback(self.publisher)
         self.add_callback(_StepHooks(self))
+        self.add_callback(ClipWarning())
         if args.guard != "off":
             planned = self._planned_changes()
             self.add_callback(CollapseGuard(args.guard, [limit for limit in LIMITS if limit.key not in planned]))
@@ -182,9 +183,9 @@ class SelfDistillationTrainer(IdentifiedRun, TargetTrainer):
                 loss, stats = self._mixed_loss(model, batch)
             else:
                 loss, stats = self._distillation_loss(model, batch)
-        mask = batch["distillation_mask"]
+        mask, clip_products = batch["distillation_mask"], stats.pop("clip_products", None)
         values = {name: value.view(mask.shape) for name, value in stats.items()}
-        diagnostics.add(values, mask, batch["rollout_index"])
+        diagnostics.add(values, mask, batch["rollout_index"], clip_products)
         if self.mode == "train":
             self._losses.append((loss.detach(), batch["rollout_index"]))
         return loss

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from .._trl import NamedByMethod, dict_fields, gkd_classes
+from ..callbacks import ClipWarning
 from ..card import describe_run
 from ..collators import TeacherCollator
 from ..contexts import Rollout
@@ -187,6 +188,7 @@ class OPSDGKDTrainer(IdentifiedRun, SelfTeaching, NamedByMethod, GKDTrainer):
         self.diagnostics = {"train": Diagnostics(), "eval": Diagnostics()}
         self.remember_initial_weights()
         self.add_callback(_TeacherHooks(self))
+        self.add_callback(ClipWarning())
 
     @property
     def tokenizer(self) -> Any:
@@ -220,8 +222,9 @@ class OPSDGKDTrainer(IdentifiedRun, SelfTeaching, NamedByMethod, GKDTrainer):
         with diagnostics.clock("loss", device):
             function = self._loss_from_states(columns, mask, target)
             loss, stats = self.loss_in_forward(model, inputs["input_ids"], inputs["attention_mask"], function)
+        products = stats.pop("clip_products", None)
         values = {name: value.new_zeros(mask.shape).masked_scatter(mask, value) for name, value in stats.items()}
-        diagnostics.add(values, mask, torch.arange(len(mask), device=device))
+        diagnostics.add(values, mask, torch.arange(len(mask), device=device), clip_products=products)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _distilled(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:

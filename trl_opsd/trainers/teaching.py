@@ -2,6 +2,7 @@
 """What a trainer needs to be its own teacher, whichever of TRL's trainers it extends."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ..diagnostics import log_values
 from ..forwards import TeacherForward
 from ..heads import attach_head_function, caps_logits, check_output_head, head_function, head_shape
 from ..jobs import ScoringJob
-from ..losses import OutputHead, Shape, Target, fused_divergence
+from ..losses import OutputHead, Shape, Target, clip_gradient_products, fused_divergence
 from ..scoring import ContextSharing, score_contexts
 from ..states import TargetStates
 from ..teacher import Teacher
@@ -91,18 +92,21 @@ class SelfTeaching:
         weights: torch.Tensor,
         positions: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The method's loss now of the student's states (N, H), and its values (N,) for the log; see `fused_divergence`."""
-        loss, stats = fused_divergence(
-            states,
-            head,
-            target,
-            token_weights=weights,
-            divergence=self.divergence,
-            num_tokens=self.num_tokens,
-            positions=positions,
-            compiled=self.args.compile_loss,
-        )
-        return loss, log_values(stats)
+        """The method's loss now of the student's states (N, H), and numbers for the log: values (N,), and at the first step
+        of a clipped loss `clip_products` (3,); see `fused_divergence`."""
+        settings = {
+            "token_weights": weights,
+            "divergence": self.divergence,
+            "num_tokens": self.num_tokens,
+            "positions": positions,
+        }
+        numbers = {}
+        if self.divergence.clip is not None and self.mode == "train" and self.state.global_step == 0:
+            # At the strength that a growing target ends with: the clip cuts nothing of a target close to the student.
+            last = replace(target, shape=self.method.shape(self.args, self.args.max_steps))
+            numbers["clip_products"] = clip_gradient_products(states, head, last, **settings)
+        loss, stats = fused_divergence(states, head, target, compiled=self.args.compile_loss, **settings)
+        return loss, log_values(stats) | numbers
 
     def shape_now(self) -> Shape:
         """How the direction enters the target at this optimizer step."""
