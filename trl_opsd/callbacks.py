@@ -89,6 +89,21 @@ LIMITS = (
 )
 
 
+def check_action(action: str) -> None:
+    """Refuse what a guard cannot do."""
+    if action not in GUARDS[1:]:
+        raise ValueError(f"action={action!r} is not known; set one of {GUARDS[1:]}, or add no guard.")
+
+
+def sound_alarm(action: str, heading: str, lines: Sequence[str], state: Any, control: Any) -> None:
+    """Warn of the lines, on one process, and stop the run if the guard is to."""
+    if action == "stop":
+        control.should_training_stop = True
+        lines = [*lines, "Training stops after this step (guard='stop')."]
+    if state.is_world_process_zero:
+        warnings.warn("\n- ".join([heading, *lines]), stacklevel=3)
+
+
 # Cosine below which next to nothing of the unclipped gradient is left; see docs/log.md for the measurements.
 LEAST_CLIP_AGREEMENT = 0.1
 
@@ -128,8 +143,7 @@ class CollapseGuard(TrainerCallback):
     """
 
     def __init__(self, action: str = "warn", limits: Sequence[Limit] = LIMITS, min_tokens: int = MIN_TOKENS):
-        if action not in GUARDS[1:]:
-            raise ValueError(f"action={action!r} is not known; set one of {GUARDS[1:]}, or add no guard.")
+        check_action(action)
         self.action, self.limits, self.min_tokens = action, limits, min_tokens
         self._told: set[tuple[str, str]] = set()
 
@@ -140,14 +154,9 @@ class CollapseGuard(TrainerCallback):
             return
         start, now = entries[0], entries[-1]
         seen = [text for limit in self.limits if (text := self._judge(limit, start, now)) is not None]
-        if not seen:
-            return
-        if self.action == "stop":
-            control.should_training_stop = True
-        if state.is_world_process_zero:
-            ending = "Training stops after this step (guard='stop')." if self.action == "stop" else ""
-            lines = [f"Collapse guard at step {now['step']}, against step {start['step']}:", *seen, ending]
-            warnings.warn("\n- ".join(filter(None, lines)), stacklevel=2)
+        if seen:
+            heading = f"Collapse guard at step {now['step']}, against step {start['step']}:"
+            sound_alarm(self.action, heading, seen, state, control)
 
     def _entries(self, history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """Training logs over enough tokens; `num_tokens` in them counts from the start of the run."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ..accuracy_guard import AccuracyGuard
 from ..callbacks import LIMITS, ClipWarning, CollapseGuard
 from ..card import describe_run
 from ..card.publishing import Publisher
@@ -130,6 +131,7 @@ class SelfDistillationTrainer(IdentifiedRun, TargetTrainer):
         if args.guard != "off":
             planned = self._planned_changes()
             self.add_callback(CollapseGuard(args.guard, [limit for limit in LIMITS if limit.key not in planned]))
+            self.add_callback(AccuracyGuard(args.guard, watches_rewards="reward" not in planned))
 
     def _planned_changes(self) -> set[str]:
         """Logged numbers that change by plan, which the guard is not to take for a collapse."""
@@ -138,7 +140,7 @@ class SelfDistillationTrainer(IdentifiedRun, TargetTrainer):
             planned.add("divergence")
         if args.distillation_length_start is not None:
             planned |= {"divergence", "student_entropy"}  # of other positions
-            planned |= {"completions/mean_length"} if args.sample_distilled_only else set()
+            planned |= {"completions/mean_length", "reward"} if args.sample_distilled_only else set()
         return planned
 
     def _make_collator(self) -> TeacherCollator:
