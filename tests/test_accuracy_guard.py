@@ -7,10 +7,12 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import TrainerControl
 
 from trl_opsd import OPSDTrainer
 from trl_opsd.accuracy_guard import AccuracyGuard, PooledReward, rollouts_per_step
+from trl_opsd.diagnostics import Diagnostics
 
 ARGS = SimpleNamespace(
     gradient_accumulation_steps=1, steps_per_generation=1, num_iterations=1, generation_batch_size=64
@@ -128,6 +130,17 @@ def test_the_config_adds_it(make_model, make_args, dataset, tokenizer, settings,
     trainer = OPSDTrainer(make_model(), args=make_args(**settings), train_dataset=dataset, processing_class=tokenizer)
     found = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, AccuracyGuard)]
     assert [(callback.action, callback.watches_rewards) for callback in found] == expected
+
+
+def test_the_divergence_of_right_and_wrong_rollouts_is_logged_apart():
+    diagnostics, ones = Diagnostics(), torch.ones(3, 2)
+    divergence = torch.tensor([[1.0, 2.0], [4.0, 9.0], [20.0, 30.0]])
+    values = {name: ones for name in ("clipped_share", "student_entropy", "target_entropy", "top_token_agreement")}
+    mask = torch.tensor([[1, 1], [1, 0], [1, 1]])
+    outcomes = torch.tensor([1, 0, -1])
+    diagnostics.add({**values, "divergence": divergence}, mask, torch.arange(3), outcomes=outcomes)
+    means = diagnostics.means(lambda sums: sums, torch.device("cpu"))
+    assert (means["divergence/right"], means["divergence/wrong"], means["divergence"]) == (1.5, 4.0, 57 / 5)
 
 
 def test_a_run_logs_what_it_reads(make_model, make_args, dataset, tokenizer):

@@ -409,6 +409,7 @@ def test_the_log_holds_every_diagnostic(build, tmp_path):
         "top_token_agreement",
         "divergence/first_token",
         "divergence/1-15",
+        "divergence/wrong",
         "reflection_markers_per_1000",
         "teacher/solution_shortened",
         "teacher/tokens_computed",

@@ -18,6 +18,9 @@ _TILE_TOKENS = 64
 # First completion position of each bucket; the first token stands apart, thinking templates disagree most there.
 BUCKETS = {"first_token": (0, 1), "1-15": (1, 16), "16-127": (16, 128), "128-1023": (128, 1024), "1024+": (1024, None)}
 
+# Rollouts whose reward reaches the threshold, and those whose reward does not.
+OUTCOMES = {"right": 1, "wrong": 0}
+
 _MEANS = (
     "divergence",
     "clipped_share",
@@ -56,6 +59,7 @@ class Diagnostics:
         mask: torch.Tensor,
         rows: torch.Tensor,
         clip_products: torch.Tensor | None = None,
+        outcomes: torch.Tensor | None = None,
     ) -> None:
         """Add a micro-batch.
 
@@ -64,12 +68,16 @@ class Diagnostics:
             mask: (B, D), nonzero on distilled positions.
             rows: (B,) index of each rollout in the world's generation batch.
             clip_products: (3,) of `clip_gradient_products`, where they were measured.
+            outcomes: (B,) of `OUTCOMES`, any other number for a rollout without a reward.
         """
         mask = mask.to(torch.float64)
         columns = [mask.sum(), *((values[name] * mask).sum() for name in _MEANS)]
         for first, last in BUCKETS.values():
             part = mask[:, first:last]
             columns += [part.sum(), (values["divergence"][:, first:last] * part).sum()]
+        for outcome in OUTCOMES.values():
+            part = torch.zeros_like(mask) if outcomes is None else mask * (outcomes == outcome).unsqueeze(1)
+            columns += [part.sum(), (values["divergence"] * part).sum()]
         columns += [mask.new_zeros(())] * 3 if clip_products is None else clip_products.to(mask.dtype).unbind()
         sums = torch.stack(columns)
         self._sums = sums if self._sums is None else self._sums + sums
@@ -120,7 +128,7 @@ class Diagnostics:
             reduce: sums a tensor over ranks; a collective, so every rank must call.
             device: where an empty sum is made.
         """
-        size = 1 + len(_MEANS) + 2 * len(BUCKETS) + 3
+        size = 1 + len(_MEANS) + 2 * (len(BUCKETS) + len(OUTCOMES)) + 3
         sums = torch.zeros(size, dtype=torch.float64, device=device) if self._sums is None else self._sums
         reduced = reduce(sums)
         total, *sums = reduced[:-3].tolist()
@@ -132,7 +140,7 @@ class Diagnostics:
             means["clip_gradient_agreement"] = agreement
         means["entropy_gap"] = means["student_entropy"] - means["target_entropy"]
         buckets = sums[len(_MEANS) :]
-        for name, count, value in zip(BUCKETS, buckets[::2], buckets[1::2], strict=True):
+        for name, count, value in zip([*BUCKETS, *OUTCOMES], buckets[::2], buckets[1::2], strict=True):
             if count:
                 means[f"divergence/{name}"] = value / count
         return means

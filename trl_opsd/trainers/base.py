@@ -187,7 +187,7 @@ class SelfDistillationTrainer(IdentifiedRun, TargetTrainer):
                 loss, stats = self._distillation_loss(model, batch)
         mask, clip_products = batch["distillation_mask"], stats.pop("clip_products", None)
         values = {name: value.view(mask.shape) for name, value in stats.items()}
-        diagnostics.add(values, mask, batch["rollout_index"], clip_products)
+        diagnostics.add(values, mask, batch["rollout_index"], clip_products, batch["rollout_outcome"])
         if self.mode == "train":
             self._losses.append((loss.detach(), batch["rollout_index"]))
         return loss

@@ -84,6 +84,7 @@ class TargetTrainer(SelfTeaching, RolloutTrainer):
         groups, own = self._groups(rollouts)
         contexts = self._contexts(groups)[own]
         mask = self._distilled_mask(batch, contexts)
+        threshold = getattr(self.args, "reward_threshold", 0.5)
         spans = [ids[: mask.size(1)] for ids in rollout_ids]
         scored = [
             views if any_distilled else ()
@@ -93,6 +94,10 @@ class TargetTrainer(SelfTeaching, RolloutTrainer):
         if self._decomposition_is_due():
             self._log_decomposition(rows, rollouts, spans, mask.size(1))
         batch |= target.columns() | {"distillation_mask": mask}
+        batch["rollout_outcome"] = torch.tensor(
+            [-1 if rollout.reward is None else int(rollout.reward >= threshold) for rollout in rollouts],
+            device=mask.device,
+        )
         batch["rollout_index"] = torch.arange(first, first + batch_size, device=mask.device)
         if self.mode == "train":
             self._prompt_texts = [str(prompt)[:80] for prompt in prompts]
