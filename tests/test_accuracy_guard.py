@@ -15,7 +15,11 @@ from trl_opsd.accuracy_guard import AccuracyGuard, PooledReward, rollouts_per_st
 from trl_opsd.diagnostics import Diagnostics
 
 ARGS = SimpleNamespace(
-    gradient_accumulation_steps=1, steps_per_generation=1, num_iterations=1, generation_batch_size=64
+    divergence="forward_kl",
+    gradient_accumulation_steps=1,
+    steps_per_generation=1,
+    num_iterations=1,
+    generation_batch_size=64,
 )
 
 
@@ -89,6 +93,22 @@ def test_held_out_accuracy_is_told_where_its_whole_interval_lies_below_the_base(
     assert len(texts) == count and control.should_training_stop == bool(count)
     for text in texts:
         assert "-9.0 points, 95 % interval [-14.0, -4.0]" in text and "guard='stop'" in text
+
+
+@pytest.mark.parametrize(
+    ("start", "divergence", "told"),
+    [
+        ({"entropy_gap": -0.08, "divergence/right": 0.26, "divergence/wrong": 0.38}, "forward_kl", (True, True)),
+        ({"entropy_gap": -0.08, "divergence/right": 0.02, "divergence/wrong": 0.2}, "reverse_kl", (False, False)),
+        ({"entropy_gap": 0.04, "divergence/right": 0.02, "divergence/wrong": 0.2}, "forward_kl", (False, False)),
+        ({}, "forward_kl", (False, False)),
+    ],
+)
+def test_what_the_first_log_says_about_the_teacher_becomes_the_advice(start, divergence, told):
+    logs = list(reward_logs([0.9] * 8 + [0.1] * 8))
+    logs[0] |= {"divergence": 0.3} | start
+    (text,), _ = play(logs, args=SimpleNamespace(**{**vars(ARGS), "divergence": divergence}))
+    assert ("divergence='reverse_kl'" in text, "divergence/right 0.26" in text) == told
 
 
 def test_an_unknown_action_is_refused():

@@ -19,10 +19,9 @@ MIN_ROLLOUTS = 512
 STANDARD_ERRORS = 3.0
 LEAST_FALL = 0.1  # of the start: with very many rollouts a fall that matters to nobody is no noise either
 
-_ADVICE = (
-    "the teacher's own answers may be right while what it says along the student's wrong ones is not. Lower learning_rate or "
-    "stop here, and see docs/troubleshooting.md, 'Accuracy falls though the teacher is right'."
-)
+# Beside this share of the divergence of wrong rollouts, that of right ones says that the teacher would not have written
+# them: 0.1 where a run gained, 0.7 to 0.9 where runs lost (docs/log.md).
+_DISAGREES = 0.5
 
 
 @dataclass(frozen=True)
@@ -86,9 +85,10 @@ class AccuracyGuard(TrainerCallback):
     def on_log(self, args, state, control, **kwargs):
         """Judge the newest log."""
         newest = state.log_history[-1] if state.log_history else {}
-        found = {"held out": _held_out_fall(newest)}
+        advice = _advice(state.log_history, args)
+        found = {"held out": _held_out_fall(newest, advice)}
         if self.watches_rewards and "reward" in newest:
-            found["reward"] = _reward_fall(state.log_history, rollouts_per_step(args))
+            found["reward"] = _reward_fall(state.log_history, rollouts_per_step(args), advice)
         lines = [text for name, text in found.items() if text is not None and name not in self._told]
         self._told |= {name for name, text in found.items() if text is not None}
         if lines:
@@ -101,7 +101,26 @@ def rollouts_per_step(args: Any) -> float:
     return args.generation_batch_size * share
 
 
-def _reward_fall(history: Sequence[Mapping[str, Any]], per_step: float) -> str | None:
+def _advice(history: Sequence[Mapping[str, Any]], args: Any) -> str:
+    """What the first log says about the teacher, and what to try."""
+    start = next((entry for entry in history if "divergence" in entry), {})
+    gap, right, wrong = (start.get(name) for name in ("entropy_gap", "divergence/right", "divergence/wrong"))
+    found = []
+    if gap is not None and gap < 0 and args.divergence == "forward_kl":
+        found.append(
+            f"The teacher was less sure than the student at the start (entropy_gap {gap:.2g}), and forward KL spreads the "
+            "student as far: try divergence='reverse_kl' or 'jsd'."
+        )
+    if right is not None and wrong and right > _DISAGREES * wrong:
+        found.append(
+            f"The teacher disagreed with right rollouts (divergence/right {right:.2g}) almost as with wrong ones "
+            f"(divergence/wrong {wrong:.2g}): its prompt or thinking mode may not suit the student's answers."
+        )
+    found.append("Or lower learning_rate. See docs/troubleshooting.md, 'Accuracy falls though the teacher is right'.")
+    return " ".join(found)
+
+
+def _reward_fall(history: Sequence[Mapping[str, Any]], per_step: float, advice: str) -> str | None:
     logs, before = [], 0
     for entry in history:
         if "reward" not in entry:
@@ -114,13 +133,13 @@ def _reward_fall(history: Sequence[Mapping[str, Any]], per_step: float) -> str |
         return None
     return (
         f"mean reward of rollouts: {now.mean:.3g} over the newest {now.num_rollouts:.0f}, was {start.mean:.3g} over the first "
-        f"{start.num_rollouts:.0f} (standard errors {now.error:.2g} and {start.error:.2g}). If the problems did not become "
-        f"harder: {_ADVICE}"
+        f"{start.num_rollouts:.0f} (standard errors {now.error:.2g} and {start.error:.2g}), unless the problems became harder. "
+        f"{advice}"
     )
 
 
-def _held_out_fall(entry: Mapping[str, Any]) -> str | None:
+def _held_out_fall(entry: Mapping[str, Any], advice: str) -> str | None:
     if entry.get("eval/gain_high", 0.0) >= 0:
         return None
     gain, low, high = (100 * entry[f"eval/gain{end}"] for end in ("", "_low", "_high"))
-    return f"held-out accuracy against the base: {gain:+.1f} points, 95 % interval [{low:+.1f}, {high:+.1f}]: {_ADVICE}"
+    return f"held-out accuracy against the base: {gain:+.1f} points, 95 % interval [{low:+.1f}, {high:+.1f}]. {advice}"
