@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import torch
 
-from trl_opsd.losses import tiles
+from trl_opsd.losses import fused
 
 
 def _dtype_on_a_gpu(hidden: torch.Tensor) -> torch.dtype:
@@ -29,7 +29,7 @@ def narrow_products() -> Iterator[None]:
     library.impl("mm.dtype", _product, "CPU")  # of which CPUs have none
     library.impl("mm.dtype_out", _product_into, "CPU")
     try:
-        with patch.object(tiles, "product_dtype", _dtype_on_a_gpu):
+        with patch.object(fused, "product_dtype", _dtype_on_a_gpu):
             yield
     finally:
         library._destroy()
