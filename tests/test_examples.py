@@ -58,7 +58,7 @@ def write_rows(folder, suffix):
 
 def steps_of(folder):
     """Optimizer steps of a finished run, and that each of them logged a loss."""
-    state = json.loads((folder / "trainer_state.json").read_text())
+    state = json.loads(max(folder.glob("checkpoint-*/trainer_state.json")).read_text())
     assert sum("loss" in entry for entry in state["log_history"]) == state["global_step"]
     return state["global_step"]
 
