@@ -230,8 +230,9 @@ def run_demo(tmp_path, *overrides, start="Collapse guard"):
 
 @pytest.mark.slow
 def test_it_is_silent_on_the_demos_recipe(tmp_path):
-    trainer, told = run_demo(tmp_path, "--max_steps", "12")
-    assert told == [] and trainer.state.global_step == 12
+    guards = ("Collapse guard", "Accuracy guard", "clip=")
+    trainer, told = run_demo(tmp_path, "--max_steps", "20", start=guards)  # 1,280 rollouts, enough for both
+    assert told == [] and trainer.state.global_step == 20
 
 
 @pytest.mark.slow

@@ -19,9 +19,9 @@ MIN_ROLLOUTS = 512
 STANDARD_ERRORS = 3.0
 LEAST_FALL = 0.1  # of the start: with very many rollouts a fall that matters to nobody is no noise either
 
-# Beside this share of the divergence of wrong rollouts, that of right ones says that the teacher would not have written
-# them: 0.1 where a run gained, 0.7 to 0.9 where runs lost (docs/log.md).
-_DISAGREES = 0.5
+# Where right rollouts diverge by at least this share of what wrong ones do, the teacher would not have written them: 0.9 and
+# 1.04 at the start of runs that lost, 0.1 and 0.57 at that of runs that gained (docs/log.md).
+_DISAGREES = 0.75
 
 
 @dataclass(frozen=True)
@@ -106,15 +106,15 @@ def _advice(history: Sequence[Mapping[str, Any]], args: Any) -> str:
     start = next((entry for entry in history if "divergence" in entry), {})
     gap, right, wrong = (start.get(name) for name in ("entropy_gap", "divergence/right", "divergence/wrong"))
     found = []
-    if gap is not None and gap < 0 and args.divergence == "forward_kl":
-        found.append(
-            f"The teacher was less sure than the student at the start (entropy_gap {gap:.2g}), and forward KL spreads the "
-            "student as far: try divergence='reverse_kl' or 'jsd'."
-        )
     if right is not None and wrong and right > _DISAGREES * wrong:
         found.append(
             f"The teacher disagreed with right rollouts (divergence/right {right:.2g}) almost as with wrong ones "
             f"(divergence/wrong {wrong:.2g}): its prompt or thinking mode may not suit the student's answers."
+        )
+    if gap is not None and gap < 0 and args.divergence == "forward_kl":
+        found.append(
+            f"The teacher was less sure than the student at the start (entropy_gap {gap:.2g}), and forward KL spreads the "
+            "student as far; divergence='reverse_kl' loses less."
         )
     found.append("Or lower learning_rate. See docs/troubleshooting.md, 'Accuracy falls though the teacher is right'.")
     return " ".join(found)
