@@ -83,7 +83,7 @@ def test_a_stream_with_too_few_rows_is_refused_as_one_of_known_length_is(build, 
 
 @streams
 def test_a_run_that_made_no_step_is_an_error_even_where_nothing_foresaw_it(build, dataset, monkeypatch):
-    monkeypatch.setattr("trl_opsd.trainers.base.check_fills_a_batch", lambda args, dataset: None)
+    monkeypatch.setattr("trl_opsd.trainers.runs.check_fills_a_batch", lambda args, dataset: None)
     trainer = build(dataset.select(range(3)))
     with pytest.raises(ValueError, match="ended without an optimizer step"):
         trainer.train()
@@ -133,13 +133,15 @@ def words(tmp_path):
         ("sft", ["--dataloader_drop_last=true"]),
     ],
 )
-def test_the_command_refuses_before_a_model_is_loaded_and_saves_nothing(words, tmp_path, name, more, monkeypatch):
+def test_the_command_refuses_before_a_model_is_loaded_and_saves_nothing(
+    words, tmp_path, capsys, name, more, monkeypatch
+):
     for loader in ("trl.GRPOTrainer.__init__", "trl.SFTTrainer.__init__"):
         monkeypatch.setattr(loader, lambda *args, **kwargs: pytest.fail("a trainer was made"))
     more = ["--per_device_train_batch_size=8", "--gradient_accumulation_steps=4", *more]
-    with pytest.raises(ValueError, match="train_dataset has 2 rows, but a"):
-        cli.run_command(name, words(2, *more, sampled=name != "sft"))
-    assert not (tmp_path / "out").exists()
+    assert cli.main([name, *words(2, *more, sampled=name != "sft")]) == 2
+    assert "train_dataset has 2 rows, but a" in capsys.readouterr().err
+    assert not [*(tmp_path / "out").glob("*")]
 
 
 def test_the_dry_run_counts_the_processes_of_the_recipe(words, capsys):
@@ -158,7 +160,7 @@ def test_two_processes_refuse_what_one_would_train_and_save_nothing(words, tmp_p
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert "7 rows, but a generation batch takes 8 prompts (per_device_train_batch_size=4 x 2 processes" in done.stderr
-    assert not (tmp_path / "out").exists()
+    assert not [*(tmp_path / "out").glob("*")]
     one = subprocess.run(
         [sys.executable, "-m", "trl_opsd.train", "opsd", *words(7, *size)],
         env=environment,

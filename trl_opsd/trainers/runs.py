@@ -36,8 +36,8 @@ class IdentifiedRun(CheckedCheckpoints):
             **kwargs: TRL's.
 
         Raises:
-            ValueError: the dataset has too few rows for a step; another run trains into `output_dir` or has left checkpoints there; there is no whole checkpoint,
-                or the one given is damaged or of another model.
+            ValueError: the dataset has too few rows for a step; another run trains into `output_dir` or has left
+                checkpoints there; there is no whole checkpoint, or the one given is damaged or of another model.
         """
         check_fills_a_batch(self.args, self.train_dataset)
         takes = self.accelerator.is_main_process
