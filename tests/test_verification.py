@@ -418,6 +418,7 @@ def test_a_warning_names_the_first_such_answer_and_what_to_set():
     for text in ("own.jsonl: 2 of 4", "'tac' in row 2, a word", "number with leading zeros", "'exact'", "'choice'"):
         assert text in told
     assert warn_of_golds(["\\boxed{tac}"], "exact", "own.jsonl") is None
+    assert warn_of_golds(["tac", "Paris"], "math", "own.jsonl") is None  # read as no answer, which is told apart
     assert warn_of_golds(["\\boxed{5}", "A proof in many words. " * 9], "math", "own.jsonl") is None
 
 

@@ -125,8 +125,9 @@ def _reward_fall(history: Sequence[Mapping[str, Any]], per_step: float, advice: 
     for entry in history:
         if "reward" not in entry:
             continue
-        if math.isfinite(entry["reward"]) and math.isfinite(entry["reward_std"]):
-            logs.append((entry["reward"], entry["reward_std"], (entry["step"] - before) * per_step))
+        numbers = entry["reward"], entry["reward_std"]  # None or NaN where no rollout was scored
+        if all(number is not None and math.isfinite(number) for number in numbers):
+            logs.append((*numbers, (entry["step"] - before) * per_step))
         before = entry["step"]
     start, now = PooledReward.of(logs), PooledReward.of(reversed(logs))
     if start is None or now is None or start.num_logs + now.num_logs > len(logs) or not now.has_fallen_from(start):

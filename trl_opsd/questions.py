@@ -65,7 +65,9 @@ def load_questions(name: str, options: argparse.Namespace) -> list[dict[str, Any
     golds = [row["solution"] for row in rows]
     unread = sum(not read for read in which_verify(golds, options.verifier))
     if unread:
-        print(f"{name}: {unread} of {len(rows)} gold answers cannot be read and count as wrong; see --answer_column.")
+        print(
+            f"{name}: {unread} of {len(rows)} gold answers cannot be read and count as wrong; see --answer_column, --verifier."
+        )
     warning = warn_of_golds(golds, options.verifier, name)
     if warning is not None:
         print(f"warning: {warning}")

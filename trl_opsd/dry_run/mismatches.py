@@ -107,7 +107,7 @@ def check_solutions(solutions: Sequence[str | None], verifier: str) -> str | Non
         return None
     return (
         f"solution that does not verify: {len(bad)} of {len(solutions)} rows hold no answer that verifier={verifier!r} can read "
-        f"(rows {', '.join(map(str, bad[:8]))}). Their rollouts get no reward: box the answer, or drop the rows."
+        f"(rows {', '.join(map(str, bad[:8]))}). Their rollouts get no reward: box the answer, set another verifier, or drop the rows."
     )
 
 

@@ -12,7 +12,7 @@ from functools import partial
 
 from . import pool
 from .answers import choice_letter, exact_answer, last_answer
-from .golds import warn_of_golds
+from .golds import why_no_mathematics
 from .pool import Verdict
 
 __all__ = [
@@ -80,6 +80,32 @@ def check_verifier(verifier: str, place: str = "verifier") -> None:
     """
     if verifier != "math" and verifier not in _READERS:
         _load(verifier, place)
+
+
+def warn_of_golds(solutions: Sequence[str | None], verifier: str, place: str) -> str | None:
+    """What a user is to know before answers that are no mathematics are read as such; None where none are.
+
+    Args:
+        solutions: references.
+        verifier: that is set; only `math` reads them as mathematics.
+        place: of the rows, for the message.
+    """
+    if verifier != "math":
+        return None
+    reasons = {row: why_no_mathematics(text) for row, text in enumerate(solutions) if text}
+    suspects = [row for row, reason in reasons.items() if reason is not None]
+    read = which_verify([solutions[row] for row in suspects])  # what is not read cannot be called right
+    found = {row: reasons[row] for row, is_read in zip(suspects, read, strict=True) if is_read}
+    if not found:
+        return None
+    row, reason = next(iter(found.items()))
+    kinds = ", ".join(sorted(set(found.values())))
+    return (
+        f"{place}: {len(found)} of {len(solutions)} gold answers are no number or formula ({kinds}); the first is "
+        f"{last_answer(solutions[row] or '')!r} in row {row}, a {reason}. verifier='math' reads letters as symbols that commute "
+        "('tac' equals 'cat'), dates as differences and drops leading zeros, so wrong answers count as right. Set verifier "
+        "to 'exact' for words, dates and codes, to 'choice' for letters of options, or to your own 'module:function'."
+    )
 
 
 def _compare(read: Callable[[str], str | None], text: str, gold: str) -> Verdict:

@@ -2,7 +2,6 @@
 """Gold answers that are no mathematics, of which math-verify would make some."""
 
 import re
-from collections.abc import Sequence
 
 from .answers import last_answer, last_box
 
@@ -37,27 +36,3 @@ def why_no_mathematics(solution: str) -> str | None:
     ):
         return "word"
     return None
-
-
-def warn_of_golds(solutions: Sequence[str | None], verifier: str, place: str) -> str | None:
-    """What a user is to know before answers that are no mathematics are read as such.
-
-    Args:
-        solutions: references.
-        verifier: that is set; only `math` reads them as mathematics.
-        place: of the rows, for the message.
-    """
-    if verifier != "math":
-        return None
-    reasons = {row: why_no_mathematics(text) for row, text in enumerate(solutions) if text}
-    found = {row: reason for row, reason in reasons.items() if reason is not None}
-    if not found:
-        return None
-    row, reason = next(iter(found.items()))
-    kinds = ", ".join(sorted(set(found.values())))
-    return (
-        f"{place}: {len(found)} of {len(solutions)} gold answers are no number or formula ({kinds}); the first is "
-        f"{last_answer(solutions[row] or '')!r} in row {row}, a {reason}. verifier='math' reads letters as symbols that commute "
-        "('tac' equals 'cat'), dates as differences and drops leading zeros, so wrong answers count as right. Set verifier "
-        "to 'exact' for words, dates and codes, to 'choice' for letters of options, or to your own 'module:function'."
-    )
