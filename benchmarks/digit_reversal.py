@@ -188,13 +188,13 @@ def trainer_on(part: str):
     from trl_opsd import OPSDTrainer
 
     class PartTrainer(OPSDTrainer):
-        def add_targets(self, rows, batch, rewards):
-            self._solutions = [row["solution"] for row in rows]
-            return super().add_targets(rows, batch, rewards)
+        def before_rewards(self, rows, completions, rollout_ids):
+            self._solutions, self._ids = [row["solution"] for row in rows], rollout_ids
+            super().before_rewards(rows, completions, rollout_ids)
 
         def _distilled_mask(self, batch, contexts):
             mask = super()._distilled_mask(batch, contexts)
-            for row, (ids, solution) in enumerate(zip(self._completion_lists(batch), self._solutions, strict=True)):
+            for row, (ids, solution) in enumerate(zip(self._ids, self._solutions, strict=True)):
                 error = place_of_error(ids, ids_of_solution(self.tokenizer, solution))
                 mask[row, slice(error + 1, None) if part == "before" else slice(error + 1)] = 0
             return mask

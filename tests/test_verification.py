@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers are verified in processes that no text can hold up, and by another rule than mathematics where that is chosen."""
 
+import copy
 import json
 import os
 import signal
@@ -11,14 +12,16 @@ import time
 import weakref
 
 import pytest
+import torch
 from datasets import Dataset
 
-from trl_opsd import OPSDTrainer
+from trl_opsd import OPSDTrainer, rewards
 from trl_opsd.demo import model_path
 from trl_opsd.evaluation import Completion, majority_is_correct, summarize
 from trl_opsd.evaluation_callback import EvaluationCallback
 from trl_opsd.rewards import accuracy_reward, make_accuracy_reward
 from trl_opsd.train import make_baseline, parse
+from trl_opsd.trainers.targets import TargetTrainer
 from trl_opsd.verification import (
     check_verifier,
     pool,
@@ -479,3 +482,34 @@ def test_the_baseline_verifies_by_the_same_rule(tmp_path):
     assert trainer.reward_funcs[0](completions=["\\boxed{cat}"], solution=["\\boxed{tac}"]) == [0.0]
     with pytest.warns(UserWarning, match="8 of 8 gold answers are no number"):
         make_baseline("grpo", *parse("grpo", [*words, "math"]))
+
+
+def test_the_teacher_scores_while_answers_are_verified(make_model, make_args, dataset, tokenizer, monkeypatch):
+    """And takes the step that it takes where it scores behind the rewards."""
+
+    order, begin, run_teacher = [], rewards.start_verifying, TargetTrainer._run_teacher
+
+    def watched(pairs, verifier="math"):
+        order.append("begun")
+        wait = begin(pairs, verifier)
+        return lambda: order.append("awaited") or wait()
+
+    def scored(*args, **kwargs):
+        order.append("scored")
+        return run_teacher(*args, **kwargs)
+
+    monkeypatch.setattr(rewards, "start_verifying", watched)
+    monkeypatch.setattr(TargetTrainer, "_run_teacher", scored)
+    logs = []
+    for reward in (None, lambda completions, solution, **kwargs: rewards.accuracy_reward(completions, solution)):
+        trainer = OPSDTrainer(
+            model=copy.deepcopy(make_model(torch.float64)),
+            reward_funcs=reward,
+            args=make_args(max_steps=2, seed=3),
+            train_dataset=dataset,
+            processing_class=copy.deepcopy(tokenizer),
+        )
+        trainer.train()
+        logs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert order == ["begun", "scored", "awaited"] * 2 + ["begun", "awaited", "scored"] * 2
+    assert logs[0] == logs[1] and len(logs[0]) == 2

@@ -274,6 +274,9 @@ class RolloutTrainer(CheckedCheckpoints, NamedByMethod, GRPOTrainer):
         """Dataset rows before sampling."""
         return rows
 
+    def before_rewards(self, rows: list[dict], completions: list, rollout_ids: list[list[int]]) -> None:
+        """Begin what may run beside the rewards of a generation batch, which are computed next."""
+
     def add_targets(
         self, rows: list[dict], batch: dict[str, Any], rewards: torch.Tensor, rollout_ids: list[list[int]]
     ) -> dict[str, Any]:
@@ -397,6 +400,7 @@ class RolloutTrainer(CheckedCheckpoints, NamedByMethod, GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self._rollout_ids = completion_ids_list
+        self.before_rewards(inputs, completions, completion_ids_list)
         self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._rewards
 

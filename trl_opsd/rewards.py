@@ -29,6 +29,11 @@ def make_accuracy_reward(verifier: str = "math") -> Callable[..., list[float | N
         ValueError: there is no such verifier.
     """
     check_verifier(verifier)
+    started: list[tuple[list, Callable[[], list[Verdict]]]] = []
+
+    def begin(completions: list, solution: list[str | None]) -> tuple[list, Callable[[], list[Verdict]]]:
+        pairs = accuracy_pairs(completions, solution)
+        return pairs, start_verifying([pair for pair in pairs if pair is not None], verifier)
 
     def accuracy_reward(
         completions: list,
@@ -47,8 +52,10 @@ def make_accuracy_reward(verifier: str = "math") -> Callable[..., list[float | N
         Returns:
             One reward a completion; None where the reference holds no answer that can be read, or time ran out.
         """
-        pairs = accuracy_pairs(completions, solution)
-        verdicts = iter(start_verifying([pair for pair in pairs if pair is not None], verifier)())
+        pairs, wait = started.pop() if started else begin(completions, solution)
+        if pairs != accuracy_pairs(completions, solution):  # begun for another batch
+            pairs, wait = begin(completions, solution)
+        verdicts = iter(wait())
         by_row = [Verdict(None) if pair is None else next(verdicts) for pair in pairs]
         num_unscored = sum(verdict.ran_out for verdict in by_row)
         if num_unscored:
@@ -57,6 +64,8 @@ def make_accuracy_reward(verifier: str = "math") -> Callable[..., list[float | N
             log_metric("rewards/unscored", num_unscored / len(by_row))
         return [None if verdict.is_right is None else float(verdict.is_right) for verdict in by_row]
 
+    # Lets a trainer have a batch verified while it does other work, before it calls the function.
+    accuracy_reward.begin = lambda completions, solution: started.append(begin(completions, solution))
     return accuracy_reward
 
 

@@ -33,6 +33,13 @@ class TargetStates:
             if weight:
                 part[job.row, : len(job.rollout)] += weight * states
 
+    def widen(self, length: int) -> None:
+        """Add zeros behind the last position, up to `length` of them in all."""
+        missing = length - self.anchor.size(1)
+        for name in ("anchor", "direction") if missing else ():
+            part = getattr(self, name)
+            setattr(self, name, None if part is None else torch.nn.functional.pad(part, (0, 0, 0, missing)))
+
     def columns(self) -> dict[str, torch.Tensor]:
         """What a batch carries from scoring to `read_target`."""
         parts = zip(_COLUMNS, (self.anchor, self.direction), strict=True)

@@ -62,13 +62,26 @@ class TargetTrainer(SelfTeaching, RolloutTrainer):
             self.limit_rollouts(self.distilled_length() if self.mode == "train" else None)
         return rows
 
-    def add_targets(self, rows, batch, rewards, rollout_ids) -> dict[str, Any]:
-        batch_size = len(rows)
-        first = self.accelerator.process_index * batch_size
-        texts = self.tokenizer.batch_decode(rollout_ids, skip_special_tokens=True)
-        prompts = self._raw_prompts
-        self.add_metrics({"rewards/missing": rewards.isnan().all(dim=1).float().mean().item()})
-        rewards = self._scalar_rewards(rewards)[first : first + batch_size]
+    def before_rewards(self, rows, completions, rollout_ids) -> None:
+        """Have answers verified while the teacher scores, where no context reads a reward."""
+        self._early, self._texts = None, self.tokenizer.batch_decode(rollout_ids, skip_special_tokens=True)
+        begins = [reward.begin for reward in self.reward_funcs if hasattr(reward, "begin")]
+        reads_rewards = self.method.needs_reward or self.method.label is not None
+        if not begins or reads_rewards or self.args.mask_truncated_completions:
+            return
+        for begin in begins:
+            begin(completions, [row.get("solution") for row in rows])
+        rollouts, contexts = self._read_rollouts(rows, rollout_ids, [None] * len(rows))
+        longest = max(map(len, rollout_ids))
+        length = min(longest, self.distilled_length() or longest)
+        spans = [ids[:length] for ids in rollout_ids]
+        skipped = self.args.num_loss_tokens_to_skip
+        scored = [views if len(ids) > skipped else () for views, ids in zip(contexts, spans, strict=True)]
+        self._early = self._score(rows, rollouts, scored, spans, length)
+
+    def _read_rollouts(self, rows, rollout_ids, rewards) -> tuple[list[Rollout], list[Contexts]]:
+        """What a method is told of each rollout, and what the teacher reads of it."""
+        columns = zip(self._raw_prompts, rows, self._texts, rewards, rollout_ids, strict=True)
         rollouts = [
             # Decoding left out the control tokens it met; one that the model spelled out would end the teacher's turn.
             Rollout(
@@ -79,18 +92,26 @@ class TargetTrainer(SelfTeaching, RolloutTrainer):
                 len(ids),
                 bool(ids) and ids[-1] in self.end_token_ids,
             )
-            for prompt, row, text, reward, ids in zip(prompts, rows, texts, rewards, rollout_ids, strict=True)
+            for prompt, row, text, reward, ids in columns
         ]
         groups, own = self._groups(rollouts)
-        contexts = self._contexts(groups)[own]
+        return rollouts, self._contexts(groups)[own]
+
+    def add_targets(self, rows, batch, rewards, rollout_ids) -> dict[str, Any]:
+        batch_size = len(rows)
+        first = self.accelerator.process_index * batch_size
+        self.add_metrics({"rewards/missing": rewards.isnan().all(dim=1).float().mean().item()})
+        rewards = self._scalar_rewards(rewards)[first : first + batch_size]
+        rollouts, contexts = self._read_rollouts(rows, rollout_ids, rewards)
         mask = self._distilled_mask(batch, contexts)
         threshold = getattr(self.args, "reward_threshold", 0.5)
         spans = [ids[: mask.size(1)] for ids in rollout_ids]
-        scored = [
-            views if any_distilled else ()
-            for views, any_distilled in zip(contexts, mask.any(dim=1).tolist(), strict=True)
-        ]
-        target, shortened = self._score(rows, rollouts, scored, spans, mask.size(1))
+        if self._early is None:
+            any_distilled = mask.any(dim=1).tolist()
+            scored = [views if some else () for views, some in zip(contexts, any_distilled, strict=True)]
+            self._early = self._score(rows, rollouts, scored, spans, mask.size(1))
+        (target, shortened), self._early = self._early, None
+        target.widen(mask.size(1))
         if self._decomposition_is_due():
             self._log_decomposition(rows, rollouts, spans, mask.size(1))
         batch |= target.columns() | {"distillation_mask": mask}
@@ -100,8 +121,8 @@ class TargetTrainer(SelfTeaching, RolloutTrainer):
         )
         batch["rollout_index"] = torch.arange(first, first + batch_size, device=mask.device)
         if self.mode == "train":
-            self._prompt_texts = [str(prompt)[:80] for prompt in prompts]
-        self._log_rollouts(rollout_ids, texts, shortened, target.num_tokens)
+            self._prompt_texts = [str(prompt)[:80] for prompt in self._raw_prompts]
+        self._log_rollouts(rollout_ids, self._texts, shortened, target.num_tokens)
         self._warn_of_masked_rollouts(batch)
         return batch
 
