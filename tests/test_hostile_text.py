@@ -42,7 +42,7 @@ def dapo(problem):
 
 def strip_thinking(text):
     group = [Rollout("q", None, "right", 1.0), Rollout("q", None, text, 0.0)]
-    choices = {"reward_threshold": 0.5, "steering_teacher": "steered", "exclude_own_rollout": False}
+    choices = {"reward_threshold": 0.5, "steering_teacher": "steered"}
     limits = {"max_contexts_per_pool": None, "max_rollout_context_length": None, "strip_thinking": True}
     return ogls_sd.steering_contexts(group, SimpleNamespace(**choices, **limits), None)
 
@@ -121,7 +121,7 @@ def test_each_rollout_is_stripped_once_however_many_are_wrong(monkeypatch):
     calls = []
     monkeypatch.setattr(ogls_sd, "without_blocks", lambda text, *marks: calls.append(text) or text)
     group = [Rollout("q", None, f"text {index}", float(index < 2)) for index in range(8)]
-    choices = {"reward_threshold": 0.5, "steering_teacher": "steered", "exclude_own_rollout": True}
+    choices = {"reward_threshold": 0.5, "steering_teacher": "steered"}
     limits = {"max_contexts_per_pool": None, "max_rollout_context_length": None, "strip_thinking": True}
     ogls_sd.steering_contexts(group, SimpleNamespace(**choices, **limits), None)
     assert sorted(calls) == [f"text {index}" for index in range(8)]
