@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 VLLM := .venv-vllm/bin
-OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,contract config validation collators contexts heads scoring sharing teacher trl_surface vllm_boundary card waits offload))
+OLDEST_TESTS := $(addprefix tests/,methods/test_contract.py trainers/test_config.py rows/test_validation.py teacher model trl_seam trainers/test_vllm_boundary.py card/test_card.py trainers/test_waits.py trainers/test_offload.py)
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 # Tiny models: a second thread costs more in barriers than it saves.
@@ -32,11 +32,11 @@ test-vllm: .venv-vllm/ready
 
 # The inspector's page in a headless Chromium, which must be installed (Debian: apt-get install chromium-driver).
 test-browser: .venv/ready
-	REQUIRE_BROWSER=1 $(BIN)/python -m pytest -q tests/test_browser.py
+	REQUIRE_BROWSER=1 $(BIN)/python -m pytest -q tests/inspect/test_browser.py
 
 # Every cell of docs/distributed.md on this machine's CPU; writes the page's table.
 matrix: .venv/ready
-	$(BIN)/python tests/matrix.py --write docs/distributed.md
+	$(BIN)/python tests/support/matrix.py --write docs/distributed.md
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ from digit_reversal import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_opsd.demo import REFERENCE_ONLY_TEMPLATE, TEACHER_PROMPT_TEMPLATE
-from trl_opsd.evaluation import render_prompt
+from trl_opsd.evaluation.sampling import render_prompt
 from trl_opsd.losses import Divergence, purified_logits
 from trl_opsd.losses.divergences import divergence_terms
 

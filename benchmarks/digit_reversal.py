@@ -137,7 +137,7 @@ def with_slip(solution: str, generator: random.Random) -> tuple[tuple[str, bool]
 
 def measure(model, tokenizer, rows, chat_template_kwargs, *, seed: int, samples: int = SAMPLES):
     """Accuracy at temperature 1."""
-    from trl_opsd.evaluation import evaluate
+    from trl_opsd.evaluation.measures import evaluate
 
     settings = {"num_samples": samples, "temperature": 1.0, "max_new_tokens": 48, "batch_size": 300, "seed": seed}
     return evaluate(model, tokenizer, rows, chat_template_kwargs=chat_template_kwargs, **settings)
@@ -208,9 +208,9 @@ def train(run: Run, base: str, folder: Path, seed: int, overrides: dict[str, Any
     from transformers import set_seed
     from trl import GRPOConfig, GRPOTrainer
 
+    from trl_opsd.commands.train import TRAINERS
     from trl_opsd.demo import REFERENCE_ONLY_TEMPLATE, TEACHER_PROMPT_TEMPLATE
     from trl_opsd.rewards import accuracy_reward
-    from trl_opsd.train import TRAINERS
 
     set_seed(seed)
     kwargs = {"enable_thinking": run.thinking}
@@ -246,7 +246,7 @@ def run_one(name: str, seed: int, output: Path, overrides: dict[str, Any]) -> di
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from trl_opsd.demo import TEACHER_PROMPT_TEMPLATE
-    from trl_opsd.evaluation import paired_difference
+    from trl_opsd.evaluation.measures import paired_difference
 
     run, label = RUNS[name], "-".join([slug(name), *(f"{key}_{value}" for key, value in overrides.items()), str(seed)])
     folder = output / label

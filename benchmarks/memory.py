@@ -48,13 +48,13 @@ def measure(case):
     from transformers import AutoTokenizer
 
     from trl_opsd import OPSDConfig
-    from trl_opsd.collators import TeacherCollator
-    from trl_opsd.contexts import Rollout
     from trl_opsd.demo import model_path
-    from trl_opsd.footprint import measure_footprint
-    from trl_opsd.memory import plan_memory
+    from trl_opsd.experimental.planning.footprint import measure_footprint
+    from trl_opsd.experimental.planning.memory import plan_memory
+    from trl_opsd.experimental.planning.workload import Workload
     from trl_opsd.methods import OPSD
-    from trl_opsd.plan_options import Workload
+    from trl_opsd.teacher.contexts import Rollout
+    from trl_opsd.teacher.prompts import TeacherCollator
 
     cuda = torch.cuda.is_available()
     config, tokenizer = config_of(case["model"]), AutoTokenizer.from_pretrained(model_path())

@@ -113,9 +113,9 @@ def train(run: Run, folder: Path, seed: int, overrides: dict[str, Any]) -> None:
 def _rollout_trainer(kind: str, settings: dict[str, Any], dataset):
     from trl import GRPOConfig, GRPOTrainer
 
+    from trl_opsd.commands.train import TRAINERS
     from trl_opsd.demo import REFERENCE_ONLY_TEMPLATE, TEACHER_PROMPT_TEMPLATE, model_path
     from trl_opsd.rewards import accuracy_reward
-    from trl_opsd.train import TRAINERS
 
     settings = {**SAMPLING, **settings}
     if kind == "grpo":
@@ -133,7 +133,7 @@ def _without_reference():
     from dataclasses import replace
 
     from trl_opsd import PurifiedOPSDTrainer
-    from trl_opsd.contexts import TeacherContext
+    from trl_opsd.teacher.contexts import TeacherContext
 
     def contexts(group, settings, draw):
         plain = TeacherContext("plain", None, anchor=1.0, direction=-1.0)
@@ -177,7 +177,7 @@ def measure(path: str, rows: list[dict], seed: int) -> dict[str, Any]:
     """Accuracy, length, markers and decomposition of a saved model on rows of problems, sampled with `seed`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from trl_opsd.evaluation import evaluate
+    from trl_opsd.evaluation.measures import evaluate
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     result = evaluate(
@@ -200,7 +200,7 @@ def decompose(model, tokenizer, rows: list[dict], completions) -> dict[str, floa
     from transformers import AutoModelForCausalLM
 
     from trl_opsd.demo import REFERENCE_ONLY_TEMPLATE, TEACHER_PROMPT_TEMPLATE, model_path
-    from trl_opsd.evaluation import render_prompt
+    from trl_opsd.evaluation.sampling import render_prompt
     from trl_opsd.losses import SignalDecomposition, decompose_signal
 
     base = AutoModelForCausalLM.from_pretrained(model_path())
@@ -262,7 +262,7 @@ def summarize(results: list[dict]) -> list[dict]:
     """One row a name: means over seeds, gains over the base per seed and with an interval over questions."""
     import numpy as np
 
-    from trl_opsd.evaluation import paired_difference
+    from trl_opsd.evaluation.measures import paired_difference
 
     base_scores = np.mean([result["scores"] for result in results if result["name"] == "base"], axis=0)
     rows = []

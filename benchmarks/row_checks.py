@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from trl_opsd import OPSDConfig
-from trl_opsd.collators import TeacherCollator
 from trl_opsd.demo.tokenizer import CHAT_TEMPLATE
+from trl_opsd.rows.checks import check_dataset
+from trl_opsd.teacher.prompts import TeacherCollator
 from trl_opsd.trainers.prompt_checks import check_prompts
-from trl_opsd.validation import check_dataset
 
 LIMITS = {
     "no row near": {"max_positions": 40_960},

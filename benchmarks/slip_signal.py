@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_opsd.demo import REFERENCE_ONLY_TEMPLATE, TEACHER_PROMPT_TEMPLATE, build_rows, model_path
 from trl_opsd.demo.task import apply_operation
-from trl_opsd.evaluation import generate_completions, render_prompt
+from trl_opsd.evaluation.sampling import generate_completions, render_prompt
 from trl_opsd.losses import purified_logits, steered_logits
 from trl_opsd.verification import verify
 

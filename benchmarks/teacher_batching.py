@@ -4,7 +4,7 @@
     python benchmarks/teacher_batching.py --rows 24 --shortest 128 --longest 1024 --span 64 --repeats 3
 
   padded    rows as they come, as many a forward as the budget holds at their longest
-  sorted    longest first, as `trl_opsd.scoring` does
+  sorted    longest first, as `trl_opsd.teacher.scoring` does
   packed    rows one behind another in one sequence, positions restarting, a block mask between them (by transformers)
 All within `--budget` tokens a forward, in turn within each repeat. One JSON line a way, then ratios to padded.
 `difference` is the largest of the scored hidden states to padded's, relative to their largest. Packing computes no padding,
@@ -19,8 +19,8 @@ import torch
 from measuring import emit, machine, measure, summary
 from teacher_scoring import CountedForward, make_model, run_scoring
 
-from trl_opsd.collators import left_pad, positions_from_mask
-from trl_opsd.jobs import ScoringJob
+from trl_opsd.teacher.jobs import ScoringJob
+from trl_opsd.teacher.prompts import left_pad, positions_from_mask
 
 Rows = Sequence[tuple[list[int], list[int]]]  # context and rollout of each
 

@@ -21,11 +21,11 @@ import torch
 from measuring import Sample, emit, machine, measure, summary
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from trl_opsd.forwards import TeacherForward
-from trl_opsd.heads import attach_head_function
-from trl_opsd.jobs import ScoringJob
-from trl_opsd.scoring import ContextSharing, score_contexts
-from trl_opsd.states import TargetStates
+from trl_opsd.model.heads import attach_head_function
+from trl_opsd.teacher.forwards import TeacherForward
+from trl_opsd.teacher.jobs import ScoringJob
+from trl_opsd.teacher.scoring import ContextSharing, score_contexts
+from trl_opsd.teacher.states import TargetStates
 
 NUM_TOKENS = 512
 # Rollouts and contexts of a group; the head is not run, so its size is small.

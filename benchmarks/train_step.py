@@ -55,7 +55,7 @@ from steps import SAMPLING, GivenRollouts, load, make_rows, make_settings, measu
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_opsd.demo import model_path
-from trl_opsd.footprint import load_config
+from trl_opsd.experimental.planning.footprint import load_config
 
 # Rollouts a micro-batch, micro-batches a step, tokens, and rollouts that the self-teachers take of a prompt.
 SHAPES = {

@@ -13,7 +13,7 @@
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from trl_opsd import OPSDConfig, OPSDTrainer
-from trl_opsd.train import DataArguments, finish, load_rows
+from trl_opsd.commands.train import DataArguments, finish, load_rows
 
 if __name__ == "__main__":
     parser = TrlParser((DataArguments, OPSDConfig, ModelConfig))

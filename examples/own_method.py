@@ -8,9 +8,9 @@ changes; the trainer, its settings and its tests are those of every other method
 """
 
 from trl_opsd import Method, OPSDConfig
-from trl_opsd.contexts import TeacherContext
 from trl_opsd.demo import TEACHER_PROMPT_TEMPLATE, build_dataset, model_path
-from trl_opsd.trainers.base import SelfDistillationTrainer
+from trl_opsd.teacher.contexts import TeacherContext
+from trl_opsd.trainers.self_distillation import SelfDistillationTrainer
 
 
 def right_peer_contexts(group, settings, draw):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny real model, its tokenizer and small datasets, made from configs: nothing is downloaded."""
 
+import copy
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,8 +11,11 @@ os.environ.setdefault("CI", "true")  # TRL sends no telemetry from CI
 import pytest
 import torch
 from datasets import Dataset
+from groups import SMALL, TEXTS, reward_boxed
+from steps import make_trainer
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from trl_opsd import OGLSSDTrainer
 from trl_opsd.demo.tokenizer import build_tokenizer
 
 
@@ -104,3 +108,43 @@ def given_rollouts(monkeypatch):
         return trainer
 
     return give
+
+
+@pytest.fixture
+def build(make_model, make_args, dataset, tokenizer, given_rollouts):
+    """A function that makes a trainer of the tiny model."""
+
+    def build(**settings):
+        given = settings.pop("given", True)
+        trainer = make_trainer(make_model, make_args, dataset, tokenizer, **settings)
+        return given_rollouts(trainer) if given else trainer
+
+    return build
+
+
+@pytest.fixture
+def build_group(make_model, make_args, dataset, tokenizer, monkeypatch):
+    """A function that makes a trainer whose groups consist of given texts."""
+
+    def build(trainer_class=OGLSSDTrainer, texts=TEXTS, rows=None, reward=reward_boxed, model=None, **settings):
+        defaults = SMALL if trainer_class is OGLSSDTrainer else {}
+        trainer = trainer_class(
+            model=make_model(torch.float64) if model is None else model,
+            reward_funcs=reward,
+            args=make_args(trainer_class.config_class, **{**defaults, **settings}),
+            train_dataset=dataset if rows is None else rows,
+            processing_class=copy.deepcopy(tokenizer),
+        )
+
+        def sample(prompt_ids, *args, **kwargs):
+            ids = [
+                tokenizer(texts[i % len(texts)], add_special_tokens=False)["input_ids"] for i in range(len(prompt_ids))
+            ]
+            return [[*one, tokenizer.eos_token_id][: trainer.max_completion_length] for one in ids], None
+
+        monkeypatch.setattr(trainer, "_generate_single_turn", sample)
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.model.train()
+        return trainer
+
+    return build

@@ -12,18 +12,25 @@ __version__ = "0.1.0.dev0"
 _HOME_OF = {
     "OGLSSDConfig": "trainers.ogls_sd",
     "OGLSSDTrainer": "trainers.ogls_sd",
-    "OPSDConfig": "config",
+    "OPSDConfig": "trainers.config",
     "OPSDTrainer": "trainers.opsd",
-    "OPSDGKDConfig": "trainers.gkd",
-    "OPSDGKDTrainer": "trainers.gkd",
+    "OPSDGKDConfig": "experimental.gkd",
+    "OPSDGKDTrainer": "experimental.gkd",
     "PurifiedOPSDConfig": "trainers.purified_opsd",
     "PurifiedOPSDTrainer": "trainers.purified_opsd",
+    "CollapseGuard": "monitoring.guard",
+    "EvaluationCallback": "evaluation.callback",
     "Method": "methods",
+    "Rollout": "teacher.contexts",
+    "SelfDistillationTrainer": "trainers.self_distillation",
+    "TeacherContext": "teacher.contexts",
     "accuracy_reward": "rewards",
-    "UnsupportedTRLError": "_trl",
+    "UnsupportedTRLError": "_trl.versions",
 }
 
 __all__ = [
+    "CollapseGuard",
+    "EvaluationCallback",
     "Method",
     "OGLSSDConfig",
     "OGLSSDTrainer",
@@ -33,19 +40,26 @@ __all__ = [
     "OPSDTrainer",
     "PurifiedOPSDConfig",
     "PurifiedOPSDTrainer",
+    "Rollout",
+    "SelfDistillationTrainer",
+    "TeacherContext",
     "UnsupportedTRLError",
     "accuracy_reward",
 ]
 
 if TYPE_CHECKING:
-    from ._trl import UnsupportedTRLError
-    from .config import OPSDConfig
+    from ._trl.versions import UnsupportedTRLError
+    from .evaluation.callback import EvaluationCallback
+    from .experimental.gkd import OPSDGKDConfig, OPSDGKDTrainer
     from .methods import Method
+    from .monitoring.guard import CollapseGuard
     from .rewards import accuracy_reward
-    from .trainers.gkd import OPSDGKDConfig, OPSDGKDTrainer
+    from .teacher.contexts import Rollout, TeacherContext
+    from .trainers.config import OPSDConfig
     from .trainers.ogls_sd import OGLSSDConfig, OGLSSDTrainer
     from .trainers.opsd import OPSDTrainer
     from .trainers.purified_opsd import PurifiedOPSDConfig, PurifiedOPSDTrainer
+    from .trainers.self_distillation import SelfDistillationTrainer
 
 
 def __getattr__(name: str):

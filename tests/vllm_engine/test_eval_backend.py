@@ -18,7 +18,7 @@ def measure(folder, backend, questions, *more):
     words = ["--models", model_path(), "--datasets", str(questions), "--backend", backend, "--dtype", "float32"]
     words += ["--thinking", "off", "--output_dir", str(folder), "--save_completions", "--max_new_tokens", "24", *more]
     words += ["--vllm_options", json.dumps(PLAIN)] if backend == "vllm" else []
-    subprocess.run([sys.executable, "-m", "trl_opsd.cli", "eval", *words], check=True, timeout=900)
+    subprocess.run([sys.executable, "-m", "trl_opsd.commands.cli", "eval", *words], check=True, timeout=900)
     return [json.loads(path.read_text()) for path in sorted(folder.rglob("seed-*.json"))]
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..methods import Method
-from ..plots import has_curves, plot_run
 from .facts import describe_hardware, installed_versions, thinking_modes
 from .markdown import as_json, cell, code_span, escaped, fenced, hub_link, keyword_arguments, table
+from .plots import has_curves, plot_run
 from .results import evaluation_thinking
 
 CURVES = "run.png"

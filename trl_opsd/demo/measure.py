@@ -4,7 +4,7 @@
 import random
 from typing import Any
 
-from ..evaluation import EvaluationResult, evaluate
+from ..evaluation.measures import EvaluationResult, evaluate
 from . import REFERENCE_ONLY_TEMPLATE, TEACHER_PROMPT_TEMPLATE
 from .corpus import PLAIN, write_until
 from .task import draw_problems

@@ -14,9 +14,9 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..card import NUMBERS
-from ..evaluation import EvaluationResult, Interval, evaluate, paired_difference
-from ..plots import plot_run, require_matplotlib
-from ..train import main as train
+from ..card.plots import plot_run, require_matplotlib
+from ..commands.train import main as train
+from ..evaluation.measures import EvaluationResult, Interval, evaluate, paired_difference
 from . import build_rows, model_path
 
 RECIPE = "opsd.yaml"

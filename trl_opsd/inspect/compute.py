@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from ..collators import TeacherCollator
-from ..contexts import Prompt, Rollout, TeacherContext, fill_template, rewrite_last_turn
 from ..losses import LinearShape
 from ..methods import Method
+from ..rows.texts import Prompt, fill_template, rewrite_last_turn
+from ..teacher.contexts import Rollout, TeacherContext
+from ..teacher.prompts import TeacherCollator
 from .measures import decompose, extend_view, measure_direction, measure_loss
 from .records import RolloutRecord, SampledRollout, ViewRecord
 from .text import marker_flags, token_texts

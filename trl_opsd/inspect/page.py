@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..contexts import Prompt, message_text
+from ..rows.texts import Prompt, message_text
 from .records import RolloutRecord, ViewRecord
 
 _SMALLEST = -99_999  # thousandths of a nat: what is shown for a probability of 0

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass, field
 
-from ..contexts import Rollout
+from ..teacher.contexts import Rollout
 
 
 @dataclass(frozen=True)

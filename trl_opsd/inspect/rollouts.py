@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..contexts import Prompt, Rollout
 from ..rewards import accuracy_reward
+from ..rows.texts import Prompt
+from ..teacher.contexts import Rollout
 from .compute import PLAIN, Inspector, student_prompt
 from .records import SampledRollout
 

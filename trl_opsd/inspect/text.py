@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from ..markers import find_markers
+from ..monitoring.markers import find_markers
 
 _INCOMPLETE = "\ufffd"
 _WINDOW = 32

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..contexts import TeacherContext
 from ..losses import Shape
+from ..teacher.contexts import TeacherContext
 
 
 @dataclass

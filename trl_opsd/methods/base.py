@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..contexts import ContextRule, Rollout
 from ..losses import Shape
+from ..teacher.contexts import ContextRule, Rollout
 
 
 def no_shape(settings: Any, step: int) -> Shape:

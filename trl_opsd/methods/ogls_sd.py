@@ -9,8 +9,9 @@ that what showing any solution does cancels.
 from collections.abc import Sequence
 from typing import Any
 
-from ..contexts import Contexts, Rollout, TeacherContext, is_missing, without_blocks
 from ..losses import LinearShape, Shape
+from ..rows.texts import is_missing, without_blocks
+from ..teacher.contexts import Contexts, Rollout, TeacherContext
 from .base import Method
 
 TEACHERS = ("steered", "positive_only", "mean_of_positives")

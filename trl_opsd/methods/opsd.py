@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..contexts import Contexts, Rollout, TeacherContext
+from ..teacher.contexts import Contexts, Rollout, TeacherContext
 from .base import Method
 
 

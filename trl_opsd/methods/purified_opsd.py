@@ -8,8 +8,8 @@ solution to the one that reads the solution alone, and Dc is D less its mean ove
 from collections.abc import Sequence
 from typing import Any
 
-from ..contexts import Contexts, Rollout, TeacherContext
 from ..losses import BoundedShape
+from ..teacher.contexts import Contexts, Rollout, TeacherContext
 from .base import Method
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from .._trl import trusts_remote_code
-from ..jobs import ScoringJob
+from .._trl.versions import trusts_remote_code
 from ..methods import Method
-from ..passes import check_datasets
+from ..model.checks import check_model_config
 from ..rewards import make_accuracy_reward, no_reward
-from ..validation import check_dataset, check_model_config
+from ..rows.checks import check_dataset
+from ..rows.passes import check_datasets
+from ..teacher.jobs import ScoringJob
 from ..verification import warn_of_golds, which_verify
 
 _ROWS_TO_VERIFY = 32

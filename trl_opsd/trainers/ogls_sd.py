@@ -3,11 +3,12 @@
 
 from dataclasses import dataclass
 
-from ..config import OPSDConfig, option, require
 from ..losses import LinearShape
 from ..methods import OGLS_SD
 from ..methods.ogls_sd import TEACHERS
-from .base import SelfDistillationTrainer
+from .config import OPSDConfig
+from .self_distillation import SelfDistillationTrainer
+from .settings import option, require
 
 
 @dataclass

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """OPSD: the teacher is the same model reading the reference solution too (arXiv 2601.18734)."""
 
-from ..config import OPSDConfig
 from ..methods import OPSD
-from .base import SelfDistillationTrainer
+from .config import OPSDConfig
+from .self_distillation import SelfDistillationTrainer
 
 
 class OPSDTrainer(SelfDistillationTrainer):

@@ -4,11 +4,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..collators import TeacherCollator
-from ..contexts import Prompt, TeacherContext, message_text
-from ..passes import check_all_rows, check_datasets
-from ..token_counts import TokenCounts
-from ..validation import CHECKS_VERSION, check_no_special_token
+from ..rows.checks import CHECKS_VERSION, check_no_special_token
+from ..rows.passes import check_all_rows, check_datasets
+from ..rows.texts import Prompt, message_text
+from ..rows.token_counts import TokenCounts
+from ..teacher.contexts import TeacherContext
+from ..teacher.prompts import TeacherCollator
 from .checks import named_place
 
 _MARGIN = 16  # tokens that a text may take more within a template than alone

@@ -3,10 +3,11 @@
 
 from dataclasses import dataclass
 
-from ..config import OPSDConfig, option, require
 from ..losses import BoundedShape
 from ..methods import PURIFIED_OPSD
-from .base import SelfDistillationTrainer
+from .config import OPSDConfig
+from .self_distillation import SelfDistillationTrainer
+from .settings import option, require
 
 
 @dataclass

@@ -6,11 +6,11 @@ import warnings
 
 from accelerate.utils import gather_object
 
-from .._trl import CheckedCheckpoints
-from ..checkpoints import read_checkpoint, read_checkpoints
-from ..initial_weights import check_initial_weights, hash_initial_weights
-from ..resumption import CheckpointSearch
-from ..run_lock import only_run_in
+from .._trl.checkpoints import CheckedCheckpoints
+from ..checkpoints.initial_weights import check_initial_weights, hash_initial_weights
+from ..checkpoints.lock import only_run_in
+from ..checkpoints.manifest import read_checkpoint, read_checkpoints
+from ..checkpoints.resumption import CheckpointSearch
 from .checks import check_fills_a_batch, check_trained
 
 

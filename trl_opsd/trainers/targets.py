@@ -9,27 +9,19 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from .._trl import RolloutTrainer
-from ..collators import EncodedContext
-from ..contexts import (
-    Contexts,
-    Prompt,
-    Rollout,
-    TeacherContext,
-    as_text_turns,
-    fill_template,
-    is_missing,
-    rewrite_last_turn,
-)
-from ..diagnostics import sum_decompositions
-from ..heads import whole_head
-from ..jobs import ScoringJob
+from .._trl.rollouts import RolloutTrainer
 from ..losses import SignalDecomposition
-from ..markers import count_markers
 from ..methods import Method
-from ..repetition import count_repeated
-from ..teacher import Teacher
-from ..validation import check_rows, without_special_tokens
+from ..model.heads import whole_head
+from ..monitoring.diagnostics import sum_decompositions
+from ..monitoring.markers import count_markers
+from ..monitoring.repetition import count_repeated
+from ..rows.checks import check_rows, without_special_tokens
+from ..rows.texts import Prompt, as_text_turns, fill_template, is_missing, rewrite_last_turn
+from ..teacher.contexts import Contexts, Rollout, TeacherContext
+from ..teacher.jobs import ScoringJob
+from ..teacher.prompts import EncodedContext
+from ..teacher.weights import Teacher
 from .checks import named_place
 from .teaching import SelfTeaching
 

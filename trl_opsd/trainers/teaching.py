@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from ..collators import positions_from_mask
-from ..diagnostics import log_values
-from ..forwards import TeacherForward
-from ..heads import attach_head_function, caps_logits, check_output_head, head_function, head_shape
-from ..jobs import ScoringJob
 from ..losses import OutputHead, Shape, Target, clip_gradient_products, fused_divergence
-from ..scoring import ContextSharing, score_contexts
-from ..states import TargetStates
-from ..teacher import Teacher
-from ..validation import check_engine, check_model_config, check_vocabulary
+from ..model.checks import check_engine, check_model_config, check_vocabulary
+from ..model.heads import attach_head_function, caps_logits, check_output_head, head_function, head_shape
+from ..monitoring.diagnostics import log_values
+from ..teacher.forwards import TeacherForward
+from ..teacher.jobs import ScoringJob
+from ..teacher.prompts import positions_from_mask
+from ..teacher.scoring import ContextSharing, score_contexts
+from ..teacher.states import TargetStates
+from ..teacher.weights import Teacher
 from .checks import check_capped_head, check_same_weights
 
 

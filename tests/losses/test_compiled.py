@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss with its elementwise work compiled: the same numbers."""
+
+import itertools
+import shutil
+
+import pytest
+import torch
+from steps import loss_of_rows
+from test_fused import RULES, Problem, assert_equal_runs
+
+from trl_opsd.losses import BoundedShape, fused_divergence, tiles
+
+COMMON = [("forward_kl", "upper"), ("jsd", None)]
+compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
+
+
+@compiler
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # by Inductor itself
+@pytest.mark.parametrize(
+    "rule",
+    [*COMMON, *(pytest.param(rule, marks=pytest.mark.exhaustive) for rule in RULES if rule not in COMMON)],
+    ids=str,
+)
+def test_compiled_equals_eager_in_value_gradients_and_diagnostics(rule):
+    torch._dynamo.reset()  # beyond so many kinds of call torch falls back to eager
+    tiles._compiled_sweep.cache_clear()
+    for tile_tokens in (3, None):  # 5 positions have weight: a whole tile, the rest of one, all in one
+        problem = Problem(rule, BoundedShape(2.0, 0.7), "all")
+        eager = problem.run(fused_divergence, tile_tokens=tile_tokens)
+        compiled = problem.run(fused_divergence, tile_tokens=tile_tokens, compiled=True)
+        assert_equal_runs(compiled, eager, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_trainer_compiles_where_it_is_asked_to(build, dataset, monkeypatch, asked):
+    calls = itertools.count()
+
+    def watched(*args, **kwargs):
+        next(calls)
+        return tiles.sweep(*args, **kwargs)
+
+    monkeypatch.setattr(tiles, "_compiled_sweep", lambda: watched)
+    loss, _ = loss_of_rows(build(compile_loss=asked), dataset.select(range(4)))
+    plain, _ = loss_of_rows(build(), dataset.select(range(4)))
+    torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0.0)
+    assert (next(calls) > 0) is asked

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks of the loss head and of growth run at toy sizes; their numbers are not tests, their errors are."""
+
+import json
+import math
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from trl_opsd.losses import projection, tiles
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return import_module
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 0.1), ("pure-bfloat16", 0.1)])
+def test_every_contender_has_a_row_and_its_gradient_is_that_of_float64(load, tmp_path, capsys, dtype, bound):
+    benchmark = load("loss_head")
+    output = tmp_path / "results" / "rows.jsonl"
+    arguments = ["--shapes", "8x16x64", "--head", "frozen", "trained", "--repeats", "1", "--device", "cpu"]
+    benchmark.main([*arguments, "--dtype", dtype, "--output", str(output)])
+    rows = {(row["what"], row["backend"], row["head"]): row for row in read(output)}
+    assert len(rows) == len(benchmark.CASES) * len(benchmark.CONTENDERS) * 2  # the floor, but nothing compiled
+    for (what, backend, _), row in rows.items():
+        if row["note"] is not None:
+            assert backend == "liger" or row["note"] == benchmark.CASES[what].lack
+            assert row["median_s"] is None
+        else:
+            assert row["median_s"] > 0 and row["tokens_per_s"] > 0
+            assert (row["loss_error"] is None) == (backend == "floor")
+    with_loss = [row for row in rows.values() if row["loss_error"] is not None]
+    assert dtype != "float32" or all(row["gradient_error"] < bound for row in with_loss)  # all of 64 tokens are top-100
+    ours = [row for row in with_loss if row["backend"] == "ours"]
+    assert len(ours) == 2 * len(benchmark.CASES)
+    assert all(row["note"] is None and row["loss_error"] < bound for row in ours)
+    # A clipped term has no gradient: next to the bound, rounding decides.
+    assert all(row["gradient_error"] < bound for row in ours if dtype == "float32" or "clip" not in row["what"])
+    printed = capsys.readouterr().out
+    for words in ("ours / floor", "chunked / ours", "MB ours / chunked", "OGLS-SD / OPSD: "):
+        assert words in printed
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 0.02), ("pure-bfloat16", 0.02)])
+def test_with_the_products_of_a_gpu_the_gradient_is_that_of_float64_up_to_rounding(load, tmp_path, dtype, bound):
+    output = tmp_path / "rows.jsonl"
+    arguments = [
+        "--shapes",
+        "32x64x512",
+        "--head",
+        "trained",
+        "--backends",
+        "ours",
+        "--repeats",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    load("loss_head").main([*arguments, "--dtype", dtype, "--narrow-products", "--output", str(output)])
+    rows = [row for row in read(output) if row["backend"] == "ours"]
+    assert {row["products"] for row in rows} == {"narrow"}
+    assert all(row["loss_error"] < bound / 10 for row in rows)
+    unclipped = [
+        row["gradient_error"] for row in rows if row["what"] in ("forward_kl", "reverse_kl", "jsd", "purified")
+    ]
+    assert len(unclipped) == 4 and max(unclipped) < bound
+    assert dtype == "float32" or min(unclipped) > 1e-4  # the inputs of products were rounded
+
+
+def test_a_heads_gradient_is_added_up_over_tiles_a_slice_at_a_time(load, monkeypatch):
+    contenders, narrow = load("contenders"), load("narrow_products")
+    inputs = contenders.Inputs.draw(32, 64, 512, "cpu", torch.bfloat16)
+    grads = []
+    monkeypatch.setattr(tiles, "TILE_BYTES", {"cpu": 0})
+    for tile, rows in ((32, 8192), (10, 100)):
+        monkeypatch.setattr(tiles, "MIN_TILE_TOKENS", tile)
+        monkeypatch.setattr(projection, "WIDENED_ROWS", rows)
+        with narrow.narrow_products():
+            case = contenders.CASES["jsd"]
+            grads.append(contenders.backpropagate(contenders.ours, inputs, case, True, False))
+    assert grads[0].weight.shape == (512, 64)
+    torch.testing.assert_close(grads[1].weight, grads[0].weight)  # of two that were rounded to bfloat16
+    torch.testing.assert_close(grads[1].hidden, grads[0].hidden)
+
+
+def test_running_out_of_memory_is_a_row(load, monkeypatch, capsys):
+    benchmark = load("loss_head")
+    monkeypatch.setitem(benchmark.CONTENDERS, "dense", lambda inputs, case: torch.empty(2**48))
+    benchmark.main(["--shapes", "4x8x32", "--what", "jsd", "--repeats", "1", "--device", "cpu", "--no-exact"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    notes = {row["backend"]: row["note"] for row in rows}
+    assert notes["dense"] == "out of memory" and notes["ours"] is None
+    assert all(row["loss_error"] is None for row in rows)
+
+
+def test_growth_has_an_exponent_and_a_picture_for_each_curve(load, tmp_path, monkeypatch, capsys):
+    benchmark = load("growth")
+    monkeypatch.setattr(benchmark, "SIZES", {over: (4, 16) for over in benchmark.SIZES})
+    output, picture = tmp_path / "rows.jsonl", tmp_path / "growth.png"
+    small = ["--vocabulary", "64", "--positions", "8", "--width", "16", "--context", "8", "--span", "4"]
+    small += ["--layers", "1", "--hidden", "64", "--rollouts", "2", "--repeats", "1", "--device", "cpu"]
+    benchmark.main([*small, "--output", str(output), "--picture", str(picture)])
+    rows = read(output)
+    points = benchmark.curves(rows)
+    assert {over for over, _ in points} == set(benchmark.SIZES) and len(points) == len(benchmark.SIZES) + 2
+    assert all([row["size"] for row in curve] == [4, 8, 16] for curve in points.values())
+    assert all(math.isfinite(benchmark.exponent(curve, "median_s")) for curve in points.values())
+    assert picture.stat().st_size > 0
+    assert "time exponent" in capsys.readouterr().out
+
+
+def test_an_exponent_is_the_slope_of_the_upper_half(load):
+    exponent = load("growth").exponent
+    rows = [{"size": size, "median_s": max(100.0, size**2.0), "peak_extra_mb": None} for size in (1, 2, 4, 16, 32, 64)]
+    assert exponent(rows, "median_s") == pytest.approx(2.0)
+    assert exponent(rows, "peak_extra_mb") is None
+
+
+def test_the_checks_of_rows_are_timed_for_every_limit_and_a_second_run(load, tmp_path, capsys):
+    benchmark = load("row_checks")
+    output = tmp_path / "rows.jsonl"
+    benchmark.main(["--rows", "20", "--output", str(output)])
+    rows = read(output)
+    assert [row["limits"] for row in rows] == list(benchmark.LIMITS)
+    assert all(row["rows"] == 20 and row["cpu_s"] > 0 and row["again_s"] > 0 for row in rows)

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the README and the docs say is true: snippets run, links lead somewhere, tables match the code."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trl_opsd import OPSDConfig, OPSDGKDConfig
+from trl_opsd.monitoring.diagnostics import BUCKETS
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "recipes").rglob("README.md"))
+
+
+def snippets(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name) if name else page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings], target
+
+
+SNIPPETS = [
+    pytest.param(code, id=f"{page.stem}-{index}")
+    for page in PAGES
+    for index, code in enumerate(snippets(page, "python"))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", SNIPPETS)
+def test_python_snippets_of_the_readme_and_the_docs_run(code, tmp_path):
+    if "trainer.train()" in code:
+        code += "\nassert trainer.state.global_step == trainer.args.max_steps == 2\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_commands_of_the_readme_exist():
+    text = "\n".join(snippets(ROOT / "README.md", "bash"))
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for target in re.findall(r"make ([\w-]+)", text):
+        assert target in targets
+    for script in re.findall(r"(examples/\S+\.py)", text):
+        assert (ROOT / script).exists()
+    extras = re.search(r"\[project.optional-dependencies\](.*?)\n\[", (ROOT / "pyproject.toml").read_text(), re.DOTALL)
+    for extra in re.findall(r"\.\[(\w+)\]", text):
+        assert f"\n{extra} = " in extras.group(1)
+
+
+def test_settings_named_in_the_docs_exist():
+    fields = set(OPSDConfig.__dataclass_fields__) | set(OPSDGKDConfig.__dataclass_fields__)
+    for page in PAGES:
+        for name in re.findall(r"`(\w+)=[^`]*`", page.read_text()):
+            assert name in fields or name in {"trl"}, (page.name, name)
+
+
+def migration_rows():
+    """(section, their names, our names) of every row of the tables that compare arguments."""
+    section = None
+    for line in (ROOT / "docs" / "migration.md").read_text().splitlines():
+        if line.startswith("## "):
+            section = line[3:]
+        elif line.startswith("| `"):
+            theirs, ours = line.split("|")[1:3]
+            yield section, re.findall(r"`(\w+)", theirs), re.findall(r"`(\w+)", ours)
+
+
+def test_the_tables_of_migration_name_what_exists_on_both_sides():
+    import inspect
+
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.experimental.gkd import GKDConfig
+    from trl.experimental.sdft import SDFTConfig
+    from trl.experimental.sdpo import SDPOConfig
+
+    from trl_opsd import OGLSSDConfig
+
+    configs = {"SDFT": SDFTConfig, "SDPO": SDPOConfig, "GRPO": GRPOConfig, "GKD": GKDConfig}
+    arguments = set(inspect.signature(GRPOTrainer.__init__).parameters)
+    sections = set()
+    for section, theirs, ours in migration_rows():
+        sections.add(section)
+        named = OPSDGKDConfig if section.endswith("GKD") else OGLSSDConfig
+        assert set(ours) <= set(named.__dataclass_fields__) | arguments, (section, ours)
+        config = configs.get(section.split("'s ")[-1])
+        if config is not None:
+            assert set(theirs) <= set(config.__dataclass_fields__) | arguments, (section, theirs)
+    assert len(sections) == 5
+
+
+@pytest.mark.parametrize("name", ["SDFT", "SDPO", "GKD"])
+def test_every_setting_of_a_trl_relative_is_in_its_table_of_migration(name):
+    """What its config adds, generation and vLLM apart, which are GRPO's here too."""
+    import importlib
+
+    from trl import GRPOConfig, SFTConfig
+
+    config = getattr(importlib.import_module(f"trl.experimental.{name.lower()}"), f"{name}Config")
+    listed = {item for section, theirs, _ in migration_rows() if section.endswith(name) for item in theirs}
+    known = set(GRPOConfig.__dataclass_fields__) | set(SFTConfig.__dataclass_fields__)
+    missing = set(config.__dataclass_fields__) - known - listed
+    assert not missing
+
+
+def test_the_table_of_diagnostics_names_what_is_logged():
+    text = (ROOT / "docs" / "methods.md").read_text()
+    for name in ("divergence", "clipped_share", "student_entropy", "target_entropy", "entropy_gap"):
+        assert f"`{name}`" in text
+    assert "`divergence/first_token`" in text and "first_token" in BUCKETS
+
+
+def test_no_placeholder_is_left():
+    for page in PAGES:
+        assert not re.search(r"DEMO_TABLE|DEMO_TIME|TEST_LINE|SUPPORTED_TRL|TODO|FIXME", page.read_text()), page.name

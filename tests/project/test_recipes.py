@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every recipe parses, holds only known keys, and runs two steps; the demo goes from data to table, plot and model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_opsd.commands.train import TRAINERS, main, parse
+from trl_opsd.demo import model_path
+from trl_opsd.demo.run import run_demo
+from trl_opsd.errors import UsageError
+from trl_opsd.trainers.baselines import BASELINES
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "accelerate")
+ALL_RECIPES = [ROOT / "trl_opsd" / "demo" / "opsd.yaml", *RECIPES]
+NEUTRAL = ["--use_cpu=true", "--bf16=false", "--dtype=float32", "--report_to=none"]
+LAUNCHERS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
+QUICK = [
+    *NEUTRAL,
+    "--max_steps=2",
+    "--per_device_train_batch_size=8",
+    "--gradient_accumulation_steps=1",
+    "--disable_tqdm=true",
+]
+
+
+def name_of(path):
+    return f"{path.parent.name}-{path.stem}"
+
+
+def recipe_of(path):
+    return yaml.safe_load(path.read_text())
+
+
+def quick_arguments(path):
+    """Overrides that leave the method's and the group's settings as the recipe has them."""
+    if path.stem == "sft":
+        return [*QUICK, "--max_length=256"]
+    short = [*QUICK, "--max_completion_length=12", "--use_vllm=false", "--log_completions=false"]
+    return [*short, "--distillation_length=8"] if path.stem == "ogls-sd" else short
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """A Qwen3 of a few thousand parameters as a folder."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+    config = Qwen3Config(vocab_size=len(tokenizer), num_attention_heads=2, num_key_value_heads=1, **sizes)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def places(tmp_path, tiny_model):
+    """A data file with every column the recipes name, and the arguments that point at it."""
+    data = tmp_path / "rows.jsonl"
+    rows = [{"problem": f"{n}+1=?", "solution": f"{n}+1={n + 1}, so \\boxed{{{n + 1}}}"} for n in range(16)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    return [
+        f"--model_name_or_path={tiny_model}",
+        f"--dataset_name={data}",
+        "--problem_column=problem",
+        f"--output_dir={tmp_path / 'out'}",
+    ]
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
+def test_accelerate_reads_every_launcher_file(path):
+    config = load_config_from_file(str(path))  # refuses keys that it does not know
+    engine = path.stem.removesuffix("_cpu")
+    kind = {"single": "NO", "ddp": "MULTI_GPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}[engine]
+    assert config.distributed_type.name == kind
+    assert config.use_cpu == path.stem.endswith("_cpu")
+    if kind == "DEEPSPEED":
+        assert config.deepspeed_config["zero_stage"] == int(engine[-1])
+    if kind == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2
+        known = {field for field in vars(launch_command_parser().parse_args(["script.py"]))}
+        assert set(config.fsdp_config) <= known  # what it puts there is not checked when it is read
+
+
+def test_there_is_a_launcher_file_for_every_engine():
+    assert {path.stem for path in LAUNCHERS} == {"single", "ddp", "zero2", "zero3", "fsdp2", "zero2_cpu", "zero3_cpu"}
+
+
+@pytest.mark.parametrize("path", ALL_RECIPES, ids=name_of)
+def test_a_recipe_sets_only_known_fields_and_each_arrives(path, tmp_path):
+    # One process in place of eight.
+    one = ["--gradient_accumulation_steps=8"] if path in RECIPES else []
+    parsed = parse(path.stem, ["--config", str(path), *NEUTRAL, *one, f"--output_dir={tmp_path}"])
+    overridden = {"gradient_accumulation_steps", "bf16", "dtype", "report_to", "output_dir", "gradient_checkpointing"}
+    for name, value in recipe_of(path).items():
+        if name in overridden:
+            continue
+        (arrived,) = {repr(getattr(part, name)) for part in parsed if hasattr(part, name)}
+        expected = None if name == "clip" and value == "none" else value
+        assert arrived in (repr(expected), f"<SchedulerType.{str(value).upper()}: '{value}'>") or (
+            name == "save_strategy" and "'no'" in arrived
+        ), name
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_eight_gpus_make_the_papers_batch_of_32(path):
+    recipe = recipe_of(path)
+    assert recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * 8 == 32
+    assert 32 % recipe.get("num_generations", 1) == 0
+
+
+# What the papers print (their sections of docs/methods.md), beside what every recipe has.
+PAPERS = {
+    "opsd": {"divergence": "forward_kl", "clip": "upper", "num_generations": 1, "max_completion_length": 1024},
+    "ogls-sd": {
+        "clip": "symmetric",
+        "clip_value": 0.05,
+        "num_generations": 8,
+        "max_completion_length": 8192,
+        "distillation_length": 1024,
+        "steering_strength": 3.0,
+    },
+    "purified-opsd": {
+        "divergence": "jsd",
+        "clip": "none",
+        "tanh_bound": 10.0,
+        "conservativeness": 1.0,
+        "max_steps": 200,
+        "max_completion_length": 1024,
+    },
+}
+SHARED = {"lora_r": 64, "lora_alpha": 128, "learning_rate": 5e-6, "temperature": 1.1, "teacher_model_kind": "base"}
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem in PAPERS], ids=name_of)
+def test_a_recipe_has_the_papers_setting(path):
+    recipe = recipe_of(path)
+    for name, value in {**SHARED, **PAPERS[path.stem]}.items():
+        assert recipe[name] == value, name
+    if path.stem == "opsd":
+        assert recipe["clip_value"] == (0.06 if "8B" in path.parent.name else 0.05)
+
+
+def test_every_model_and_method_that_was_promised_has_a_recipe_and_its_page():
+    found = {(path.parent.name, path.stem) for path in RECIPES}
+    for size in ("1.7B", "4B", "8B"):
+        assert {(f"Qwen3-{size}", method) for method in (*TRAINERS, *BASELINES)} <= found
+    assert sum(method == "purified-opsd" and not model.startswith("Qwen3") for model, method in found) == 2
+    index = (ROOT / "recipes" / "README.md").read_text()
+    for model, method in found:
+        page = (ROOT / "recipes" / model / "README.md").read_text()
+        assert f"({method}.yaml)" in page and f"{model}/README.md" in index
+        for heading in ("paper", "ours", "difference", "## Command", "## Hardware, memory, time", "## Numbers"):
+            assert heading in page, heading
+        assert "not run here" in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ALL_RECIPES, ids=name_of)
+def test_a_recipe_runs_two_steps(path, places):
+    trainer = main(path.stem, ["--config", str(path), *places, *quick_arguments(path)])
+    expected = TRAINERS[path.stem] if path.stem in TRAINERS else BASELINES[path.stem][0]
+    assert type(trainer) is expected and trainer.state.global_step == 2
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2 or path.parent.name == "demo"
+    assert trainer.args.per_device_train_batch_size == 8
+    assert getattr(trainer.args, "num_generations", 1) == recipe_of(path).get("num_generations", 1)
+
+
+def test_a_misspelt_key_of_a_recipe_is_refused_with_the_nearest_name(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("divergense: jsd\n")
+    with pytest.raises(UsageError, match=r"divergense is not known. Did you mean `divergence`\?"):
+        parse("opsd", ["--config", str(recipe), "--output_dir", str(tmp_path), "--use_cpu=true"])
+
+
+@pytest.mark.slow
+def test_the_demo_goes_from_data_to_table_plot_and_loadable_model(tmp_path, capsys):
+    quick = ["--max_steps=2", "--per_device_train_batch_size=4", "--max_completion_length=24", "--disable_tqdm=true"]
+    summaries = run_demo(str(tmp_path), [0], 8, 2, ["--use_cpu=true", *quick])
+    printed = capsys.readouterr().out
+    assert "gain in avg@2" in printed and "bootstrap interval" in printed
+    folder = tmp_path / "seed-0"
+    assert (folder / "run.png").stat().st_size > 10_000
+    assert json.loads((folder / "summary.json").read_text()) == summaries[0]
+    card = (folder / "README.md").read_text()
+    assert "2601.18734" in card and f"{summaries[0]['base']['avg']:.3f}" in card and '"evaluation": "off"' in card
+    assert "Licence of the base: apache-2.0" in card and str(tmp_path) not in card
+    AutoModelForCausalLM.from_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TRL's private seams of sampling and of a step, as hooks with public names.
+
+`RolloutTrainer` sits between `trl.GRPOTrainer` and our trainers. It calls the parent's method first, then hands what
+it returned to a hook with a public name; no method of TRL is copied. `check_trl` says which private name is missing
+when TRL has moved.
+"""
+
+import inspect
+import warnings
+from contextlib import AbstractContextManager
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
+
+from ..checkpoints.state import load_state, save_state
+from ..teacher.forwards import counted_positions
+from .checkpoints import CheckedCheckpoints
+from .naming import NamedByMethod
+from .versions import HAS_ROUTER_LOSS, NUM_LOGPS_VALUES, check_trl
+
+
+def model_for_generation(trainer: Any) -> AbstractContextManager:
+    """Context of a trainer's model without its engine, with ZeRO-3's weights gathered as for rollouts."""
+    args = trainer.args
+    settings = {"gather_deepspeed3_params": getattr(args, "ds3_gather_for_generation", True)}
+    name = "gradient_checkpointing_kwargs"  # which TRL 1.0 does not take
+    if name in inspect.signature(unwrap_model_for_generation).parameters:
+        settings[name] = args.gradient_checkpointing_kwargs
+    return unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, **settings)
+
+
+def _seek_epoch(sampler: Any, epoch: int) -> None:
+    """Put TRL's sampler where it stands after `epoch` epochs; a resumed run would otherwise repeat the first order."""
+    sampler.generator.manual_seed(sampler.seed)
+    for _ in range(epoch):
+        torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+
+class RolloutTrainer(CheckedCheckpoints, NamedByMethod, GRPOTrainer):
+    """GRPOTrainer with its private seams turned into hooks. Subclasses implement `add_targets` and `step_loss`."""
+
+    def __init__(self, **kwargs):
+        check_trl()
+        # Older versions lack some arguments (`quantization_config` came in TRL 1.8); None is every default.
+        super().__init__(**{name: value for name, value in kwargs.items() if value is not None})
+        if not hasattr(self, "_tokenizer"):  # TRL 1.3 gave it a name of its own
+            self._tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        check_trl(instance=self)
+        self._rewards: torch.Tensor | None = None
+        self._rollout_ids: list[list[int]] = []
+        self._cached_logps = None
+        self._resumed_interval: dict[str, Any] | None = None
+
+    # Hooks
+
+    def prepare_rows(self, rows: list[dict]) -> list[dict]:
+        """Dataset rows before sampling."""
+        return rows
+
+    def before_rewards(self, rows: list[dict], completions: list, rollout_ids: list[list[int]]) -> None:
+        """Begin what may run beside the rewards of a generation batch, which are computed next."""
+
+    def add_targets(
+        self, rows: list[dict], batch: dict[str, Any], rewards: torch.Tensor, rollout_ids: list[list[int]]
+    ) -> dict[str, Any]:
+        """Add what the loss needs to a scored generation batch.
+
+        Args:
+            rows: of this rank, from `prepare_rows`.
+            batch: TRL's.
+            rewards: (world batch, functions).
+            rollout_ids: of each row every token behind its prompt, also of a rollout that the batch's masks leave out.
+        """
+        raise NotImplementedError
+
+    def step_loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+        """Loss of one micro-batch, divided by everything it is to be divided by."""
+        raise NotImplementedError
+
+    def pending_values(self) -> dict[str, Any]:
+        """What this rank keeps between optimizer steps, as JSON: for the batch and logging interval it is in."""
+        return {}
+
+    def restore_pending_values(self, values: dict[str, Any]) -> None:
+        """Take over what `pending_values` gave; called before the first step of a resumed run."""
+
+    def prepare_micro_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """What a micro-batch gets before its step, when a GPU may still be waited for; asked again when a run resumes."""
+        return {}
+
+    def count_loss_items(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """0-d numbers of items of a micro-batch that its losses average over, by the key that gets the global count."""
+        raise NotImplementedError
+
+    # What the hooks may ask for
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, also where the processing class is a processor."""
+        return self._tokenizer
+
+    @property
+    def mode(self) -> str:
+        """ "train" or "eval"."""
+        return "train" if self.model.training else "eval"
+
+    @property
+    def end_token_ids(self) -> set[int]:
+        """Tokens that end a rollout; one that was cut at the limit has none of them at its end."""
+        return set(getattr(self, "eos_token_ids", [self._tokenizer.eos_token_id]))  # later TRL
+
+    def first_rows(self) -> list[int]:
+        """Indices of the rows that a fresh run samples from first; none of a stream."""
+        if not hasattr(self.train_dataset, "__len__"):
+            return []
+        return list(dict.fromkeys(islice(self._get_train_sampler(), self.args.generation_batch_size)))
+
+    def render_kwargs(self) -> dict[str, Any]:
+        """What TRL passes to `apply_chat_template` beside the user's arguments."""
+        kwargs = {"tools": self.tools or None} if getattr(self, "tools", None) else {}
+        if getattr(self, "chat_template", None) is not None:
+            kwargs["chat_template"] = self.chat_template
+        return kwargs
+
+    def limit_rollouts(self, length: int | None) -> None:
+        """Sample at most `length` new tokens from now on, whichever engine samples; None for the longest allowed."""
+        length = length or self.max_completion_length
+        if self.use_vllm:
+            self.vllm_generation.max_completion_length = length
+        else:
+            self.generation_config.max_new_tokens = length
+        if "max_new_tokens" in (getattr(self, "generation_kwargs", None) or {}):  # continuous batching reads these
+            self.generation_kwargs["max_new_tokens"] = length
+
+    def add_metrics(self, metrics: dict[str, float]) -> None:
+        """Log numbers that are the same on every rank; averaged over the logging interval."""
+        for name, value in metrics.items():
+            self._metrics[self.mode][name].append(value)
+
+    def add_table_column(self, name: str, values: list) -> None:
+        """Append one value per local rollout to a column of the completions table (a collective)."""
+        self._logs["extra"][name].extend(gather_object(values))
+
+    def fill_table_column(self, name: str, values: dict[int, float]) -> None:
+        """Overwrite rows of a column by world-batch index, where `add_table_column` put a placeholder (a collective)."""
+        column = self._logs["extra"][name]
+        for index, value in gather_object(list(values.items())):
+            if index < len(column):
+                column[index] = value
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """Rows of the completions table of the last generation batch, as far as every column has them."""
+        logs = self._logs
+        columns = {"prompt": logs["prompt"], "completion": logs["completion"], **logs["rewards"]}
+        columns |= {"advantage": logs["advantages"], **logs["extra"]}
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=False)]
+
+    def policy_loss(self, model: torch.nn.Module, batch: dict[str, Any], logps_and_entropies: tuple) -> torch.Tensor:
+        """TRL's policy-gradient loss from log-probabilities that were computed already."""
+        self._cached_logps = logps_and_entropies
+        try:
+            return super()._compute_loss(model, batch)
+        finally:
+            self._cached_logps = None
+
+    def policy_logps(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple:
+        """Log-probabilities (B, T), entropies (B, T) and router loss of the student, with gradient."""
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        router_loss = {"compute_aux_loss": self.aux_loss_enabled} if HAS_ROUTER_LOSS else {}
+        with self._counted_positions(model):
+            values = super()._get_per_token_logps_and_entropies(
+                model, ids, mask, batch["completion_ids"].size(1), compute_entropy=True, **router_loss
+            )
+        return values if HAS_ROUTER_LOSS else (*values, None)
+
+    # TRL's seams
+
+    def _generate_and_score_completions(self, inputs):
+        rows = self.prepare_rows(inputs)
+        batch = super()._generate_and_score_completions(rows)
+        return self.add_targets(rows, batch, self._rewards, self._rollout_ids)
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self._rollout_ids = completion_ids_list
+        self.before_rewards(inputs, completions, completion_ids_list)
+        self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._rewards
+
+    def _compute_loss(self, model, inputs):
+        return self.step_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, *args, **kwargs):
+        if self._cached_logps is not None:
+            return self._cached_logps[:NUM_LOGPS_VALUES]
+        if self.args.reward_weight == 0.0:
+            # Asked for by the generation step (old or reference log-probabilities), read by the policy loss alone.
+            completion_length = args[1] if len(args) > 1 else kwargs["logits_to_keep"]
+            zeros = input_ids.new_zeros(input_ids.size(0), completion_length, dtype=torch.float32)
+            return (zeros, None, None)[:NUM_LOGPS_VALUES]
+        with self._counted_positions(model):
+            return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
+
+    def _counted_positions(self, model: torch.nn.Module) -> AbstractContextManager:
+        """TRL names no positions, and its prompts are padded on the left."""
+        return counted_positions(model, self.accelerator.unwrap_model(model))
+
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        if getattr(sampler, "shuffle", False):
+            sampler.set_epoch = partial(_seek_epoch, sampler)
+        return sampler
+
+    def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
+        batch = super()._prepare_inputs(generation_batch)
+        if self.mode == "eval":
+            self._prepare_window([batch])
+        elif self._buffered_inputs is not before:
+            window = self.args.gradient_accumulation_steps
+            for start in range(0, len(self._buffered_inputs), window):
+                self._prepare_window(self._buffered_inputs[start : start + window])
+        return batch
+
+    def _prepare_window(self, batches):
+        """Prepare the micro-batches of one optimizer step, and give them the counts, over all ranks, of their losses."""
+        for batch in batches:
+            batch.update(self.prepare_micro_batch(batch))
+        counts = [self.count_loss_items(batch) for batch in batches]
+        sums = torch.stack([torch.stack(list(count.values())).float() for count in counts]).sum(0)
+        sums = self.accelerator.reduce(sums, reduction="sum")
+        for batch in batches:
+            batch.update(zip(counts[0], sums, strict=True))
+
+    # The middle of a generation batch and of a logging interval
+
+    def has_pending_batch(self) -> bool:
+        """Whether micro-batches of the last generation batch are still to come."""
+        return bool(self._buffered_inputs) and self._step % self._batches_per_generation() > 0
+
+    def restore_interval(self) -> None:
+        """Continue the logging interval of the checkpoint; once the parent has begun an empty one."""
+        interval, self._resumed_interval = self._resumed_interval, None
+        if interval is not None:
+            self._tr_loss.fill_(interval["loss"])
+            self._globalstep_last_logged = interval["last_logged"]
+            for name, values in interval["metrics"].items():
+                self._metrics["train"][name] = values
+
+    def _batches_per_generation(self) -> int:
+        return self.args.steps_per_generation * self.args.num_iterations
+
+    def _pending_batches(self) -> list:
+        """The micro-batches still to come, None in place of those that no iteration will read again."""
+        if not self.has_pending_batch():
+            return []
+        done, size = self._step % self._batches_per_generation(), self.args.steps_per_generation
+        used = max(0, done - (self._batches_per_generation() - size))
+        return [None] * used + list(self._buffered_inputs[used:])
+
+    def _shape_of_run(self) -> dict[str, int]:
+        names = ("steps_per_generation", "num_iterations", "gradient_accumulation_steps", "per_device_train_batch_size")
+        return {name: getattr(self.args, name) for name in names}
+
+    def _save_pending(self, folder: Path) -> None:
+        values = {
+            "run_id": self.run_id,
+            "run": self._shape_of_run(),
+            "step": self._step,
+            "interval": {
+                "loss": self._tr_loss.item(),
+                "last_logged": self._globalstep_last_logged,
+                "metrics": dict(self._metrics["train"]),
+            },
+            "own": self.pending_values(),
+        }
+        accelerator = self.accelerator
+        save_state(folder, accelerator.process_index, accelerator.num_processes, values, self._pending_batches())
+
+    def _load_pending(self, checkpoint: str) -> None:
+        accelerator = self.accelerator
+        state = load_state(checkpoint, accelerator.process_index, accelerator.num_processes, accelerator.device)
+        if state is not None and state[0].get("run_id", self.run_id) != self.run_id:
+            raise ValueError(
+                f"{checkpoint}: the state of rank {accelerator.process_index} is of another run than the marker. Files of "
+                "two runs were mixed there; give another checkpoint."
+            )
+        self._buffered_inputs = None
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        if state is not None and state[0]["run"] == self._shape_of_run():
+            values, batches = state
+            self._step, self._buffered_inputs = values["step"], batches or None
+            self._resumed_interval = values["interval"]
+            self.restore_pending_values(values["own"])
+            for batch in batches:
+                if batch is not None:
+                    batch.update(self.prepare_micro_batch(batch))
+        elif self._step % self._batches_per_generation():
+            warnings.warn(
+                f"{checkpoint} stands in the middle of a generation batch and does not hold the rest of it for this "
+                "number of processes, steps_per_generation, num_iterations, gradient_accumulation_steps and "
+                "per_device_train_batch_size: the rest is sampled anew, so the run is not the uninterrupted one.",
+                stacklevel=2,
+            )

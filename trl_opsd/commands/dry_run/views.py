@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A row's prompts as training renders them, and what stands at the boundary to the rollout."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...methods import Method
+from ...rows.texts import fill_template, rewrite_last_turn
+from ...teacher.contexts import Rollout, TeacherContext
+from ...teacher.prompts import TeacherCollator, left_pad
+
+_BOUNDARY = 4  # tokens shown on each side
+_STAND_IN = 32  # tokens of a solution that stand in for a rollout
+
+
+@dataclass(frozen=True)
+class View:
+    """One rendered prompt of a row: the student's, or one that the teacher reads.
+
+    Attributes:
+        name: "student", or template and weight of a teacher's view.
+        ids: its tokens.
+        shortened: its solution lost text to the budget.
+        is_target: it is the target itself, not a direction whose views cancel where they agree, nor the plain prompt.
+    """
+
+    name: str
+    ids: list[int]
+    shortened: bool = False
+    is_target: bool = False
+
+
+def views_of(row: dict[str, Any], method: Method, args: Any, collator: TeacherCollator) -> list[View]:
+    """The student's prompt of a row and every prompt its teacher would read, as training renders them."""
+    prompt = row["prompt"]
+    if args.prompt_template is not None:
+        template = args.prompt_template
+        student_prompt = rewrite_last_turn(prompt, lambda text: fill_template(template, prompt=text))
+    else:
+        student_prompt = prompt
+    views = [View("student", collator.encode(student_prompt, TeacherContext("plain", None)).ids)]
+    for name, context in _contexts(row, method, args):
+        encoded = collator.encode(student_prompt if context.template == "plain" else prompt, context)
+        is_target = bool(context.anchor) and context.template != "plain"
+        views.append(View(name, encoded.ids, encoded.shortened, is_target))
+    return views
+
+
+def _contexts(row: dict[str, Any], method: Method, args: Any) -> Iterator[tuple[str, TeacherContext]]:
+    """Contexts of a stand-in group: the solution is a right rollout, an answer that is wrong the others."""
+    solution = row.get("solution")
+    group = [Rollout(row["prompt"], solution, "\\boxed{?}", 0.0)]
+    if method.needs_group:
+        group.insert(0, Rollout(row["prompt"], solution, solution or "a right rollout", 1.0))
+    contexts = method.contexts(group, args, random.Random(0))[-1]
+    for context in dict.fromkeys(contexts):
+        weight = context.anchor or context.direction
+        yield f"{context.template} ({'anchor' if context.anchor else 'direction'} {weight:+.2g})", context
+
+
+def row_lines(views: list[View], row: dict[str, Any], tokenizer: Any) -> Iterator[str]:
+    """Prompts as rendered, the tokens at the boundary to a stand-in rollout, and whether its ids agree in all views."""
+    rollout = tokenizer(row.get("solution") or "answer", add_special_tokens=False)["input_ids"][:_STAND_IN]
+    for view in views:
+        cut = ", solution shortened" if view.shortened else ""
+        yield f"{view.name}: {len(view.ids)} tokens{cut}"
+        yield from (f"  | {line}" for line in tokenizer.decode(view.ids).split("\n"))
+        yield f"  boundary: {_tokens(tokenizer, view.ids[-_BOUNDARY:])} >> {_tokens(tokenizer, rollout[:_BOUNDARY])}"
+    check_completion_ids([view.ids for view in views], rollout, tokenizer.pad_token_id or 0)
+    yield f"completion ids: the same {len(rollout)} in all {len(views)} prompts, batched and padded as in training"
+
+
+def check_completion_ids(contexts: list[list[int]], rollout: list[int], pad_id: int) -> None:
+    """Batch the prompts as the teacher's forward does and compare what follows each, token by token.
+
+    Raises:
+        AssertionError: a row's prompt or rollout is not what was put in.
+    """
+    ids, mask = left_pad(contexts, pad_id)
+    batch = torch.cat([ids, torch.tensor([rollout] * len(contexts), dtype=torch.long)], dim=1)
+    mask = torch.cat([mask, torch.ones(len(contexts), len(rollout), dtype=mask.dtype)], dim=1)
+    for row, context in enumerate(contexts):
+        real = batch[row][mask[row].bool()].tolist()
+        assert real[: len(context)] == context and real[len(context) :] == rollout, f"prompt {row} lost tokens"
+
+
+def _tokens(tokenizer: Any, ids: list[int]) -> str:
+    return " ".join(f"{token}:{tokenizer.decode([token])!r}" for token in ids)

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OPSD for scripts of TRL's experimental GKDTrainer: its datasets, its `lmbda`, its sampling; our teacher and loss."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from .._trl.naming import NamedByMethod
+from .._trl.versions import dict_fields, gkd_classes
+from ..card import describe_run
+from ..losses import OutputHead, Target, token_weights
+from ..methods import OPSD
+from ..model.checks import num_positions
+from ..monitoring.diagnostics import Diagnostics
+from ..monitoring.guard import ClipWarning
+from ..rows.passes import check_datasets
+from ..teacher.contexts import Rollout
+from ..teacher.jobs import ScoringJob
+from ..teacher.prompts import TeacherCollator
+from ..teacher.states import TargetStates
+from ..teacher.weights import Teacher
+from ..trainers.checks import config_of
+from ..trainers.runs import IdentifiedRun
+from ..trainers.settings import SelfDistillationSettings, option
+from ..trainers.teaching import SelfTeaching
+from .gkd_rows import IGNORED, MessagesCollator, check_messages
+
+GKDConfig, GKDTrainer = gkd_classes()
+
+# Settings and arguments of GKD that have no meaning here -> what to set instead.
+_OTHER_SETTINGS = {
+    "beta": "divergence ('forward_kl' is their 0, 'reverse_kl' their 1, 'jsd' with mixture_weight what is between)",
+    "seq_kd": "lmbda, and put the text to train on into `messages`",
+    "teacher_model_name_or_path": "teacher_model_kind: the model itself is the teacher",
+    "teacher_model_init_kwargs": "model_init_kwargs: the model itself is the teacher",
+}
+_OTHER_ARGUMENTS = {
+    "teacher_model": "the model itself is the teacher; for another one use TRL's GKDTrainer",
+    "data_collator": "batches carry each row's question and solution; set prompt_template or max_length",
+    "compute_metrics": "there are no logits to give it",
+    "preprocess_logits_for_metrics": "there are no logits to give it",
+    "formatting_func": "give `messages` and `solution`",
+}
+
+
+@dataclass
+class OPSDGKDConfig(SelfDistillationSettings, GKDConfig):
+    """Settings of `OPSDGKDTrainer`: every field of `trl.experimental.gkd.GKDConfig`, and those of teacher and loss.
+
+    The defaults are OPSD's (arXiv 2601.18734, version 3), so `lmbda` is 1; top-p 1 and no top-k are GKDTrainer's own.
+    A mean over tokens is over a micro-batch of all ranks, and the optimizer step takes the mean of those.
+
+    Raises:
+        ValueError: a field outside its range, or one of GKD that has another name here.
+    """
+
+    _rollout_limit = "max_new_tokens"
+    _VALID_DICT_FIELDS = dict_fields(GKDConfig)
+
+    learning_rate: float = option(5e-6, "Initial learning rate of AdamW.")
+    max_grad_norm: float = option(0.1, "Largest gradient norm; larger ones are scaled down.")
+    max_steps: int = option(100, "Optimizer steps. The papers stop early: long runs collapse.")
+    save_steps: float = option(25, "Steps between checkpoints.")
+    per_device_train_batch_size: int = option(4, "Rollouts per device and micro-batch.")
+    gradient_accumulation_steps: int = option(8, "Micro-batches per optimizer step.")
+    temperature: float = option(1.1, "Sampling temperature of the rollouts.")
+    max_new_tokens: int = option(1024, "Longest rollout in tokens.")
+    max_length: int | None = option(
+        None, "Tokens of prompt and answer of a row that is not sampled; the answer loses its end. None for all."
+    )
+    lmbda: float = option(
+        1.0, "Chance, in [0, 1], that a micro-batch is sampled; otherwise its `messages` are trained on as they are."
+    )
+    loss_reduction: str = option(
+        "token",
+        "`token`: mean over all tokens of a micro-batch, over ranks; `sequence`: mean of each rollout's mean. An "
+        "optimizer step takes the mean of its micro-batches.",
+    )
+
+    def __post_init__(self):
+        self._read_texts()
+        super().__post_init__()
+        defaults = GKDConfig.__dataclass_fields__
+        for name, instead in _OTHER_SETTINGS.items():
+            if getattr(self, name) != defaults[name].default:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not read by OPSDGKDTrainer. Set {instead}.")
+        self._check_loss()
+        self._check_teacher()
+
+
+class _NoTeacher(torch.nn.Linear):
+    """In place of the second model that GKDTrainer wants: the vocabulary it compares, and one weight for DeepSpeed."""
+
+    def __init__(self, config: Any):
+        super().__init__(1, 1, bias=False)
+        self.config = config
+
+
+def _refuse_fsdp(args: OPSDGKDConfig) -> None:
+    if getattr(args, "fsdp_plugin", None) is not None or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ValueError(
+            "FSDP is not supported by OPSDGKDTrainer: its parent was never run there. Launch with DDP, ZeRO-2 or ZeRO-3, "
+            "or use OPSDTrainer, which trains under FSDP2 too."
+        )
+
+
+class OPSDGKDTrainer(IdentifiedRun, SelfTeaching, NamedByMethod, GKDTrainer):
+    """GKDTrainer that distils a model from itself reading the reference solution (arXiv 2601.18734).
+
+    With the chance `lmbda` a micro-batch is sampled from the student; otherwise the answers of its `messages` are
+    scored. Sampling is by `generate`, one micro-batch at a time: for vLLM, rewards or groups use `OPSDTrainer`, whose
+    loss and gradient these are at `lmbda=1` and one micro-batch a step. A micro-batch is sampled before the next one
+    is known, so a loss is divided by the micro-batch's count over all ranks, and a step takes the mean of its
+    micro-batches: tokens of a micro-batch with few of them weigh more.
+
+    Args:
+        model: name or folder, or a causal LM.
+        args: an `OPSDGKDConfig`.
+        train_dataset: columns `messages` (a conversation, the answer last) and `solution` (what the teacher reads).
+        eval_dataset: the same; its answers are scored as they are.
+        processing_class: the tokenizer.
+        callbacks, optimizers, peft_config: as in TRL.
+        **others: GKDTrainer's other arguments, which are refused by name.
+
+    Raises:
+        ValueError: before any training, for a dataset, model or setting it cannot work with.
+        UnsupportedTRLError: when imported under a TRL whose GKDTrainer is another.
+    """
+
+    method = OPSD
+    config_class = OPSDGKDConfig
+
+    def __init__(
+        self,
+        model,
+        args=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        callbacks=None,
+        optimizers=(None, None),
+        peft_config=None,
+        **others,
+    ):
+        for name, value in others.items():
+            if name not in _OTHER_ARGUMENTS:
+                raise TypeError(f"{type(self).__name__} has no argument {name!r}.")
+            if value is not None:
+                raise ValueError(f"{name} is given to {type(self).__name__}: {_OTHER_ARGUMENTS[name]}. Leave it out.")
+        name = model if isinstance(model, str) else model.config._name_or_path
+        args = args or self.config_class(f"{name.rstrip('/').split('/')[-1] or 'model'}-{self.method.name}")
+        if not isinstance(args, self.config_class):
+            raise ValueError(f"args is a {type(args).__name__}; give an {self.config_class.__name__}.")
+        _refuse_fsdp(args)
+        if train_dataset is None:
+            raise ValueError("train_dataset is None; give a dataset with the columns `messages` and `solution`.")
+        check_datasets(check_messages, train_dataset, eval_dataset)
+        if isinstance(model, str):  # a pickle can run code when it is read
+            args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
+        super().__init__(
+            model=model,
+            teacher_model=_NoTeacher(config_of(model, args)),
+            args=args,
+            data_collator=list,  # ours needs the tokenizer, which the parent may load
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+        )
+        # Then HF Trainer counts no labels, which sampling replaces, and divides each loss by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+        self.prepare_model_to_teach()
+        self.collator = TeacherCollator.from_settings(
+            self.tokenizer, args, max_positions=num_positions(self.model.config)
+        )
+        self.data_collator = MessagesCollator(self.collator, args.prompt_template, args.max_length)
+        self.teacher = Teacher(
+            args.teacher_model_kind,
+            self.model,
+            fresh_adapter=peft_config is not None,
+            update_rate=args.teacher_update_rate,
+        )
+        self.divergence = args.loss_divergence()
+        self.diagnostics = {"train": Diagnostics(), "eval": Diagnostics()}
+        self.remember_initial_weights()
+        self.add_callback(_TeacherHooks(self))
+        self.add_callback(ClipWarning())
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, also where the processing class is a processor."""
+        return getattr(self.processing_class, "tokenizer", self.processing_class)
+
+    @property
+    def mode(self) -> str:
+        """ "train" or "eval"."""
+        return "train" if self.model.training else "eval"
+
+    def save_extra_state(self, checkpoint: str) -> None:
+        self.teacher.save(checkpoint)
+
+    def load_extra_state(self, checkpoint: str) -> None:
+        self.teacher.load(checkpoint)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The divergence from student to teacher on the positions whose labels are not -100.
+
+        Args:
+            model: the student, as the engine wraps it.
+            inputs: a batch of `MessagesCollator`, sampled or not.
+            return_outputs: return a pair, whose second part has no logits.
+            num_items_in_batch: not read; see the class.
+        """
+        diagnostics, device = self.diagnostics[self.mode], self.accelerator.device
+        columns, mask, completions = self._distilled(inputs)
+        with diagnostics.clock("teacher_forward", device):
+            target = self._score(inputs, completions, mask)
+        with diagnostics.clock("loss", device):
+            function = self._loss_from_states(columns, mask, target)
+            loss, stats = self.loss_in_forward(model, inputs["input_ids"], inputs["attention_mask"], function)
+        products = stats.pop("clip_products", None)
+        values = {name: value.new_zeros(mask.shape).masked_scatter(mask, value) for name, value in stats.items()}
+        diagnostics.add(values, mask, torch.arange(len(mask), device=device), clip_products=products)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _distilled(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
+        """Where the states that predict distilled tokens are (B, S - 1), the same by place in the rollout (B, D), and
+        the rollouts' ids; both masks select the same tokens in the same order."""
+        own = inputs["labels"] != IGNORED
+        length, skipped = self.distilled_length(), self.args.num_loss_tokens_to_skip
+        completions = [ids[is_own].tolist()[:length] for ids, is_own in zip(inputs["input_ids"], own, strict=True)]
+        place = own.cumsum(dim=1) - 1
+        columns = own & (place >= skipped)
+        if length is not None:
+            columns &= place < length
+        lengths = torch.tensor([len(ids) for ids in completions], device=own.device)
+        places = torch.arange(max(1, *map(len, completions)), device=own.device)
+        mask = (places[None] < lengths[:, None]) & (places[None] >= skipped)
+        return columns[:, 1:], mask, completions
+
+    def _score(self, inputs: dict[str, Any], completions: list[list[int]], mask: torch.Tensor) -> TargetStates:
+        """Teacher hidden states (B, D, H) of the rollouts."""
+        jobs = []
+        for row, (question, solution, ids) in enumerate(
+            zip(inputs["question"], inputs["solution"], completions, strict=True)
+        ):
+            (views,) = self.method.contexts([Rollout(question, solution, "")], self.args, None)
+            for view in views if ids else ():
+                context = self.collator.encode(question, view).ids
+                jobs.append(ScoringJob(context, ids, row, view.anchor, view.direction))
+        target = self._run_teacher(self.teacher, jobs, (*mask.shape, self.hidden_size), with_direction=False)
+        # Inside HF Trainer's autocast the teacher's weights, cast without a gradient, would be the student's too.
+        torch.clear_autocast_cache()
+        return target
+
+    def _loss_from_states(self, columns: torch.Tensor, mask: torch.Tensor, states: TargetStates):
+        items = mask.sum() if self.args.loss_reduction == "token" else mask.any(dim=1).sum()
+        items = self.accelerator.reduce(items.float()[None], reduction="sum")[0]
+        # Engines average gradients over ranks, so each rank divides by its share of the global count.
+        denominator = items.clamp(min=1) / self.accelerator.num_processes
+        weights = token_weights(mask, reduction=self.args.loss_reduction, denominator=denominator)
+        target = Target(states.anchor[mask], None, self.shape_now(), self.teacher.head)
+
+        def function(hidden: torch.Tensor, head: OutputHead):
+            return self.divergence_of(hidden[:, :-1][columns], head, target, weights[mask])
+
+        return function
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log TRL's numbers and ours; collective."""
+        diagnostics, prefix = self.diagnostics[self.mode], {"train": "", "eval": "eval_"}[self.mode]
+        means = diagnostics.means(lambda sums: self.accelerator.reduce(sums, reduction="sum"), self.accelerator.device)
+        means |= {f"time/{name}": seconds for name, seconds in diagnostics.seconds().items()}
+        diagnostics.reset()
+        super().log({**logs, **{f"{prefix}{name}": value for name, value in means.items()}}, start_time)
+
+
+class _TeacherHooks(TrainerCallback):
+    """Moves the teacher's average."""
+
+    def __init__(self, trainer: OPSDGKDTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.accelerator.print(describe_run(args, self.trainer.method))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.teacher_sync_steps == 0:
+            self.trainer.teacher.update()

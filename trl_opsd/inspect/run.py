@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`trl-opsd inspect`: models, method and settings as the training command takes them, to one HTML page."""
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig
+
+from .._trl.versions import trusts_remote_code
+from ..card import thinking_modes
+from ..commands.arguments import CommandParser, check_writable
+from ..commands.train import TRAINERS, DataArguments, load_rows, parse_as
+from ..trainers.settings import option
+from .compute import Inspector
+from .page import write_page
+from .records import RolloutRecord, SampledRollout
+from .rollouts import sample_groups, saved_groups
+
+# A default of training that a machine without a GPU refuses; nothing here reads it, and words of the user's win.
+_NEUTRAL = ("--bf16", "false")
+_PROMPTS_PER_ROLLOUT = 8
+
+
+@dataclass
+class InspectArguments(DataArguments):
+    """What to inspect, beside the data, the models and the method's settings."""
+
+    method: str = option("opsd", "Whose contexts and target are shown: `opsd`, `ogls-sd` or `purified-opsd`.")
+    student_model_name_or_path: str | None = option(
+        None, "Checkpoint of the student. None: the base model, which teaches, itself."
+    )
+    completions: str | None = option(
+        None,
+        "A run's saved completions instead of fresh rollouts: JSONL, Parquet, or a run's folder (trained with "
+        "log_completions).",
+    )
+    num_rollouts: int = option(4, "Rollouts on the page.")
+    output: str = option("inspect.html", "The page.")
+
+
+def run_inspect(arguments: list[str]) -> Path:
+    """Write the page that the command line describes and say where it is.
+
+    Args:
+        arguments: words of the command line; `--config` names a recipe, whose settings of training are taken too.
+
+    Raises:
+        UsageError: an option or a key of the recipe is not known; names the nearest.
+        ValueError: no rollout can be inspected, or an argument is missing.
+    """
+    finder = CommandParser(add_help=False)
+    finder.add_argument("--method", default="opsd", choices=[*TRAINERS])
+    method = finder.parse_known_args(arguments)[0].method  # decides which settings there are
+    types = (InspectArguments, TRAINERS[method].config_class, ModelConfig)
+    inspect_args, settings, model_args = parse_as(types, "inspect", [*_NEUTRAL, *arguments])
+    if inspect_args.num_rollouts < 1:
+        raise ValueError(f"num_rollouts={inspect_args.num_rollouts} is not valid; set it to 1 or more.")
+    check_writable(Path(inspect_args.output).parent)
+    inspector = make_inspector(inspect_args, settings, model_args)
+    groups = _groups(inspector, inspect_args)
+    records, num_seen = take_records(inspector, groups, inspect_args.num_rollouts)
+    if not records:
+        raise ValueError(
+            f"{inspector.method.name} distils none of the {num_seen} rollouts: a method of groups needs right and wrong "
+            "ones. Give other problems or more num_generations."
+        )
+    name = inspector.method.name
+    path = write_page(
+        inspect_args.output,
+        records,
+        lambda token: inspector.tokenizer.decode([token]),
+        f"{name}: what the teacher says of each token",
+        _facts(inspector, inspect_args, model_args.model_name_or_path),
+    )
+    print(f"{path}: {len(records)} of {num_seen} rollouts, {path.stat().st_size / 1e6:.1f} MB")
+    return path
+
+
+def make_inspector(inspect_args: InspectArguments, settings: Any, model_args: ModelConfig) -> Inspector:
+    """Load the base model as the teacher and the checkpoint, if one is named, as the student."""
+    if not model_args.model_name_or_path:
+        raise ValueError("model_name_or_path is not set. Give the base model, whose weights teach.")
+    teacher = _load(model_args.model_name_or_path, model_args, settings, model_args.model_revision)
+    student, own = teacher, inspect_args.student_model_name_or_path
+    if own is not None:
+        student = _load(own, model_args, settings, None)
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=trusts_remote_code(settings),
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    step = _trained_steps(own) or settings.max_steps
+    return Inspector(student, teacher, tokenizer, TRAINERS[inspect_args.method].method, settings, step)
+
+
+def take_records(
+    inspector: Inspector, groups: Iterable[list[SampledRollout]], num_rollouts: int
+) -> tuple[list[RolloutRecord], int]:
+    """Records of the first rollouts that the method distils, and how many rollouts were looked at for them."""
+    records: list[RolloutRecord] = []
+    num_seen = 0
+    for group in groups:
+        num_seen += len(group)
+        records += inspector.inspect_group(group)
+        if len(records) >= num_rollouts:
+            break
+    return records[:num_rollouts], num_seen
+
+
+def _groups(inspector: Inspector, inspect_args: InspectArguments) -> Iterator[list[SampledRollout]]:
+    if inspect_args.completions is None:
+        rows = load_rows(inspect_args, inspect_args.dataset_train_split)
+        return sample_groups(inspector, itertools.islice(rows, _PROMPTS_PER_ROLLOUT * inspect_args.num_rollouts))
+    rows = load_rows(inspect_args, inspect_args.dataset_train_split) if inspect_args.dataset_name else None
+    return saved_groups(inspector, inspect_args.completions, rows)
+
+
+def _load(name: str, model_args: ModelConfig, settings: Any, revision: str | None) -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(
+        name,
+        revision=revision,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        use_safetensors=True,
+        trust_remote_code=trusts_remote_code(settings),
+    )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _trained_steps(checkpoint: str | None) -> int | None:
+    """Optimizer steps of a checkpoint of HF Trainer, None where the folder does not say."""
+    state = Path(checkpoint or "") / "trainer_state.json"
+    return json.loads(state.read_text())["global_step"] if checkpoint and state.exists() else None
+
+
+def _facts(inspector: Inspector, inspect_args: InspectArguments, base: str) -> dict[str, Any]:
+    settings = inspector.settings
+    thinking = thinking_modes(settings)
+    facts = {
+        "method": inspector.method.name,
+        "teacher": Path(base).name,
+        "student": Path(inspect_args.student_model_name_or_path or base).name,
+        "divergence": settings.divergence,
+        "clip": f"{settings.clip} {settings.clip_value}" if settings.clip else "none",
+        "loss temperature": settings.loss_temperature,
+        "thinking of student / teacher": " / ".join(str(thinking[role]) for role in ("student", "teacher")),
+    }
+    if inspect_args.completions is None:
+        return facts | {"rollouts": "sampled from the student for this page"}
+    return facts | {"rollouts": f"{Path(inspect_args.completions).name}, tokenized again from their text"}

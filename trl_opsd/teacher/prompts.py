@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a teacher's context to token ids: chat template, length budget, left padding.
+
+The rollout's ids are appended as they were sampled. Nothing here decodes and re-encodes a prompt or a completion.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ..rows.checks import check_no_special_token
+from ..rows.texts import Prompt, as_text_turns, fill_template, rewrite_last_turn
+from .contexts import TeacherContext
+
+_CUT = " [...] "
+
+
+@dataclass(frozen=True)
+class EncodedContext:
+    """Token ids of a teacher's prompt, and whether its slot was shortened to fit the budget."""
+
+    ids: list[int]
+    shortened: bool = False
+
+
+@dataclass
+class TeacherCollator:
+    """Renders what the teacher reads before the rollout.
+
+    Args:
+        tokenizer: the model's tokenizer, with a chat template where prompts are conversations.
+        templates: prompt template by the name a `TeacherContext` uses, except "plain".
+        student_kwargs: chat-template arguments of the student, used for "plain" contexts.
+        teacher_kwargs: chat-template arguments of every other context.
+        prefix: text that opens the teacher's turn after the generation prompt.
+        max_length: budget of a privileged prompt in tokens; the slot's text is shortened to it, the template never.
+        shorten: where the slot's text is cut, "middle" or "end".
+        render_kwargs: passed to `apply_chat_template` for every context (tools, another chat template).
+        max_positions: tokens that the model has positions for; None for no limit.
+    """
+
+    tokenizer: Any
+    templates: dict[str, str]
+    student_kwargs: dict[str, Any] = field(default_factory=dict)
+    teacher_kwargs: dict[str, Any] = field(default_factory=dict)
+    prefix: str | None = None
+    max_length: int | None = None
+    shorten: str = "middle"
+    render_kwargs: dict[str, Any] = field(default_factory=dict)
+    max_positions: int | None = None
+
+    @cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Control tokens that a text must not spell out; `<think>` and its like are tokens of their own but no control."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        return tuple(dict.fromkeys([*self.tokenizer.all_special_tokens, *(t.content for t in added if t.special)]))
+
+    @classmethod
+    def from_settings(
+        cls, tokenizer: Any, settings: Any, render_kwargs: dict[str, Any] | None = None, **limits: int | None
+    ):
+        """The collator that an `OPSDConfig` describes, with further `limits` of the model."""
+        return cls(
+            tokenizer=tokenizer,
+            templates={"teacher": settings.teacher_prompt_template, "reference": settings.reference_prompt_template},
+            student_kwargs=settings.chat_template_kwargs or {},
+            teacher_kwargs=settings.teacher_chat_template_kwargs or {},
+            prefix=settings.teacher_prefix,
+            max_length=settings.max_teacher_prompt_length,
+            shorten=settings.solution_shortening,
+            render_kwargs=render_kwargs or {},
+            **limits,
+        )
+
+    def encode(self, prompt: Prompt, context: TeacherContext) -> EncodedContext:
+        """Token ids of `context` for a row's `prompt`, the slot shortened to the budget if it must be.
+
+        Raises:
+            ValueError: the template and the problem alone exceed `max_teacher_prompt_length`, the chat template
+                refuses its arguments, the slot's text spells out a control token, or the model has fewer positions.
+        """
+        if context.template == "plain":
+            return EncodedContext(self._within_positions(self._render(prompt, self.student_kwargs)))
+        check_no_special_token({"prompt": "", "solution": context.slot}, "teacher context", self.special_tokens)
+        slot, cut = self._within_slot_budget(context)
+        context = replace(context, slot=slot)
+        ids = self._privileged_ids(prompt, context.template, slot)
+        if self.max_length is None or len(ids) <= self.max_length:
+            return EncodedContext(self._within_positions(ids), shortened=cut)
+        return EncodedContext(self._shortened_ids(prompt, context), shortened=True)
+
+    def _within_slot_budget(self, context: TeacherContext) -> tuple[str, bool]:
+        """The slot's text within its own budget, and whether it was cut."""
+        if context.slot_tokens is None:
+            return context.slot, False
+        ends = token_ends(self.tokenizer, context.slot)
+        if len(ends) <= context.slot_tokens:
+            return context.slot, False
+        return shorten_text(context.slot, ends, context.slot_tokens, self.shorten), True
+
+    def _within_positions(self, ids: list[int]) -> list[int]:
+        if self.max_positions is not None and len(ids) > self.max_positions:
+            raise ValueError(
+                f"A prompt has {len(ids)} tokens, but the model has positions for {self.max_positions}. Set "
+                f"max_teacher_prompt_length below {self.max_positions} to shorten the solution, or drop the row."
+            )
+        return ids
+
+    def check_renders(self, prompt: Prompt) -> None:
+        """Render a prompt for the student and for every template.
+
+        Raises:
+            ValueError: the chat template refuses, or the model has fewer positions than the student's prompt has tokens.
+        """
+        self._within_positions(self._render(prompt, self.student_kwargs))
+        for template in self.templates:
+            self._privileged_ids(prompt, template, _CUT)
+
+    @cached_property
+    def template_length(self) -> int:
+        """Tokens of the longest prompt, the student's among them, around an empty problem."""
+        has_template = getattr(self.tokenizer, "chat_template", None) or "chat_template" in self.render_kwargs
+        turn = [{"role": "user", "content": "?"}] if has_template else "?"
+        prompts = [self._privileged_ids(turn, template, _CUT) for template in self.templates]
+        return max(map(len, [*prompts, self._render(turn, self.student_kwargs)]))
+
+    def settings_key(self) -> str:
+        """All that decides how a prompt is encoded, as text."""
+        tokenizer = self.tokenizer
+        vocabulary = (
+            tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else tokenizer.get_vocab()
+        )
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tokenizer"}
+        return repr((vocabulary, tokenizer.all_special_tokens, getattr(tokenizer, "chat_template", None), own))
+
+    def check_budget(self, prompt: Prompt, template: str) -> None:
+        """Check that the budget leaves room for some of the slot's text.
+
+        Raises:
+            ValueError: it does not; names the field and the length that would.
+        """
+        if self.max_length is None:
+            return
+        needed = len(self._privileged_ids(prompt, template, _CUT)) + 1
+        if needed > self.max_length:
+            raise ValueError(
+                f"max_teacher_prompt_length={self.max_length} leaves nothing of the solution: template and problem "
+                f"alone take {needed} tokens. Raise max_teacher_prompt_length, or drop prompts this long."
+            )
+
+    def _privileged_ids(self, prompt: Prompt, template: str, slot: str) -> list[int]:
+        text = self.templates[template]
+        prompt = rewrite_last_turn(prompt, lambda problem: fill_template(text, prompt=problem, solution=slot))
+        ids = self._render(prompt, self.teacher_kwargs)
+        if self.prefix:
+            ids = ids + self.tokenizer(self.prefix, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _render(self, prompt: Prompt, template_kwargs: dict[str, Any]) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer(text=prompt)["input_ids"]
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                as_text_turns(prompt),
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                **self.render_kwargs,
+                **template_kwargs,
+            )
+        except Exception as error:
+            has_system = any(turn.get("role") == "system" for turn in prompt)
+            raise ValueError(
+                f"The chat template refused a prompt with the arguments {template_kwargs!r} ({error}). Check "
+                "chat_template_kwargs and teacher_chat_template_kwargs, and that the tokenizer has a chat template."
+                + has_system
+                * " If it takes no system message, move its text into the user message."
+            ) from error
+        return list(encoded["input_ids"])
+
+    def _shortened_ids(self, prompt: Prompt, context: TeacherContext) -> list[int]:
+        """The longest rendering within the budget, by bisection over the tokens of the slot that are kept."""
+        self.check_budget(prompt, context.template)
+        ends = token_ends(self.tokenizer, context.slot)
+        low, high, best = 0, min(len(ends), self.max_length), None
+        while low <= high:
+            kept = (low + high) // 2
+            text = shorten_text(context.slot, ends, kept, self.shorten)
+            ids = self._privileged_ids(prompt, context.template, text)
+            if len(ids) <= self.max_length:
+                best, low = ids, kept + 1
+            else:
+                high = kept - 1
+        assert best is not None, "check_budget admitted a prompt that does not fit"
+        return best
+
+
+def token_ends(tokenizer: Any, text: str) -> list[int]:
+    """Character offset behind each token of `text`, so that a cut never splits a character."""
+    if getattr(tokenizer, "is_fast", False):
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return [end for _, end in offsets]
+    return list(range(1, len(text) + 1))
+
+
+def shorten_text(text: str, ends: Sequence[int], kept: int, where: str) -> str:
+    """`text` with only `kept` of its tokens, cut at the end or in the middle, and a mark at the cut.
+
+    Args:
+        text: the text.
+        ends: character offset behind each of its tokens.
+        kept: number of tokens to keep, at most `len(ends)`.
+        where: "end" keeps the head; "middle" keeps head and tail, where the answer usually stands.
+    """
+    head = kept if where == "end" else (kept + 1) // 2
+    tail = kept - head
+    start = text[: ends[head - 1]] if head else ""
+    return start + _CUT + (text[ends[len(ends) - tail - 1] :] if tail else "")
+
+
+def left_pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stack token ids of unequal length with padding on the left.
+
+    Args:
+        sequences: B lists of token ids.
+        pad_id: id of the padding token.
+
+    Returns:
+        ids (B, S) and mask (B, S), both int64; the mask is 1 on tokens.
+    """
+    length = max(map(len, sequences))
+    ids = torch.full((len(sequences), length), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        if sequence:
+            ids[row, length - len(sequence) :] = torch.tensor(sequence)
+            mask[row, length - len(sequence) :] = 1
+    return ids, mask
+
+
+def positions_from_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Position ids (B, S) that count tokens only, so that padding on the left changes nothing."""
+    return (mask.cumsum(dim=-1) - 1).clamp(min=0)
