@@ -82,6 +82,10 @@ class Problem:
             **options,
         }
 
+    def narrow(self, **changes):
+        """Change fields of the divergence."""
+        self.settings["divergence"] = dataclasses.replace(self.settings["divergence"], **changes)
+
     def call(self, function, **extra):
         """Loss and diagnostics."""
         head = OutputHead(self.weight, self.bias, **self.logits)

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from .divergences import Divergence
+from .divergences import Divergence, floored
 from .forms import FORMS, Block
+from .support import Places
 
 
 class FusedDiagnostics(NamedTuple):
@@ -23,8 +24,8 @@ class FusedDiagnostics(NamedTuple):
     Attributes:
         loss: divergence after the clip, in nats, before the token weight.
         unclipped: the divergence itself, in nats, >= 0 up to rounding.
-        clipped_share: share of vocabulary entries whose term was cut, in [0, 1]; for the `token` clip 1
-            where the summed value was cut.
+        clipped_share: share of vocabulary entries whose term was cut, in [0, 1]; under a support of its k slots, 2k for a
+            union, and the bucket; for the `token` clip 1 where the summed value was cut.
         student_entropy: in nats, at the temperature of the loss.
         target_entropy: in nats, at the temperature of the loss.
         top_agreement: 1 where the target's likeliest token is a likeliest one of the student, else 0.
@@ -54,26 +55,44 @@ def sweep(
         respect to `student_logits`, or None.
     """
     log_q, log_p = student_logits.log_softmax(-1), target_logits.log_softmax(-1)
-    block = Block(log_q, log_p, log_q.exp(), log_p.exp())
-    terms, slope, multiple = FORMS[rule.name].slope(block, rule.mixture_weight)
-    unclipped = terms.sum(-1)
-    loss, clipped_share, kept = unclipped, torch.zeros_like(unclipped), None
-    if rule.clip == "token":
-        loss = unclipped.clamp(max=rule.clip_value)
-        kept = unclipped <= rule.clip_value
-        clipped_share = (~kept).to(unclipped.dtype)
-    elif rule.clip is not None:
-        clipped = terms > rule.clip_value if rule.clip == "upper" else terms.abs() > rule.clip_value
-        clipped_share = clipped.to(unclipped.dtype).mean(-1)
-        if with_gradient:
-            slope = torch.where(clipped, block.q * multiple, slope)
-        lowest = None if rule.clip == "upper" else -rule.clip_value
-        loss = terms.clamp_(lowest, rule.clip_value).sum(-1)
-    diagnostics = torch.stack([loss, unclipped, clipped_share, *_distribution_measures(block)])
+    whole = Block(log_q, log_p, log_q.exp(), log_p.exp())
+    block, places = _compared(whole, rule)
+    values, slope, kept = _clipped(block, rule, with_gradient)
+    diagnostics = torch.stack([*values, *_distribution_measures(whole)])
     if not with_gradient:
         return diagnostics, None
     gradient = slope.addcmul(block.q, slope.sum(-1, keepdim=True), value=-1)
+    if places is not None:
+        gradient = rule.support.spread(gradient, block.q, whole.q, places)
     return diagnostics, gradient if kept is None else gradient.mul_(kept.unsqueeze(-1))
+
+
+def _compared(block: Block, rule: Divergence) -> tuple[Block, Places | None]:
+    """What the rule compares: the block's entries on its support, under its floors."""
+    places = None if rule.support is None else rule.support.places(block.log_q, block.log_p)
+    if places is not None:
+        log_q = rule.support.restrict(block.log_q, block.q, places)
+        log_p = rule.support.restrict(block.log_p, block.p, places)
+        block = Block(log_q, log_p, log_q.exp(), log_p.exp())
+    log_p = floored(block.log_q, block.log_p, rule)
+    return block if log_p is block.log_p else block._replace(log_p=log_p, p=log_p.exp()), places
+
+
+def _clipped(block: Block, rule: Divergence, with_gradient: bool) -> tuple[tuple, torch.Tensor, torch.Tensor | None]:
+    """(loss, unclipped, clipped share), each (n,); the slope (n, V); for the `token` clip which positions (n,) keep theirs."""
+    terms, slope, multiple = FORMS[rule.name].slope(block, rule.mixture_weight)
+    unclipped = terms.sum(-1)
+    if rule.clip is None:
+        return (unclipped, unclipped, torch.zeros_like(unclipped)), slope, None
+    if rule.clip == "token":
+        kept = unclipped <= rule.clip_value
+        return (unclipped.clamp(max=rule.clip_value), unclipped, (~kept).to(unclipped.dtype)), slope, kept
+    clipped = terms > rule.clip_value if rule.clip == "upper" else terms.abs() > rule.clip_value
+    clipped_share = clipped.to(unclipped.dtype).mean(-1)
+    if with_gradient:
+        slope = torch.where(clipped, block.q * multiple, slope)
+    lowest = None if rule.clip == "upper" else -rule.clip_value
+    return (terms.clamp_(lowest, rule.clip_value).sum(-1), unclipped, clipped_share), slope, None
 
 
 def _distribution_measures(block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from .forms import FORMS
+from .support import Support
 
 DIVERGENCES = tuple(FORMS)
 CLIPS = (None, "upper", "symmetric", "token")
@@ -32,6 +33,11 @@ class Divergence:
             term is kept within plus and minus `clip_value`, OGLS-SD) or `token` (the summed value is cut at
             `clip_value`). A term that is cut has no gradient, and a sum of cut terms may be negative.
         clip_value: the bound in nats, > 0.
+        support: the tokens that are compared; None for all.
+        target_floor: lowest probability of a compared entry of the target, in (0, 1), or None (DemoPSD, arXiv
+            2607.02502, has 1e-8).
+        relative_floor: lowest ratio of a compared entry of the target to the student's, held constant, in (0, 1), or
+            None (RESD, arXiv 2605.12741). A floored target is not normalised again, so a divergence may be below 0.
 
     Raises:
         ValueError: for a value outside these ranges.
@@ -42,6 +48,9 @@ class Divergence:
     temperature: float = 1.0
     clip: str | None = None
     clip_value: float = 0.05
+    support: Support | None = None
+    target_floor: float | None = None
+    relative_floor: float | None = None
 
     def __post_init__(self):
         if self.name not in DIVERGENCES:
@@ -55,6 +64,10 @@ class Divergence:
             )
         require_positive("temperature", self.temperature)
         require_positive("clip_value", self.clip_value, hint=", or clip=None for no clip")
+        for field in ("target_floor", "relative_floor"):
+            floor = getattr(self, field)
+            if floor is not None and not 0 < floor < 1:
+                raise ValueError(f"{field}={floor} is outside (0, 1); set a number between, or None for no floor.")
 
 
 def require_positive(field: str, value: float, hint: str = "") -> None:
@@ -77,59 +90,29 @@ def token_divergence(
     temperature: float = 1.0,
     clip: str | None = None,
     clip_value: float = 0.05,
+    support: Support | None = None,
+    target_floor: float | None = None,
+    relative_floor: float | None = None,
 ) -> torch.Tensor:
-    """Divergence of every position, summed over the vocabulary (clips of arXiv 2601.18734 and 2605.12400).
+    """Divergence of every position, summed over the vocabulary or the support (clips of arXiv 2601.18734 and 2605.12400).
 
     Args:
         student_logits: (..., V), finite. The only input with a gradient.
         target_logits: (..., V), detached. An entry of -inf has probability 0: `reverse_kl` is infinite by
             definition there and has no usable gradient; every other divergence stays finite.
-        divergence, mixture_weight, temperature, clip, clip_value: see [`Divergence`].
+        divergence, mixture_weight, temperature, clip, clip_value, support, target_floor, relative_floor: see
+            [`Divergence`].
 
     Returns:
-        (...) in nats; float64 for float64 logits, float32 otherwise. At least 0 without an entry-wise clip.
+        (...) in nats; float64 for float64 logits, float32 otherwise. At least 0 without an entry-wise clip or a floor.
 
     Raises:
         ValueError: for a setting out of range, shapes that differ, logits that are not floating point.
     """
-    rule = Divergence(divergence, mixture_weight, temperature, clip, clip_value)
+    floors = target_floor, relative_floor
+    rule = Divergence(divergence, mixture_weight, temperature, clip, clip_value, support, *floors)
     log_q, log_p = log_probs(student_logits, target_logits, rule.temperature)
     return clip_and_sum(divergence_terms(log_q, log_p, rule), rule)
-
-
-def sampled_token_loss(
-    student_logits: torch.Tensor,
-    target_logits: torch.Tensor,
-    token_ids: torch.Tensor,
-    *,
-    temperature: float = 1.0,
-) -> torch.Tensor:
-    """Policy-gradient form on the sampled token: -A log q(y) with A = log p(y) - log q(y) held constant.
-
-    For y drawn from q its gradient is, in expectation, that of KL(q || p) (OPSD, arXiv 2601.18734).
-
-    Args:
-        student_logits: (..., V), finite. The only input with a gradient, and not through A.
-        target_logits: (..., V), detached.
-        token_ids: (...) int64, in [0, V): the tokens that were sampled.
-        temperature: both logits are divided by it, > 0.
-
-    Returns:
-        (...) loss per position; its gradient is what matters, not its value.
-
-    Raises:
-        ValueError: for a temperature that is not > 0, shapes that differ, logits that are not floating point.
-    """
-    require_positive("temperature", temperature)
-    log_q, log_p = log_probs(student_logits, target_logits, temperature)
-    if token_ids.shape != log_q.shape[:-1]:
-        raise ValueError(
-            f"token_ids has shape {tuple(token_ids.shape)}; pass one id per position, shape {tuple(log_q.shape[:-1])}."
-        )
-    index = token_ids.unsqueeze(-1)
-    sampled_log_q = log_q.gather(-1, index).squeeze(-1)
-    sampled_log_p = log_p.gather(-1, index).squeeze(-1)
-    return -(sampled_log_p - sampled_log_q).detach() * sampled_log_q
 
 
 def log_probs(
@@ -155,8 +138,23 @@ def log_probs(
 
 
 def divergence_terms(log_q: torch.Tensor, log_p: torch.Tensor, rule: Divergence) -> torch.Tensor:
-    """Terms (..., V) that sum to the unclipped divergence; a term is exactly 0 where log_q equals log_p."""
-    return FORMS[rule.name].terms(log_q, log_p, rule.mixture_weight)
+    """Terms (..., V), or those of the rule's support, that sum to the unclipped divergence.
+
+    A term is exactly 0 where log_q equals log_p, unless a floor raised log_p.
+    """
+    places = None if rule.support is None else rule.support.places(log_q, log_p)
+    if places is not None:
+        log_q, log_p = (rule.support.restrict(log, log.exp(), places) for log in (log_q, log_p))
+    return FORMS[rule.name].terms(log_q, floored(log_q, log_p, rule), rule.mixture_weight)
+
+
+def floored(log_q: torch.Tensor, log_p: torch.Tensor, rule: Divergence) -> torch.Tensor:
+    """`log_p` (...) under the rule's floors, detached; `log_q` (...) is the student's of the same entries."""
+    if rule.target_floor is not None:
+        log_p = log_p.clamp(min=math.log(rule.target_floor))
+    if rule.relative_floor is not None:
+        log_p = torch.maximum(log_p, log_q.detach() + math.log(rule.relative_floor))
+    return log_p
 
 
 def clipped_terms(terms: torch.Tensor, rule: Divergence) -> torch.Tensor:
