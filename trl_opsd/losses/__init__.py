@@ -5,12 +5,12 @@ from .clip_agreement import clip_agreement, clip_gradient_products
 from .closed_form import FusedDiagnostics
 from .decomposition import SignalDecomposition, decompose_signal
 from .dense import dense_divergence_from_hidden
-from .divergences import CLIPS, DIVERGENCES, Divergence, sampled_token_loss, token_divergence
+from .divergences import CLIPS, DIVERGENCES, Divergence, token_divergence
 from .fused import fused_divergence
 from .head import OutputHead
-from .shapes import BoundedShape, LinearShape, Shape, purified_logits, steered_logits
+from .shapes import BoundedShape, LinearShape, MixtureShape, Shape, purified_logits, steered_logits
+from .support import REMAINDERS, SUPPORTS, Support
 from .target import Target
-from .top_k import REMAINDERS, SUPPORTS, top_k_divergence
 from .weights import REDUCTIONS, token_weights, weighted_sum
 
 __all__ = [
@@ -23,9 +23,11 @@ __all__ = [
     "Divergence",
     "FusedDiagnostics",
     "LinearShape",
+    "MixtureShape",
     "OutputHead",
     "Shape",
     "SignalDecomposition",
+    "Support",
     "Target",
     "clip_agreement",
     "clip_gradient_products",
@@ -33,10 +35,8 @@ __all__ = [
     "dense_divergence_from_hidden",
     "fused_divergence",
     "purified_logits",
-    "sampled_token_loss",
     "steered_logits",
     "token_divergence",
     "token_weights",
-    "top_k_divergence",
     "weighted_sum",
 ]

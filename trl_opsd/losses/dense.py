@@ -41,7 +41,7 @@ def dense_divergence_from_hidden(
         teacher = target.head or head
         logits = project(target.anchor, teacher)
         if target.direction is not None:
-            logits = logits + target.shape(project(target.direction, teacher, with_bias=False))
+            logits = target.shift_logits(logits, project(target.direction, teacher, with_bias=False))
         log_p = logits.log_softmax(-1)
     terms = divergence_terms(log_q, log_p, divergence)
     loss = clip_and_sum(terms, divergence)

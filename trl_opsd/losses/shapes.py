@@ -7,6 +7,7 @@ so a method is an anchor, a direction and a shape:
     OPSD       anchor = teacher view   no direction                          Shape()
     OGLS-SD    anchor = plain view     mean right views - mean wrong views   LinearShape(strength)
     Purified   anchor = plain view     teacher view - reference-only view    BoundedShape(c, beta)
+    DemoPSD    anchor = teacher view   plain view - teacher view             MixtureShape(a, beta), which reads both
 
 Temperature: each frozen view is divided by T first and shaped then; the target is not tempered again. For a
 linear shape this is the same as tempering the steered logits, for a bounded one it is not.
@@ -20,13 +21,19 @@ from dataclasses import dataclass
 import torch
 
 from .divergences import compute_dtype, require_positive
+from .forms import FORMS
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How the direction enters the target. This one: not at all, the target is the anchor alone (OPSD)."""
+    """How the direction enters the target. This one: not at all, the target is the anchor alone (OPSD).
+
+    A shape that moves the anchor maps (..., V) direction logits to a (..., V) shift of the anchor's logits. One that
+    has `reads_anchor` is also given the anchor's, as the keyword `anchor_logits`.
+    """
 
     uses_direction = False
+    reads_anchor = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,43 @@ class BoundedShape(Shape):
         """(..., V) direction to (..., V) shift; a constant added to the direction changes nothing."""
         centred = direction_logits - direction_logits.mean(-1, keepdim=True)
         return self.tanh_bound / self.conservativeness * torch.tanh(centred / self.tanh_bound)
+
+
+@dataclass(frozen=True)
+class MixtureShape(Shape):
+    """The geometric mix of two views, nearer to the other view the more they disagree (DemoPSD, arXiv 2607.02502).
+
+    The anchor is the view T and the direction S - T, so the target is `norm(T^(1-a) S^a)` with, position by position,
+    `a = 2 a_max (sigmoid(sensitivity * d) - 1/2)` and d = JSD_1/2(S, T) of the tempered views, in [0, log 2] nats.
+
+    Args:
+        a_max: largest share of S, in [0, 1]; 0 is the anchor alone. The paper's is 0.15.
+        sensitivity: the paper's beta, > 0: 25 to 100 there, by domain.
+
+    Raises:
+        ValueError: for a value outside these ranges.
+    """
+
+    a_max: float = 0.15
+    sensitivity: float = 50.0
+    uses_direction = True
+    reads_anchor = True
+
+    def __post_init__(self):
+        if not 0 <= self.a_max <= 1:
+            raise ValueError(f"a_max={self.a_max} is outside [0, 1]; set the largest share of the direction's view.")
+        require_positive("sensitivity", self.sensitivity)
+
+    def __call__(self, direction_logits: torch.Tensor, *, anchor_logits: torch.Tensor) -> torch.Tensor:
+        """(..., V) direction and anchor to (..., V) shift; a constant added to either changes nothing."""
+        return direction_logits * self.share(direction_logits, anchor_logits)
+
+    def share(self, direction_logits: torch.Tensor, anchor_logits: torch.Tensor) -> torch.Tensor:
+        """(..., 1) share a of S, in [0, a_max]."""
+        log_t = anchor_logits.log_softmax(-1)
+        log_s = (anchor_logits + direction_logits).log_softmax(-1)
+        distance = FORMS["jsd"].terms(log_s, log_t, 0.5).sum(-1, keepdim=True).clamp(min=0)
+        return self.a_max * torch.tanh(self.sensitivity / 2 * distance)  # = 2 a_max (sigmoid(beta d) - 1/2)
 
 
 def steered_logits(

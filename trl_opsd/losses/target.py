@@ -80,3 +80,11 @@ class Target:
         if self.num_tiles == 1:
             return anchor_logits, None
         return anchor_logits, projection.write_logits(self.direction[rows], tiles[1], with_bias=False)
+
+    def shift_logits(self, anchor_logits: torch.Tensor, direction_logits: torch.Tensor | None) -> torch.Tensor:
+        """The target's logits (n, V), written into `anchor_logits`; both as `write_logits` or a head gives them."""
+        if direction_logits is None:
+            return anchor_logits
+        # An option, so that a callable that reads the direction alone is a shape.
+        known = {"anchor_logits": anchor_logits} if getattr(self.shape, "reads_anchor", False) else {}
+        return anchor_logits.add_(self.shape(direction_logits, **known))

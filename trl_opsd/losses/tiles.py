@@ -69,9 +69,8 @@ class Work:
         diagnostics, judge = [], _compiled_sweep() if self.compiled else sweep
         for start in range(0, len(student_logits), max(1, budget // row_bytes)):
             rows = slice(start, start + max(1, budget // row_bytes))
-            logits, target = student_logits[rows], target_logits[rows]
-            if direction_logits is not None:
-                target = target.add_(self.target.shape(direction_logits[rows]))
+            direction = None if direction_logits is None else direction_logits[rows]
+            logits, target = student_logits[rows], self.target.shift_logits(target_logits[rows], direction)
             stats, gradient = judge(logits, target, self.divergence, with_gradient=with_gradient)
             diagnostics.append(stats)
             if with_gradient:
