@@ -4,8 +4,9 @@
 from .clip_agreement import clip_agreement, clip_gradient_products
 from .closed_form import FusedDiagnostics
 from .decomposition import SignalDecomposition, decompose_signal
-from .dense import dense_divergence_from_hidden
+from .dense import dense_divergence_from_hidden, dense_fact_loss
 from .divergences import CLIPS, DIVERGENCES, Divergence, token_divergence
+from .facts import Facts
 from .fused import fused_divergence
 from .head import OutputHead
 from .shapes import BoundedShape, LinearShape, MixtureShape, Shape, purified_logits, steered_logits
@@ -21,6 +22,7 @@ __all__ = [
     "SUPPORTS",
     "BoundedShape",
     "Divergence",
+    "Facts",
     "FusedDiagnostics",
     "LinearShape",
     "MixtureShape",
@@ -33,6 +35,7 @@ __all__ = [
     "clip_gradient_products",
     "decompose_signal",
     "dense_divergence_from_hidden",
+    "dense_fact_loss",
     "fused_divergence",
     "purified_logits",
     "steered_logits",

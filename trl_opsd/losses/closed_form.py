@@ -9,6 +9,7 @@ only c q remains.
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,9 @@ import torch
 from .divergences import Divergence, floored
 from .forms import FORMS, Block
 from .support import Places
+
+# Nats that only `LOWEST_BIAS` on one side alone can give: a token that one distribution has and the other cannot have.
+_INFINITE = 1e15
 
 
 class FusedDiagnostics(NamedTuple):
@@ -29,6 +33,10 @@ class FusedDiagnostics(NamedTuple):
         student_entropy: in nats, at the temperature of the loss.
         target_entropy: in nats, at the temperature of the loss.
         top_agreement: 1 where the target's likeliest token is a likeliest one of the student, else 0.
+        log_prob_ratio: log p(y) - log q(y) of the sampled token under target and student, in nats; 0 where no token ids
+            were given.
+        weight: what `weight_of` made of the facts, of any sign, 1 without it; in a loss of facts its derivative with
+            respect to the divergence.
     """
 
     loss: torch.Tensor
@@ -37,10 +45,30 @@ class FusedDiagnostics(NamedTuple):
     student_entropy: torch.Tensor
     target_entropy: torch.Tensor
     top_agreement: torch.Tensor
+    log_prob_ratio: torch.Tensor
+    weight: torch.Tensor
+
+
+class Row(IntEnum):
+    """Rows of what a sweep returns: the first six of [`FusedDiagnostics`], then two where token ids are given."""
+
+    CLIPPED = 0
+    UNCLIPPED = 1
+    CLIPPED_SHARE = 2
+    STUDENT_ENTROPY = 3
+    TARGET_ENTROPY = 4
+    TOP_AGREEMENT = 5
+    LOG_PROB = 6
+    TARGET_LOG_PROB = 7
 
 
 def sweep(
-    student_logits: torch.Tensor, target_logits: torch.Tensor, rule: Divergence, *, with_gradient: bool
+    student_logits: torch.Tensor,
+    target_logits: torch.Tensor,
+    rule: Divergence,
+    token_ids: torch.Tensor | None = None,
+    *,
+    with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Diagnostics and gradient of a block of positions.
 
@@ -48,23 +76,53 @@ def sweep(
         student_logits: (n, V), finite, already divided by the temperature.
         target_logits: (n, V), finite, already divided by the temperature.
         rule: the divergence and its clip; its temperature is not read.
+        token_ids: (n,) int64 sampled tokens, if their log-probabilities are wanted.
         with_gradient: False leaves the gradient out.
 
     Returns:
-        (6, n) rows in the order of [`FusedDiagnostics`], and (n, V) derivative of each position's loss with
+        (6, n) of [`Row`], or (8, n) with token ids, and (n, V) derivative of each position's loss with
         respect to `student_logits`, or None.
     """
     log_q, log_p = student_logits.log_softmax(-1), target_logits.log_softmax(-1)
     whole = Block(log_q, log_p, log_q.exp(), log_p.exp())
     block, places = _compared(whole, rule)
     values, slope, kept = _clipped(block, rule, with_gradient)
-    diagnostics = torch.stack([*values, *_distribution_measures(whole)])
+    sampled = [] if token_ids is None else [_at(log, token_ids) for log in (log_q, log_p)]
+    diagnostics = torch.stack([*values, *_distribution_measures(whole), *sampled])
     if not with_gradient:
         return diagnostics, None
     gradient = slope.addcmul(block.q, slope.sum(-1, keepdim=True), value=-1)
     if places is not None:
         gradient = rule.support.spread(gradient, block.q, whole.q, places)
     return diagnostics, gradient if kept is None else gradient.mul_(kept.unsqueeze(-1))
+
+
+def finished(stats: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(8, n) of [`FusedDiagnostics`] from what the sweeps returned and the weights (n,)."""
+    samples = len(stats) > Row.LOG_PROB
+    ratio = stats[Row.TARGET_LOG_PROB] - stats[Row.LOG_PROB] if samples else torch.zeros_like(weight)
+    diagnostics = torch.cat([stats[: Row.LOG_PROB], torch.stack([ratio, weight])])
+    diagnostics.masked_fill_(diagnostics < -_INFINITE, -torch.inf)
+    return diagnostics.masked_fill_(diagnostics > _INFINITE, torch.inf)
+
+
+def sweep_sampled(student_logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """What [`sweep`] returns (8, n) where there is no target: 0 but for the student's own, and a log-ratio of 0."""
+    log_q = student_logits.log_softmax(-1)
+    rows = student_logits.new_zeros(len(Row), len(log_q))
+    rows[Row.STUDENT_ENTROPY] = -(log_q.exp() * log_q).sum(-1)
+    rows[Row.LOG_PROB] = rows[Row.TARGET_LOG_PROB] = _at(log_q, token_ids)
+    return rows
+
+
+def sampled_gradient(student_logits: torch.Tensor, token_ids: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """(n, V) derivative of `slope` (n,) times the log-probabilities of `token_ids` (n,): slope (1[v = y] - q_v)."""
+    slope = slope.unsqueeze(-1)
+    return student_logits.softmax(-1).mul_(-slope).scatter_add_(-1, token_ids.unsqueeze(-1), slope)
+
+
+def _at(log_prob: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    return log_prob.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
 
 
 def _compared(block: Block, rule: Divergence) -> tuple[Block, Places | None]:

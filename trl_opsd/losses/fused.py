@@ -10,10 +10,14 @@ Differences to the plain form in `dense.py`:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 
 from .closed_form import FusedDiagnostics
 from .divergences import Divergence, compute_dtype, require_positive
+from .facts import Facts, check_columns, columns_at
 from .head import OutputHead
 from .projection import Projection, product_dtype
 from .shapes import check_num_tokens
@@ -32,6 +36,9 @@ def fused_divergence(
     tile_tokens: int | None = None,
     positions: torch.Tensor | None = None,
     compiled: bool = False,
+    token_ids: torch.Tensor | None = None,
+    given: Mapping[str, torch.Tensor] | None = None,
+    weight_of: Callable[[Facts], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, FusedDiagnostics]:
     """Weighted sum over positions of the divergence between student and target, from final hidden states.
 
@@ -43,12 +50,18 @@ def fused_divergence(
         student_hidden: (N, H) final hidden states of the student.
         head: its output head.
         target: of the same N positions, with any leading dimensions. Without a head of its own it takes `head`, detached.
-        token_weights: (N,), see [`token_weights`]; 0 leaves a position out, whatever its hidden states hold.
-        divergence: name, temperature and clip.
+        token_weights: (N,) of any sign, see [`token_weights`]; 0 leaves a position out, whatever its hidden states hold.
+            Where a weight is negative the divergence is ascended.
+        divergence: name, temperature, clip, support and floors.
         num_tokens: compare the first `num_tokens` rows of the heads only, in [1, V]; None for all.
         tile_tokens: positions per tile, >= 1; None sizes a tile by `TILE_BYTES`.
         positions: (n,) int64, where `token_weights` is not 0, if that is known; to find it a GPU must be waited for.
         compiled: fuse the elementwise work with `torch.compile`, which needs Triton on a GPU and a C++ compiler on a CPU.
+        token_ids: (N,) int64 sampled tokens, in [0, num_tokens) where the weight is not 0, if their log-probabilities are
+            wanted: in the facts and in the diagnostics.
+        given: columns (N,) or (K, N), and 0-d tensors, that the facts hold for `weight_of`.
+        weight_of: factor of `token_weights`, of any sign, from the facts of some positions: (n,), position by position, for
+            it is called once a tile. No gradient goes through it.
 
     Returns:
         0-d loss, float32 or float64, and the diagnostics of every position.
@@ -57,32 +70,52 @@ def fused_divergence(
         ValueError: for shapes that do not match, a setting out of range, or a direction under a head that caps its
             logits: there the logits of a sum of hidden states are not the sum of the views' logits.
     """
-    _check(student_hidden, head, target, token_weights, tile_tokens)
-    count = check_num_tokens(num_tokens, head.weight.shape[0])
-    head = head.first_rows(count)
+    check_shapes(student_hidden, head, target, token_weights.shape, tile_tokens)
+    check_columns(token_ids, given, len(token_weights))
+    head = head.first_rows(check_num_tokens(num_tokens, head.weight.shape[0]))
     if positions is None:
         positions = nonzero_positions(token_weights)
-    settings = divergence.temperature, product_dtype(student_hidden)
-    student = Projection.of(head, *settings)
     work = Work(
-        student=student,
-        teacher=student if target.head is None else Projection.of(target.head.first_rows(count), *settings),
-        target=target.at(positions),
-        divergence=divergence,
+        **at_positions(student_hidden, head, target, divergence, positions, token_ids),
         weights=token_weights.detach()[positions].to(compute_dtype(student_hidden.dtype)),
+        given=columns_at(given, positions),
         tile_tokens=tile_tokens,
         compiled=compiled,
+        weight_of=weight_of,
     )
+    return evaluate(work, student_hidden, head, positions)
+
+
+def at_positions(student_hidden, head, target, divergence, positions, token_ids) -> dict[str, Any]:
+    """The fields of a `Work` that all fused losses make alike."""
+    settings = divergence.temperature, product_dtype(student_hidden)
+    student = teacher = Projection.of(head, *settings)
+    if target is not None and target.head is not None:
+        teacher = Projection.of(target.head.first_rows(student.num_tokens), *settings)
+    return {
+        "student": student,
+        "teacher": teacher,
+        "target": None if target is None else target.at(positions),
+        "divergence": divergence,
+        "token_ids": None if token_ids is None else token_ids[positions],
+    }
+
+
+def evaluate(work: Work, student_hidden, head, positions) -> tuple[torch.Tensor, FusedDiagnostics]:
+    """Loss and diagnostics, these again for all positions."""
     loss, stats = FusedDivergence.apply(
         student_hidden.index_select(0, positions), head.weight, head.bias, work, torch.is_grad_enabled()
     )
-    full = stats.new_zeros(len(stats), len(token_weights))
+    full = stats.new_zeros(len(stats), len(student_hidden))
     return loss, FusedDiagnostics(*full.index_copy_(1, positions, stats).unbind(0))
 
 
-def _check(student_hidden, head, target, token_weights, tile_tokens) -> None:
-    wanted = (*token_weights.shape, head.weight.shape[-1])
-    for field, hidden in (("student_hidden", student_hidden), ("target.anchor", target.anchor.flatten(0, -2))):
+def check_shapes(student_hidden, head, target, shape, tile_tokens) -> None:
+    """Refuse hidden states and heads that do not fit positions of `shape`, (N,)."""
+    wanted, states = (*shape, head.weight.shape[-1]), {"student_hidden": student_hidden}
+    if target is not None:
+        states["target.anchor"] = target.anchor.flatten(0, -2)
+    for field, hidden in states.items():
         if tuple(hidden.shape) != wanted or hidden.ndim != 2:
             raise ValueError(
                 f"{field} has shape {tuple(hidden.shape)}; pass (N, H) = {wanted}, one row per token weight and the "
@@ -90,7 +123,7 @@ def _check(student_hidden, head, target, token_weights, tile_tokens) -> None:
             )
     if head.logit_softcap is not None:
         require_positive("logit_softcap", head.logit_softcap, hint=", or None for a linear head")
-        if target.direction is not None:
+        if target is not None and target.direction is not None:
             raise ValueError(
                 f"shape={target.shape} with logit_softcap={head.logit_softcap}: a head that caps its logits is not linear, "
                 "so a sum of hidden states has no meaning to it. Use a target without a direction."

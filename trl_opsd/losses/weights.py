@@ -9,12 +9,17 @@ REDUCTIONS = ("token", "sequence")
 
 
 def token_weights(
-    mask: torch.Tensor, *, reduction: str = "token", denominator: float | torch.Tensor = 1.0
+    mask: torch.Tensor,
+    *,
+    weights: torch.Tensor | None = None,
+    reduction: str = "token",
+    denominator: float | torch.Tensor = 1.0,
 ) -> torch.Tensor:
     """Weight of every position, so that the loss is `weighted_sum(divergence, weights)`.
 
     Args:
-        mask: (B, T) bool or number, nonzero where a position counts.
+        mask: (B, T) bool or number, nonzero where a position counts; its value is not read.
+        weights: (B, T) or (B, 1) factor of each position, of any sign, or None for 1. It does not change what is divided by.
         reduction: `token` weighs all valid positions alike; `sequence` weighs all sequences alike, a sequence
             with no valid position being left out.
         denominator: what the sum is divided by, > 0, as float or 0-d tensor: for `token` the valid
@@ -29,10 +34,11 @@ def token_weights(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} is not known; set one of {REDUCTIONS}.")
-    weights = (mask != 0).float()
-    if reduction == "sequence":
-        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
-    return weights / denominator
+    counted = (mask != 0).float()
+    shares = counted / counted.sum(-1, keepdim=True).clamp(min=1) if reduction == "sequence" else counted
+    if weights is not None:
+        shares = torch.where(mask != 0, shares * weights.detach(), 0.0).float()  # whatever a weight is outside the mask
+    return shares / denominator
 
 
 def weighted_sum(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
