@@ -6,9 +6,21 @@ from .closed_form import FusedDiagnostics
 from .decomposition import SignalDecomposition, decompose_signal
 from .dense import dense_divergence_from_hidden, dense_fact_loss
 from .divergences import CLIPS, DIVERGENCES, Divergence, token_divergence
+from .fact_loss import fused_fact_loss
 from .facts import Facts
 from .fused import fused_divergence
 from .head import OutputHead
+from .sampled import (
+    bounded_square,
+    control_variate_advantage,
+    entropy_direction,
+    entropy_gate,
+    evidence_weight,
+    half_softplus,
+    importance_weight,
+    preference_loss,
+    relative_ratio,
+)
 from .shapes import BoundedShape, LinearShape, MixtureShape, Shape, purified_logits, steered_logits
 from .support import REMAINDERS, SUPPORTS, Support
 from .target import Target
@@ -31,13 +43,23 @@ __all__ = [
     "SignalDecomposition",
     "Support",
     "Target",
+    "bounded_square",
     "clip_agreement",
     "clip_gradient_products",
+    "control_variate_advantage",
     "decompose_signal",
     "dense_divergence_from_hidden",
     "dense_fact_loss",
+    "entropy_direction",
+    "entropy_gate",
+    "evidence_weight",
     "fused_divergence",
+    "fused_fact_loss",
+    "half_softplus",
+    "importance_weight",
+    "preference_loss",
     "purified_logits",
+    "relative_ratio",
     "steered_logits",
     "token_divergence",
     "token_weights",

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Formulas of the family on the sampled token, as plain functions of facts; for weights and losses made of them.
+
+u = log p(y) - log q(y) is the log-ratio of target and student, A a rollout's advantage. What enters as a constant is
+detached by the caller: in a weight of facts all is.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn.functional import softplus
+
+
+def half_softplus(log_prob_ratio: torch.Tensor) -> torch.Tensor:
+    """phi(u) = (softplus(u) - log 2) / 2 (AntiSD, arXiv 2605.11609), >= -log(2) / 2, in the shape of `log_prob_ratio`.
+
+    With y from the student, -phi(u) grad log q(y) is in expectation the gradient of the Jensen-Shannon divergence.
+    """
+    return (softplus(log_prob_ratio) - math.log(2)) / 2
+
+
+def bounded_square(log_prob_ratio: torch.Tensor) -> torch.Tensor:
+    """log 2 - softplus(-u^2 / 2), in [0, log 2] (SGSD, arXiv 2605.28791): steepest at |u| = 1.216, flat beyond."""
+    return math.log(2) - softplus(-log_prob_ratio.square() / 2)
+
+
+def preference_loss(margin: torch.Tensor) -> torch.Tensor:
+    """-log sigmoid(m) (PBSD, arXiv 2605.05040), any shape.
+
+    The margin of a pair is m = beta (r(y+) - r(y-)), where r sums log q(y_t) - log p(y_t) over a sequence, y+ is the
+    teacher's and y- the student's.
+    """
+    return softplus(-margin)
+
+
+def importance_weight(log_prob: torch.Tensor, old_log_prob: torch.Tensor, *, cap: float = 2.0) -> torch.Tensor:
+    """min(q(y) / q_old(y), cap), detached: what SDPO (arXiv 2601.20802) weighs its divergence with."""
+    return torch.exp(log_prob.detach() - old_log_prob).clamp(max=cap)
+
+
+def evidence_weight(
+    log_prob_ratio: torch.Tensor, advantage: torch.Tensor, *, bound: float, strength: float = 1.0
+) -> torch.Tensor:
+    """(1 - l) + l clip(exp(sign(A) u), 1 - e, 1 + e), detached: RLSD's weight of the advantage, EGRSD's at l = 1.
+
+    Args:
+        log_prob_ratio: u; RLRT (arXiv 2605.10781) takes -u, on right rollouts alone.
+        advantage: of the same shape, or one that spreads to it.
+        bound: e, >= 0; up to 1 no sign is turned.
+        strength: l, in [0, 1].
+    """
+    evidence = torch.exp(torch.sign(advantage) * log_prob_ratio).clamp(1 - bound, 1 + bound)
+    return (1 - strength + strength * evidence).detach()
+
+
+def entropy_gate(
+    target_entropy: torch.Tensor, largest: torch.Tensor | float, *, strength: float, floor: float = 0.1
+) -> torch.Tensor:
+    """clip(1 - gamma h, floor, 1) with h = H_p / max(1 nat, the largest H_p of the batch) (EGRSD, arXiv 2605.13255).
+
+    Args:
+        target_entropy: H_p, in nats.
+        largest: of the whole batch, over all ranks.
+        strength: gamma, >= 0.
+        floor: of the gate, in [0, 1].
+    """
+    relative = target_entropy / torch.as_tensor(largest).clamp(min=1.0)
+    return (1 - strength * relative).clamp(floor, 1.0)
+
+
+def control_variate_advantage(log_prob_ratio: torch.Tensor, reverse_kl: torch.Tensor) -> torch.Tensor:
+    """u + KL(q || p), detached (vOPD, arXiv 2605.07865): its mean under the student is 0, position by position.
+
+    The expected gradient stays that of KL(q || p). Its variance falls where no token dominates, not always.
+    """
+    return (log_prob_ratio + reverse_kl).detach()
+
+
+def relative_ratio(log_prob_ratio: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """u over the mean |u| of its rollout, both (B, T), so that 1 is a typical token; 0 outside the mask and where all u are.
+
+    DASD (arXiv 2605.22263) reads a normalised ratio; that it is this one is our reading.
+    """
+    ratio = torch.where(mask != 0, log_prob_ratio, 0.0)
+    mean = ratio.abs().sum(-1, keepdim=True) / (mask != 0).sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(mean > 0, ratio / mean, 0.0)
+
+
+def entropy_direction(
+    student_entropy: torch.Tensor, ratio: torch.Tensor, mask: torch.Tensor, *, quantile: float = 0.2
+) -> torch.Tensor:
+    """omega = tanh((tau - H) / sigma) sigmoid(|d| - 1), in (-1, 1) (DASD, arXiv 2605.22263).
+
+    It pulls to the teacher where the student is surer than tau, the quantile of H in its rollout counted from below, and
+    pushes away elsewhere: with the paper's 0.2 the surest fifth is pulled.
+
+    Args:
+        student_entropy: (B, T) H.
+        ratio: (B, T) d of `relative_ratio`.
+        mask: (B, T), nonzero where a token is valid: the others count for nothing and get 0.
+        quantile: in [0, 1].
+    """
+    valid = mask != 0
+    entropy = torch.where(valid, student_entropy, torch.nan)
+    threshold = entropy.nanquantile(quantile, dim=-1, keepdim=True)
+    deviation = (entropy - entropy.nanmean(-1, keepdim=True)).abs().nanmean(-1, keepdim=True)
+    direction = torch.tanh((threshold - entropy) / deviation) * torch.sigmoid(ratio.abs() - 1)
+    return torch.where(valid & (deviation > 0), direction, 0.0)
