@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Formulas on the sampled token: their identities by enumeration of all tokens, their limits, and their shapes."""
+
+import math
+
+import pytest
+import torch
+from test_losses_divergences import draw
+
+from trl_opsd.losses import (
+    bounded_square,
+    control_variate_advantage,
+    entropy_direction,
+    entropy_gate,
+    evidence_weight,
+    half_softplus,
+    importance_weight,
+    preference_loss,
+    relative_ratio,
+    token_divergence,
+)
+
+RATIOS = torch.linspace(-30, 30, 601, dtype=torch.float64)
+
+
+def enumerated(coefficient_of, rows=5, size=7):
+    """Gradient (rows, size) to the student's logits of E[c(u) log q(y)] with c held constant, over all tokens, then the
+    logits of student and target."""
+    student, target = 1.5 * draw(rows, size).requires_grad_(), draw(rows, size, seed=1)
+    log_q, log_p = student.log_softmax(-1), target.log_softmax(-1)
+    coefficient = coefficient_of((log_p - log_q).detach(), log_q.detach(), log_p)
+    expectation = (log_q.exp().detach() * coefficient * log_q).sum()
+    return torch.autograd.grad(expectation, student)[0], student, target
+
+
+def gradient_of(student, target, name, weight=0.5):
+    value = token_divergence(student, target, divergence=name, mixture_weight=weight).sum()
+    return torch.autograd.grad(value, student)[0]
+
+
+def test_the_log_ratio_gives_the_gradient_of_reverse_kl():
+    got, *logits = enumerated(lambda u, log_q, log_p: -u)
+    torch.testing.assert_close(got, gradient_of(*logits, "reverse_kl"), rtol=0, atol=1e-14)
+
+
+def test_half_softplus_gives_the_gradient_of_the_jensen_shannon_divergence():
+    got, *logits = enumerated(lambda u, log_q, log_p: -half_softplus(u))
+    torch.testing.assert_close(got, gradient_of(*logits, "jsd"), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("weight", [0.2, 0.5, 0.9])
+def test_the_log_ratio_to_a_mixture_gives_the_gradient_of_the_generalised_divergence(weight):
+    def coefficient(u, log_q, log_p):
+        mixture = weight * log_p.exp() + (1 - weight) * log_q.exp()
+        return (1 - weight) * (log_q - mixture.log())
+
+    got, *logits = enumerated(coefficient)
+    torch.testing.assert_close(got, gradient_of(*logits, "jsd", weight), rtol=0, atol=1e-14)
+
+
+def test_half_softplus_is_0_at_0_with_half_a_sigmoid_as_its_slope_and_bounded_below():
+    ratios = RATIOS.clone().requires_grad_()
+    value = half_softplus(ratios)
+    (slope,) = torch.autograd.grad(value.sum(), ratios)
+    torch.testing.assert_close(
+        slope, torch.sigmoid(RATIOS) / 2, rtol=0, atol=1e-9
+    )  # torch's softplus is linear from 20
+    assert half_softplus(torch.zeros(1, dtype=torch.float64)).item() == pytest.approx(0.0, abs=1e-16)
+    assert (value >= -math.log(2) / 2).all()
+
+
+def test_the_bounded_square_pulls_most_at_1_216_and_fades_beyond():
+    ratios = torch.linspace(-8, 8, 16001, dtype=torch.float64).requires_grad_()
+    value = bounded_square(ratios)
+    (slope,) = torch.autograd.grad(value.sum(), ratios)
+    torch.testing.assert_close(slope, torch.sigmoid(-ratios.square() / 2) * ratios, rtol=0, atol=1e-14)
+    assert (value >= 0).all() and (value <= math.log(2)).all() and value[8000].item() == pytest.approx(0.0, abs=1e-15)
+    steepest = slope.abs().argmax()
+    assert ratios[steepest].abs().item() == pytest.approx(1.216, abs=2e-3)
+    assert slope[steepest].abs().item() == pytest.approx(0.393, abs=1e-3)
+    assert slope.abs()[[0, -1]].max() < 1e-12
+
+
+def test_a_pair_without_a_margin_costs_log_2_and_pulls_both_alike_and_a_swap_negates_the_margin():
+    plus, minus, beta = torch.zeros(1).double().requires_grad_(), torch.zeros(1).double().requires_grad_(), 0.4
+    loss = preference_loss(beta * (plus - minus))
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-15)
+    slopes = torch.autograd.grad(loss.sum(), (plus, minus))
+    assert [slope.item() for slope in slopes] == pytest.approx([-beta / 2, beta / 2], abs=1e-15)
+    margins = torch.linspace(-6, 6, 25, dtype=torch.float64)
+    torch.testing.assert_close(preference_loss(margins), -torch.sigmoid(margins).log(), rtol=0, atol=1e-14)
+    torch.testing.assert_close(preference_loss(margins) - preference_loss(-margins), -margins, rtol=0, atol=1e-14)
+
+
+def test_the_importance_weight_is_capped_and_a_constant():
+    log_prob = torch.tensor([-1.0, -1.0, -1.0]).requires_grad_()
+    weight = importance_weight(log_prob, torch.tensor([-1.0, -0.5, -5.0]))
+    assert weight.tolist() == pytest.approx([1.0, math.exp(-0.5), 2.0]) and not weight.requires_grad
+
+
+ADVANTAGES = torch.tensor([1.3, -0.7, 0.0, 2.0, -1.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("bound", [0.0, 0.2, 1.0])
+def test_the_evidence_weight_equals_its_formula_turns_no_sign_and_may_be_absent(strength, bound):
+    ratio = torch.tensor([0.1, 0.1, 3.0, -0.05, -4.0], dtype=torch.float64)
+    weight = evidence_weight(ratio, ADVANTAGES, bound=bound, strength=strength)
+    for got, u, a in zip(weight.tolist(), ratio.tolist(), ADVANTAGES.tolist(), strict=True):
+        sign = (a > 0) - (a < 0)
+        evidence = min(max(math.exp(sign * u), 1 - bound), 1 + bound)
+        assert got == pytest.approx(1 - strength + strength * evidence, abs=1e-15)
+    assert (weight >= 0).all()
+    if 0 in (strength, bound):
+        assert torch.equal(weight, torch.ones_like(weight))
+    no_evidence = evidence_weight(torch.zeros(5).double(), ADVANTAGES, bound=bound, strength=strength)
+    assert torch.equal(no_evidence, torch.ones_like(no_evidence))
+
+
+def test_swapping_student_and_teacher_turns_one_evidence_weight_into_the_other():
+    u, bound = 0.5 * draw(5), 0.9
+    swapped = evidence_weight(-u, ADVANTAGES, bound=bound)
+    want = torch.exp(-torch.sign(ADVANTAGES) * u).clamp(1 - bound, 1 + bound)
+    torch.testing.assert_close(swapped, want, rtol=0, atol=1e-15)
+
+
+def test_the_entropy_gate_lies_between_its_floor_and_1_and_knows_the_larger_of_a_nat_and_the_batch():
+    entropy = torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(entropy_gate(entropy, 2.0, strength=0.3), 1 - 0.3 * entropy / 2, rtol=0, atol=1e-15)
+    torch.testing.assert_close(entropy_gate(entropy[:2], 0.5, strength=0.3), 1 - 0.3 * entropy[:2], rtol=0, atol=1e-15)
+    assert torch.equal(entropy_gate(entropy, entropy.max(), strength=0.0), torch.ones_like(entropy))
+    gate = entropy_gate(entropy, entropy.max(), strength=5.0)
+    assert gate.tolist() == [1.0, 0.1, 0.1]
+    assert (entropy_gate(entropy, entropy.max(), strength=0.9) >= 1 - 0.9 - 1e-15).all()
+
+
+def test_the_control_variate_has_mean_zero_and_the_gradient_of_reverse_kl():
+    student, target = 1.5 * draw(5, 7).requires_grad_(), draw(5, 7, seed=1)
+    log_q, log_p = student.log_softmax(-1), target.log_softmax(-1)
+    q, ratio = log_q.exp().detach(), (log_p - log_q).detach()
+    reverse_kl = token_divergence(student, target, divergence="reverse_kl")
+    advantage = control_variate_advantage(ratio, reverse_kl[:, None])
+    assert not advantage.requires_grad
+    torch.testing.assert_close((q * advantage).sum(-1), torch.zeros(5).double(), rtol=0, atol=1e-14)
+    got = torch.autograd.grad(-(q * advantage * log_q).sum(), student)[0]
+    torch.testing.assert_close(got, gradient_of(student, target, "reverse_kl"), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("scale", "shape", "lower"), [(0.3, (20, 50), True), (1.5, (5, 7), False)])
+def test_the_control_variate_lowers_the_variance_where_no_token_dominates_but_not_always(scale, shape, lower):
+    log_q, log_p = (scale * draw(*shape)).log_softmax(-1), draw(*shape, seed=1).log_softmax(-1)
+    q, ratio = log_q.exp(), log_p - log_q
+
+    def variance(coefficient):  # of the estimator -c (1[v = y] - q_v), summed over v
+        slopes = coefficient[..., None] * (torch.eye(shape[-1]) - q[:, None, :])
+        return (q[..., None] * slopes.square()).sum((1, 2)) - (q[..., None] * slopes).sum(1).square().sum(-1)
+
+    advantage = control_variate_advantage(ratio, -(q * ratio).sum(-1, keepdim=True))
+    assert (variance(advantage).sum() < variance(ratio).sum()).item() is lower
+
+
+MASK = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
+
+
+def test_a_relative_ratio_has_mean_magnitude_1_over_valid_tokens_and_survives_zeros():
+    ratio = draw(3, 6).masked_fill(MASK == 0, math.nan)
+    got = relative_ratio(ratio, MASK)
+    assert not got[MASK == 0].any()
+    for row in range(2):
+        valid = MASK[row] != 0
+        assert got[row][valid].abs().mean().item() == pytest.approx(1.0, abs=1e-15)
+        assert torch.equal(got[row][valid].sign(), ratio[row][valid].sign())
+    assert not relative_ratio(torch.zeros(3, 6), MASK).any()
+
+
+def direction(entropy, ratio=None, quantile=0.2, mask=MASK):
+    return entropy_direction(entropy, draw(3, 6, seed=9) if ratio is None else ratio, mask, quantile=quantile)
+
+
+def test_the_entropy_direction_equals_its_formula_with_the_quantile_counted_from_below():
+    entropy, ratio = draw(3, 6).abs(), draw(3, 6, seed=1)
+    got = direction(entropy, ratio, 0.25)
+    values = sorted(entropy[0, :5].tolist())
+    threshold = values[1]  # a quarter of the way along five values
+    mean = sum(values) / 5
+    sigma = sum(abs(value - mean) for value in values) / 5
+    for t in range(5):
+        pull = math.tanh((threshold - entropy[0, t].item()) / sigma)
+        want = pull / (1 + math.exp(1 - abs(ratio[0, t].item())))
+        assert got[0, t].item() == pytest.approx(want, abs=1e-14)
+
+
+def test_the_entropy_direction_pulls_all_at_quantile_1_pushes_all_at_0_and_most_at_a_fifth():
+    entropy = draw(3, 6).abs()
+    assert (direction(entropy, quantile=1.0) >= 0).all() and (direction(entropy, quantile=0.0) <= 0).all()
+    entropy, mask = draw(1, 100).abs(), torch.ones(1, 100)
+    pulled = direction(entropy, draw(1, 100, seed=1), mask=mask)[0] > 0
+    assert pulled.sum() == 20 and entropy[0][pulled].max() < entropy[0][~pulled].min()
+
+
+def test_the_entropy_direction_knows_no_scale_no_invalid_token_and_no_constant_entropy():
+    entropy = draw(3, 6).abs()
+    got = direction(entropy)
+    torch.testing.assert_close(direction(7 * entropy), got, rtol=0, atol=1e-14)
+    hostile = entropy.masked_fill(MASK == 0, math.inf)
+    assert torch.equal(direction(hostile, draw(3, 6, seed=9).masked_fill(MASK == 0, math.nan)), got)
+    assert not got[MASK == 0].any() and got.isfinite().all()
+    assert not direction(torch.full((3, 6), 0.5)).any()
