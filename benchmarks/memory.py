@@ -10,6 +10,7 @@ import argparse
 import copy
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -53,7 +54,7 @@ def measure(case):
     from trl_opsd.experimental.planning.memory import plan_memory
     from trl_opsd.experimental.planning.workload import Workload
     from trl_opsd.methods import OPSD
-    from trl_opsd.teacher.contexts import Rollout
+    from trl_opsd.teacher.contexts import Moment, Rollout
     from trl_opsd.teacher.prompts import TeacherCollator
 
     cuda = torch.cuda.is_available()
@@ -80,7 +81,7 @@ def measure(case):
     context = max(
         len(collator.encode(row["prompt"], view).ids)
         for row in rows
-        for view in OPSD.contexts([Rollout(row["prompt"], row["solution"], "")], args, None)[0]
+        for view in OPSD.contexts([Rollout(row["prompt"], row["solution"], "")], args, Moment(random.Random(0)))[0]
     )
     prompt = max(len(tokenizer(row["prompt"])["input_ids"]) for row in rows)
     planned = plan_memory(

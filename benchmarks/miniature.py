@@ -135,7 +135,7 @@ def _without_reference():
     from trl_opsd import PurifiedOPSDTrainer
     from trl_opsd.teacher.contexts import TeacherContext
 
-    def contexts(group, settings, draw):
+    def contexts(group, settings, moment):
         plain = TeacherContext("plain", None, anchor=1.0, direction=-1.0)
         return [(plain, TeacherContext("teacher", rollout.solution, direction=1.0)) for rollout in group]
 

@@ -86,8 +86,12 @@ def run_scoring(
     return score_contexts(
         teacher,
         jobs,
-        shape=(len({job.row for job in jobs}), args.span, args.hidden),
-        dtype=torch.float32,
+        TargetStates.empty(
+            (len({job.row for job in jobs}), args.span, args.hidden),
+            torch.float32,
+            torch.device(args.device),
+            with_direction=True,
+        ),
         device=torch.device(args.device),
         pad_id=0,
         tokens_per_forward=args.budget,
@@ -101,7 +105,7 @@ def score(model, jobs: list[ScoringJob], shared: bool, args: argparse.Namespace)
     if shared:
         sharing.supported = True
     teacher = CountedForward(model, model)
-    run = partial(run_scoring, teacher, jobs, args, with_direction=True, sharing=sharing)
+    run = partial(run_scoring, teacher, jobs, args, sharing=sharing)
     return measure(run, args.device), teacher.num_forwards
 
 

@@ -13,7 +13,7 @@ from trl_opsd.teacher.contexts import TeacherContext
 from trl_opsd.trainers.self_distillation import SelfDistillationTrainer
 
 
-def right_peer_contexts(group, settings, draw):
+def right_peer_contexts(group, settings, moment):
     """Contexts of every wrong rollout: the shortest right one of its group, or none."""
     right = [rollout.completion for rollout in group if rollout.reward == 1.0]
     if not right:

@@ -469,8 +469,8 @@ def test_no_name_of_ours_is_a_private_one_of_trls_gkd():
     for owner in GKDTrainer.__mro__:
         if owner.__module__.split(".")[0] in ("trl", "transformers"):
             taken |= set(re.findall(r"\bself\.(_?[a-z]\w*)", inspect.getsource(owner)))
-    folder = Path(versions.__file__).parent / "trainers"
-    for file in ("gkd.py", "teaching.py"):
+    folder = Path(versions.__file__).parents[1]
+    for file in ("experimental/gkd.py", "_trl/checkpoints.py"):
         tree = ast.parse((folder / file).read_text())
         made = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         made |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig
 from trl_opsd import OGLSSDConfig, OGLSSDTrainer, OPSDTrainer, PurifiedOPSDConfig, PurifiedOPSDTrainer
 from trl_opsd.losses import SignalDecomposition, decompose_signal, purified_logits, steered_logits, token_divergence
 from trl_opsd.methods.ogls_sd import group_label, steering_contexts, steering_shape
-from trl_opsd.teacher.contexts import Rollout
+from trl_opsd.teacher.contexts import Moment, Rollout
 
 
 @pytest.fixture
@@ -298,7 +298,7 @@ def test_a_capped_pool_is_drawn_with_the_seed(settings):
 
     group = rollouts([1, 1, 1, 1, 0])
     capped = settings(max_contexts_per_pool=2)
-    draws = [steering_contexts(group, capped, random.Random(seed))[4] for seed in (0, 0, 1)]
+    draws = [steering_contexts(group, capped, Moment(random.Random(seed)))[4] for seed in (0, 0, 1)]
     assert len(draws[0]) == 1 + 2 + 1 and draws[0] == draws[1] != draws[2]
 
 

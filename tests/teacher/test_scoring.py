@@ -10,6 +10,7 @@ from trl_opsd.teacher import scoring
 from trl_opsd.teacher.forwards import TeacherForward
 from trl_opsd.teacher.jobs import ScoringJob, padded_size, plan_forwards
 from trl_opsd.teacher.scoring import score_contexts
+from trl_opsd.teacher.states import TargetStates
 
 H = 3
 
@@ -59,12 +60,10 @@ def score(jobs, run=None, *, shape=(3, 4, H), budget=100, direction=False, **set
     target = score_contexts(
         run,
         jobs,
-        shape=shape,
-        dtype=torch.float64,
+        TargetStates.empty(shape, torch.float64, torch.device("cpu"), with_direction=direction),
         device=torch.device("cpu"),
         pad_id=0,
         tokens_per_forward=budget,
-        with_direction=direction,
         **settings,
     )
     return target, run

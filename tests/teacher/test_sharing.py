@@ -19,10 +19,11 @@ from transformers import (
 from trl_opsd import OGLSSDConfig, OPSDConfig
 from trl_opsd.methods import OGLS_SD, OPSD
 from trl_opsd.model.heads import attach_head_function
-from trl_opsd.teacher.contexts import Rollout
+from trl_opsd.teacher.contexts import Moment, Rollout
 from trl_opsd.teacher.forwards import TeacherForward
 from trl_opsd.teacher.jobs import ScoringJob, group_by_context, padded_size, plan_shared
 from trl_opsd.teacher.scoring import ContextSharing, score_contexts
+from trl_opsd.teacher.states import TargetStates
 
 SIZE = {
     "vocab_size": 40,
@@ -81,11 +82,11 @@ def make_forward(config, attention="sdpa", dtype=torch.float32):
 class Counting(TeacherForward):
     """Keeps the number of tokens and the padded tokens held, cached ones included, of each forward."""
 
-    def _states(self, ids, mask, columns, **settings):
+    def _states(self, ids, mask, *choice, **settings):
         self.__dict__.setdefault("tokens", []).append(mask[:, -ids.size(1) :].sum().item())
         self.__dict__.setdefault("held", []).append(mask.numel())
         self.__dict__.setdefault("grad", []).append(torch.is_grad_enabled())
-        return super()._states(ids, mask, columns, **settings)
+        return super()._states(ids, mask, *choice, **settings)
 
 
 def make_jobs(groups=GROUPS, seed=0):
@@ -110,12 +111,10 @@ def score(run, jobs, sharing=None, *, budget=1000, num_rows=NUM_ROWS, **settings
     return score_contexts(
         run,
         jobs,
-        shape=(num_rows, 8, SIZE["hidden_size"]),
-        dtype=torch.float32,
+        TargetStates.empty((num_rows, 8, SIZE["hidden_size"]), torch.float32, torch.device("cpu"), with_direction=True),
         device=torch.device("cpu"),
         pad_id=0,
         tokens_per_forward=budget,
-        with_direction=True,
         sharing=sharing,
         **settings,
     )
@@ -201,7 +200,7 @@ def rollouts_of_a_group(num_right, num_wrong):
 def jobs_of(method, settings, group):
     """Jobs of a method's contexts: one context of 10 tokens for each distinct text, rollouts of 4."""
     contexts, jobs = {}, []
-    for row, views in enumerate(method.contexts(group, settings, random.Random(0))):
+    for row, views in enumerate(method.contexts(group, settings, Moment(random.Random(0)))):
         for view in views:
             first = contexts.setdefault((view.template, view.slot), 3 + len(contexts))
             jobs.append(ScoringJob([first] * 10, [2] * 4, row, view.anchor, view.direction))
@@ -277,8 +276,8 @@ def test_a_cache_that_is_not_keys_and_values_falls_back_with_one_warning():
 
 def test_states_that_differ_fall_back_with_one_warning():
     class Forgetful(Counting):
-        def rollouts(self, ids, mask, cache):
-            return super().rollouts(ids, mask, cache).flip(-1)
+        def rollouts(self, ids, mask, cache, first):
+            return super().rollouts(ids, mask, cache, first).flip(-1)
 
     model = make_forward(FAMILIES["llama"]).model
     assert_falls_back_once(Forgetful(model, model), "differ by .* of their norm")

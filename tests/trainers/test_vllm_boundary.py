@@ -49,6 +49,7 @@ class EngineStandIn:
     def __init__(self, model, mode, answers, **settings):
         self.model, self.mode, self.answers, self.settings = model, mode, answers, settings
         self.synced, self.asked = [], []
+        self.max_completion_length = None
         self.vllm_client = SimpleNamespace(
             get_server_info=lambda: {"model_config": {"logprobs_mode": "processed_logprobs"}}
         )

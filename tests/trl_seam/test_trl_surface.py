@@ -30,6 +30,7 @@ def test_the_wrapped_names_are_a_frozen_set():
         "_calculate_rewards",
         "_compute_loss",
         "_generate_and_score_completions",
+        "_generate_single_turn",
         "_get_output_dir",
         "_get_per_token_logps_and_entropies",
         "_get_train_sampler",
@@ -44,8 +45,8 @@ def test_the_wrapped_names_are_a_frozen_set():
         "_metrics",
         "_step",
         "_tokenizer",
-        "generation_config",
         "max_completion_length",
+        "num_generations",
         "use_vllm",
     }
 

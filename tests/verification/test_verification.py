@@ -14,6 +14,7 @@ import weakref
 import pytest
 import torch
 from datasets import Dataset
+from trl_opsd.trainers.targets import TargetTrainer
 
 from trl_opsd import OPSDTrainer, rewards
 from trl_opsd.commands.train import make_baseline, parse
@@ -22,7 +23,6 @@ from trl_opsd.evaluation.callback import EvaluationCallback
 from trl_opsd.evaluation.measures import majority_is_correct, summarize
 from trl_opsd.evaluation.sampling import Completion
 from trl_opsd.rewards import accuracy_reward, make_accuracy_reward
-from trl_opsd.trainers.targets import TargetTrainer
 from trl_opsd.verification import (
     check_verifier,
     pool,

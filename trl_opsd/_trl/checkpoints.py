@@ -4,9 +4,11 @@
 from pathlib import Path
 from typing import Any
 
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoints.manifest import remove_older, writing_checkpoint
+from ..checkpoints.run import Run
 
 
 class _LaterLimit(int):
@@ -19,14 +21,19 @@ class _LaterLimit(int):
         return int, (int(self),)
 
 
-class CheckedCheckpoints:
-    """Mixin in front of one of TRL's trainers: a checkpoint is marked, listed and pushed when all of it is there."""
+class CheckedTrainer(Trainer):
+    """In front of one of TRL's trainers: its run has an id and its folder for itself, and a checkpoint is marked, listed and
+    pushed when all of it is there."""
 
-    run_id = ""
-    initial_weights: dict[str, str] | None = None
-    _unpushed: str | None = None
+    def __init__(self, *args, **kwargs):
+        self._unpushed: str | None = None
+        super().__init__(*args, **kwargs)
+        self.run = Run(self.args, self.accelerator)
 
     # Hooks
+
+    def check_before_training(self) -> None:
+        """Refuse to train what would not be trained."""
 
     def save_extra_state(self, checkpoint: str) -> None:
         """Write what the parent does not save, into a checkpoint folder; called on every process."""
@@ -34,11 +41,40 @@ class CheckedCheckpoints:
     def load_extra_state(self, checkpoint: str) -> None:
         """Read it back when a run is resumed."""
 
+    def save_pending(self, checkpoint: Path) -> None:
+        """Write what this rank is in the middle of; nothing for a trainer that keeps nothing between steps."""
+
+    def load_pending(self, checkpoint: str) -> None:
+        """Read it back."""
+
     # TRL's seams
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """Train as TRL does; a run resumes from whole checkpoints only, and has its output folder for itself.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one of `output_dir`.
+            *args: TRL's.
+            **kwargs: TRL's.
+
+        Raises:
+            ValueError: the dataset has too few rows for a step; another run trains into `output_dir` or has left
+                checkpoints there; there is no whole checkpoint, or the one given is damaged or of another model.
+        """
+        self.check_before_training()
+        with self.run.started(resume_from_checkpoint) as folder:
+            return super().train(folder, *args, **kwargs)
+
+    def create_optimizer(self, *args, **kwargs):
+        """The parent's optimizer without empty parameter groups (LoRA trains no bias or norm), on which DeepSpeed with
+        torch 2.13 is reported to fail."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
     def _save_checkpoint(self, model, trial):
-        args, run = self.args, Path(self._get_output_dir(trial=trial))
-        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        args, folder_of_run = self.args, Path(self._get_output_dir(trial=trial))
+        folder = folder_of_run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         limit, self._unpushed = args.save_total_limit, None
         args.save_total_limit = None if limit is None else _LaterLimit(limit)
         try:
@@ -46,19 +82,19 @@ class CheckedCheckpoints:
                 folder,
                 marks=args.should_save,
                 wait=self.accelerator.wait_for_everyone,
-                run=self.run_id,
-                initial_weights=self.initial_weights,
-                hashes=args.checkpoint_hashes,
+                run=self.run.id,
+                initial_weights=self.run.initial_weights,
+                hashes=self.run.hashes,
             ):
                 super()._save_checkpoint(model, trial)
                 self.save_extra_state(str(folder))
                 if not args.save_only_model:
-                    self._save_pending(folder)
+                    self.save_pending(folder)
         finally:
             args.save_total_limit = limit
         # Not before the new one is complete: with a limit of 1 there would be none for a while.
         if args.should_save:
-            remove_older(run, limit, self.run_id, self.state.best_model_checkpoint)
+            remove_older(folder_of_run, limit, self.run.id, self.state.best_model_checkpoint)
         if self._unpushed is not None:
             super()._push_from_checkpoint(self._unpushed)
 
@@ -69,10 +105,4 @@ class CheckedCheckpoints:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.load_extra_state(checkpoint)
-            self._load_pending(checkpoint)
-
-    def _save_pending(self, folder: Path) -> None:
-        """Write what this rank is in the middle of; nothing for a trainer that keeps nothing between steps."""
-
-    def _load_pending(self, checkpoint: str) -> None:
-        """Read it back."""
+            self.load_pending(checkpoint)

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from torch.nn import functional
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from ..checkpoints.state import load_state, save_state
 from ..teacher.forwards import counted_positions
-from .checkpoints import CheckedCheckpoints
+from .checkpoints import CheckedTrainer
 from .naming import NamedByMethod
 from .versions import HAS_ROUTER_LOSS, NUM_LOGPS_VALUES, check_trl
 
@@ -36,6 +37,28 @@ def model_for_generation(trainer: Any) -> AbstractContextManager:
     return unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, **settings)
 
 
+def student_inputs(batch: dict[str, Any], length: int | None = None) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Ids and mask (B, S) of a micro-batch's prompts and rollouts, and how many of the S stand behind the prompts.
+
+    Extras, where the batch has some, are further rows: (2B, S).
+
+    Args:
+        batch: `prompt_ids`, `completion_ids` and their masks, and perhaps `extra_ids` and `extra_mask` (B, E).
+        length: of the rollouts' part that is read; None for all.
+    """
+    parts = [
+        (batch[f"{name}_ids"], batch[f"{name}_mask"]) for name in ("completion", "extra") if f"{name}_ids" in batch
+    ]
+    parts[0] = tuple(part[:, :length] for part in parts[0])
+    width = max(ids.size(1) for ids, _ in parts)
+    rows = [
+        [torch.cat([prompt, functional.pad(part, (0, width - part.size(1)))], dim=1) for part in own]
+        for own, prompt in zip(zip(*parts, strict=True), (batch["prompt_ids"], batch["prompt_mask"]), strict=True)
+    ]
+    ids, mask = (torch.cat(row) for row in rows)
+    return ids, mask, width
+
+
 def _seek_epoch(sampler: Any, epoch: int) -> None:
     """Put TRL's sampler where it stands after `epoch` epochs; a resumed run would otherwise repeat the first order."""
     sampler.generator.manual_seed(sampler.seed)
@@ -43,7 +66,7 @@ def _seek_epoch(sampler: Any, epoch: int) -> None:
         torch.randperm(sampler.num_samples, generator=sampler.generator)
 
 
-class RolloutTrainer(CheckedCheckpoints, NamedByMethod, GRPOTrainer):
+class RolloutTrainer(CheckedTrainer, NamedByMethod, GRPOTrainer):
     """GRPOTrainer with its private seams turned into hooks. Subclasses implement `add_targets` and `step_loss`."""
 
     def __init__(self, **kwargs):
@@ -83,6 +106,10 @@ class RolloutTrainer(CheckedCheckpoints, NamedByMethod, GRPOTrainer):
     def step_loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         """Loss of one micro-batch, divided by everything it is to be divided by."""
         raise NotImplementedError
+
+    def reads_policy_logps(self) -> bool:
+        """Whether the loss reads the log-probabilities that TRL takes when it samples (old, reference)."""
+        return True
 
     def pending_values(self) -> dict[str, Any]:
         """What this rank keeps between optimizer steps, as JSON: for the batch and logging interval it is in."""
@@ -171,15 +198,32 @@ class RolloutTrainer(CheckedCheckpoints, NamedByMethod, GRPOTrainer):
             self._cached_logps = None
 
     def policy_logps(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple:
-        """Log-probabilities (B, T), entropies (B, T) and router loss of the student, with gradient."""
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        """Log-probabilities (B, T), entropies (B, T) and router loss of the student, with gradient.
+
+        Where the batch has `extra_ids` (B, E), they are read in the same forward; the values are those of the rollouts.
+        """
+        ids, mask, length = student_inputs(batch)
         router_loss = {"compute_aux_loss": self.aux_loss_enabled} if HAS_ROUTER_LOSS else {}
         with self._counted_positions(model):
-            values = super()._get_per_token_logps_and_entropies(
-                model, ids, mask, batch["completion_ids"].size(1), compute_entropy=True, **router_loss
+            log_probs, entropies, *rest = super()._get_per_token_logps_and_entropies(
+                model, ids, mask, length, compute_entropy=True, **router_loss
             )
-        return values if HAS_ROUTER_LOSS else (*values, None)
+        size, width = batch["completion_ids"].shape
+        return log_probs[:size, :width], entropies[:size, :width], rest[0] if HAS_ROUTER_LOSS else None
+
+    def write_answers(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Token ids that the model answers to prompts, by TRL's own sampling, one each; a collective.
+
+        Args:
+            prompts: token ids of each of this rank's rows, as many on every rank as it samples rollouts.
+        """
+        sample = super()._generate_single_turn
+        group, self.num_generations = self.num_generations, 1  # a vLLM server samples a group from its first prompt
+        groups = {"num_generations": 1} if "num_generations" in inspect.signature(sample).parameters else {}
+        try:
+            return self._generate_single_turn(prompts, None, {}, **groups)[0]
+        finally:
+            self.num_generations = group
 
     # TRL's seams
 
@@ -200,7 +244,7 @@ class RolloutTrainer(CheckedCheckpoints, NamedByMethod, GRPOTrainer):
     def _get_per_token_logps_and_entropies(self, model, input_ids, *args, **kwargs):
         if self._cached_logps is not None:
             return self._cached_logps[:NUM_LOGPS_VALUES]
-        if self.args.reward_weight == 0.0:
+        if not self.reads_policy_logps():
             # Asked for by the generation step (old or reference log-probabilities), read by the policy loss alone.
             completion_length = args[1] if len(args) > 1 else kwargs["logits_to_keep"]
             zeros = input_ids.new_zeros(input_ids.size(0), completion_length, dtype=torch.float32)
@@ -269,9 +313,9 @@ class RolloutTrainer(CheckedCheckpoints, NamedByMethod, GRPOTrainer):
         names = ("steps_per_generation", "num_iterations", "gradient_accumulation_steps", "per_device_train_batch_size")
         return {name: getattr(self.args, name) for name in names}
 
-    def _save_pending(self, folder: Path) -> None:
+    def save_pending(self, checkpoint: Path) -> None:
         values = {
-            "run_id": self.run_id,
+            "run_id": self.run.id,
             "run": self._shape_of_run(),
             "step": self._step,
             "interval": {
@@ -282,12 +326,12 @@ class RolloutTrainer(CheckedCheckpoints, NamedByMethod, GRPOTrainer):
             "own": self.pending_values(),
         }
         accelerator = self.accelerator
-        save_state(folder, accelerator.process_index, accelerator.num_processes, values, self._pending_batches())
+        save_state(checkpoint, accelerator.process_index, accelerator.num_processes, values, self._pending_batches())
 
-    def _load_pending(self, checkpoint: str) -> None:
+    def load_pending(self, checkpoint: str) -> None:
         accelerator = self.accelerator
         state = load_state(checkpoint, accelerator.process_index, accelerator.num_processes, accelerator.device)
-        if state is not None and state[0].get("run_id", self.run_id) != self.run_id:
+        if state is not None and state[0].get("run_id", self.run.id) != self.run.id:
             raise ValueError(
                 f"{checkpoint}: the state of rank {accelerator.process_index} is of another run than the marker. Files of "
                 "two runs were mixed there; give another checkpoint."

@@ -23,6 +23,7 @@ METHODS = {
     "_load_optimizer_and_scheduler": ("checkpoint",),
     "_get_output_dir": ("trial",),
     "_get_train_sampler": ("dataset",),
+    "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields"),
 }
 # Of the experimental GKDTrainer, public by name alone.
 GKD_METHODS = {
@@ -37,12 +38,12 @@ ATTRIBUTES = (
     "_metrics",
     "_step",
     "_tokenizer",
-    "generation_config",
     "max_completion_length",
+    "num_generations",
     "use_vllm",
 )
-# Of a trainer that trains, or samples with vLLM: checked by the code of its class, which must name them.
-LATER_ATTRIBUTES = ("_globalstep_last_logged", "_tr_loss", "vllm_generation")
+# Of a trainer that trains, or samples in one of two ways: checked by the code of its class, which must name them.
+LATER_ATTRIBUTES = ("_globalstep_last_logged", "_tr_loss", "generation_config", "vllm_generation")
 # Of `trainer.vllm_generation`.
 ENGINE_ATTRIBUTES = ("max_completion_length",)
 # Which only some versions in the range have, so that each is asked for before it is read.

@@ -2,30 +2,29 @@
 """OPSD for scripts of TRL's experimental GKDTrainer: its datasets, its `lmbda`, its sampling; our teacher and loss."""
 
 import os
+import random
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from .._trl.checkpoints import CheckedTrainer
 from .._trl.naming import NamedByMethod
 from .._trl.versions import dict_fields, gkd_classes
 from ..card import describe_run
 from ..losses import OutputHead, Target, token_weights
 from ..methods import OPSD
-from ..model.checks import num_positions
 from ..monitoring.diagnostics import Diagnostics
 from ..monitoring.guard import ClipWarning
 from ..rows.passes import check_datasets
-from ..teacher.contexts import Rollout
-from ..teacher.jobs import ScoringJob
-from ..teacher.prompts import TeacherCollator
+from ..teacher.contexts import Moment, Rollout
 from ..teacher.states import TargetStates
-from ..teacher.weights import Teacher
-from ..trainers.checks import config_of
-from ..trainers.runs import IdentifiedRun
+from ..trainers.checks import check_fills_a_batch, check_trained, config_of
+from ..trainers.columns import LossColumns
+from ..trainers.scorer import Scorer
 from ..trainers.settings import SelfDistillationSettings, option
-from ..trainers.teaching import SelfTeaching
+from ..trainers.step_loss import StepLoss
 from .gkd_rows import IGNORED, MessagesCollator, check_messages
 
 GKDConfig, GKDTrainer = gkd_classes()
@@ -107,7 +106,7 @@ def _refuse_fsdp(args: OPSDGKDConfig) -> None:
         )
 
 
-class OPSDGKDTrainer(IdentifiedRun, SelfTeaching, NamedByMethod, GKDTrainer):
+class OPSDGKDTrainer(CheckedTrainer, NamedByMethod, GKDTrainer):
     """GKDTrainer that distils a model from itself reading the reference solution (arXiv 2601.18734).
 
     With the chance `lmbda` a micro-batch is sampled from the student; otherwise the answers of its `messages` are
@@ -174,22 +173,27 @@ class OPSDGKDTrainer(IdentifiedRun, SelfTeaching, NamedByMethod, GKDTrainer):
         )
         # Then HF Trainer counts no labels, which sampling replaces, and divides each loss by the accumulation steps.
         self.model_accepts_loss_kwargs = False
-        self.prepare_model_to_teach()
-        self.collator = TeacherCollator.from_settings(
-            self.tokenizer, args, max_positions=num_positions(self.model.config)
-        )
-        self.data_collator = MessagesCollator(self.collator, args.prompt_template, args.max_length)
-        self.teacher = Teacher(
-            args.teacher_model_kind,
+        self.scorer = Scorer(
             self.model,
+            self.accelerator,
+            self.method,
+            args,
+            self.tokenizer,
             fresh_adapter=peft_config is not None,
-            update_rate=args.teacher_update_rate,
+            shares_contexts=False,
         )
-        self.divergence = args.loss_divergence()
+        self.scorer.make_teacher()
+        self.data_collator = MessagesCollator(self.scorer.collator, args.prompt_template, args.max_length)
+        self.run.remember_weights(self.model, self.teacher.values if self.teacher.kind == "base" else ())
+        self.objective = StepLoss(self.model, self.method, args, self.scorer.num_tokens)
         self.diagnostics = {"train": Diagnostics(), "eval": Diagnostics()}
-        self.remember_initial_weights()
         self.add_callback(_TeacherHooks(self))
         self.add_callback(ClipWarning())
+
+    @property
+    def teacher(self):
+        """The teacher's weights, see `teacher.weights.Teacher`."""
+        return self.scorer.teacher
 
     @property
     def tokenizer(self) -> Any:
@@ -201,11 +205,20 @@ class OPSDGKDTrainer(IdentifiedRun, SelfTeaching, NamedByMethod, GKDTrainer):
         """ "train" or "eval"."""
         return "train" if self.model.training else "eval"
 
+    def check_before_training(self) -> None:
+        check_fills_a_batch(self.args, self.train_dataset)
+
+    def train(self, *args, **kwargs):
+        """See `CheckedTrainer.train`."""
+        output = super().train(*args, **kwargs)
+        check_trained(self.state)
+        return output
+
     def save_extra_state(self, checkpoint: str) -> None:
-        self.teacher.save(checkpoint)
+        self.scorer.save(checkpoint, with_head=False)
 
     def load_extra_state(self, checkpoint: str) -> None:
-        self.teacher.load(checkpoint)
+        self.scorer.load(checkpoint)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The divergence from student to teacher on the positions whose labels are not -100.
@@ -222,7 +235,7 @@ class OPSDGKDTrainer(IdentifiedRun, SelfTeaching, NamedByMethod, GKDTrainer):
             target = self._score(inputs, completions, mask)
         with diagnostics.clock("loss", device):
             function = self._loss_from_states(columns, mask, target)
-            loss, stats = self.loss_in_forward(model, inputs["input_ids"], inputs["attention_mask"], function)
+            loss, stats = self.objective.in_forward(model, inputs["input_ids"], inputs["attention_mask"], function)
         products = stats.pop("clip_products", None)
         values = {name: value.new_zeros(mask.shape).masked_scatter(mask, value) for name, value in stats.items()}
         diagnostics.add(values, mask, torch.arange(len(mask), device=device), clip_products=products)
@@ -232,7 +245,11 @@ class OPSDGKDTrainer(IdentifiedRun, SelfTeaching, NamedByMethod, GKDTrainer):
         """Where the states that predict distilled tokens are (B, S - 1), the same by place in the rollout (B, D), and
         the rollouts' ids; both masks select the same tokens in the same order."""
         own = inputs["labels"] != IGNORED
-        length, skipped = self.distilled_length(), self.args.num_loss_tokens_to_skip
+        args = self.args
+        length = (
+            args.distillation_length_at(self.state.global_step) if self.mode == "train" else args.distillation_length
+        )
+        skipped = args.num_loss_tokens_to_skip
         completions = [ids[is_own].tolist()[:length] for ids, is_own in zip(inputs["input_ids"], own, strict=True)]
         place = own.cumsum(dim=1) - 1
         columns = own & (place >= skipped)
@@ -245,15 +262,15 @@ class OPSDGKDTrainer(IdentifiedRun, SelfTeaching, NamedByMethod, GKDTrainer):
 
     def _score(self, inputs: dict[str, Any], completions: list[list[int]], mask: torch.Tensor) -> TargetStates:
         """Teacher hidden states (B, D, H) of the rollouts."""
-        jobs = []
-        for row, (question, solution, ids) in enumerate(
-            zip(inputs["question"], inputs["solution"], completions, strict=True)
-        ):
-            (views,) = self.method.contexts([Rollout(question, solution, "")], self.args, None)
-            for view in views if ids else ():
-                context = self.collator.encode(question, view).ids
-                jobs.append(ScoringJob(context, ids, row, view.anchor, view.direction))
-        target = self._run_teacher(self.teacher, jobs, (*mask.shape, self.hidden_size), with_direction=False)
+        moment = Moment(random.Random(self.args.seed), self.state.global_step)
+        rows = list(zip(inputs["question"], inputs["solution"], completions, strict=True))
+        groups = [
+            self.method.contexts([Rollout(question, solution, "")], self.args, moment) for question, solution, _ in rows
+        ]
+        contexts = [views if ids else () for (views,), ids in zip(groups, completions, strict=True)]
+        prompts = [(question, question) for question, _, _ in rows]
+        self.scorer.forget_prompts()
+        target, _ = self.scorer.score(contexts, prompts, completions, mask.shape, mode=self.mode)
         # Inside HF Trainer's autocast the teacher's weights, cast without a gradient, would be the student's too.
         torch.clear_autocast_cache()
         return target
@@ -264,10 +281,15 @@ class OPSDGKDTrainer(IdentifiedRun, SelfTeaching, NamedByMethod, GKDTrainer):
         # Engines average gradients over ranks, so each rank divides by its share of the global count.
         denominator = items.clamp(min=1) / self.accelerator.num_processes
         weights = token_weights(mask, reduction=self.args.loss_reduction, denominator=denominator)
-        target = Target(states.anchor[mask], None, self.shape_now(), self.teacher.head)
+        step = self.state.global_step
+        target = Target(states.anchor[mask], None, self.method.shape(self.args, step), self.scorer.heads[self.mode])
+        measures_clip = self.mode == "train" and step == 0
+        own = LossColumns.of_divergence(weights[mask])
 
         def function(hidden: torch.Tensor, head: OutputHead):
-            return self.divergence_of(hidden[:, :-1][columns], head, target, weights[mask])
+            return self.objective.of_states(
+                hidden[:, :-1][columns], head, target, own, None, measures_clip=measures_clip
+            )
 
         return function
 

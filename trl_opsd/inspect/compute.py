@@ -15,7 +15,7 @@ import torch
 from ..losses import LinearShape
 from ..methods import Method
 from ..rows.texts import Prompt, fill_template, rewrite_last_turn
-from ..teacher.contexts import Rollout, TeacherContext
+from ..teacher.contexts import Moment, Rollout, TeacherContext
 from ..teacher.prompts import TeacherCollator
 from .measures import decompose, extend_view, measure_direction, measure_loss
 from .records import RolloutRecord, SampledRollout, ViewRecord
@@ -60,8 +60,8 @@ class Inspector:
         Args:
             group: the rollouts that the method's rule reads together; a single one where it reads no others.
         """
-        draw = random.Random(f"{self.settings.seed}/{self.step}")
-        contexts = self.method.contexts([sampled.rollout for sampled in group], self.settings, draw)
+        moment = Moment(random.Random(f"{self.settings.seed}/{self.step}"), self.step)
+        contexts = self.method.contexts([sampled.rollout for sampled in group], self.settings, moment)
         pairs = [(sampled, views) for sampled, views in zip(group, contexts, strict=True) if views and sampled.ids]
         return [self._inspect(sampled.rollout, sampled.ids, views) for sampled, views in pairs]
 

@@ -6,7 +6,7 @@ from .closed_form import FusedDiagnostics
 from .decomposition import SignalDecomposition, decompose_signal
 from .dense import dense_divergence_from_hidden, dense_fact_loss
 from .divergences import CLIPS, DIVERGENCES, Divergence, token_divergence
-from .fact_loss import fused_fact_loss
+from .fact_loss import fused_fact_loss, sampled_facts
 from .facts import Facts
 from .fused import fused_divergence
 from .head import OutputHead
@@ -60,6 +60,7 @@ __all__ = [
     "preference_loss",
     "purified_logits",
     "relative_ratio",
+    "sampled_facts",
     "steered_logits",
     "token_divergence",
     "token_weights",

@@ -86,6 +86,38 @@ def fused_fact_loss(
     return evaluate(work, student_hidden, head, positions)
 
 
+@torch.no_grad()
+def sampled_facts(
+    student_hidden: torch.Tensor,
+    head: OutputHead,
+    token_ids: torch.Tensor,
+    target: Target | None = None,
+    *,
+    divergence: Divergence | None = None,
+    temperature: float = 1.0,
+    num_tokens: int | None = None,
+) -> Facts:
+    """The facts of positions, without a gradient.
+
+    Args:
+        student_hidden, head, target, num_tokens: as in [`fused_divergence`].
+        token_ids: (N,) int64, in [0, num_tokens).
+        divergence: to the target; None is forward KL at `temperature`.
+        temperature: divides the logits where no divergence is given, > 0.
+    """
+    seen: list[Facts] = []
+
+    def keep(facts: Facts) -> torch.Tensor:
+        seen.append(facts)
+        return facts.student_entropy.sum()
+
+    rule = divergence or Divergence(temperature=temperature)
+    fused_fact_loss(
+        student_hidden, head, target, token_ids=token_ids, loss_of=keep, divergence=rule, num_tokens=num_tokens
+    )
+    return seen[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class FactWork(Work):
     """What is constant in a loss of facts.

@@ -52,6 +52,12 @@ class Target:
         )
         return replace(self, **dict(zip(("anchor", "direction"), chosen, strict=True)))
 
+    def widened(self, count: int) -> Target:
+        """The flattened target with `count` positions of zeros behind it, which are not to be read."""
+        parts = (None if states is None else states.flatten(0, -2) for states in (self.anchor, self.direction))
+        padded = (None if part is None else torch.nn.functional.pad(part, (0, 0, 0, count)) for part in parts)
+        return replace(self, **dict(zip(("anchor", "direction"), padded, strict=True)))
+
     @property
     def folds(self) -> bool:
         """True where anchor and direction are one hidden state: W a + lambda W d = W (a + lambda d)."""

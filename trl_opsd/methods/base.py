@@ -1,20 +1,93 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A method of self-distillation as one value: what its teacher reads and how the target is shaped.
+"""A method of self-distillation as one value: what its teacher reads, and how that becomes a loss.
 
-A new method is a rule for contexts, a shape, and one `Method(...)`; the trainer does not change.
+A new method is a rule for contexts, at most one of three ways to a loss beside the plain divergence, and one `Method(...)`;
+the trainer does not change. The ways, from the nearest to the plain one:
+
+1. `token_weight` weighs the divergence, token by token.
+2. `loss` replaces it by any function of numbers a token: of the sampled token's log-probability, of the divergence.
+3. `advantages` replaces it by TRL's policy-gradient loss, whose advantage it gives token by token.
+
+All three read the same facts. In `token_weight` they are flat, (n,), a tile at a time; in the others (B, D), views (K, B, D).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..losses import Shape
-from ..teacher.contexts import ContextRule, Rollout
+import torch
+from accelerate.utils import gather_object
+
+from ..losses import Facts, Shape
+from ..teacher.contexts import ContextRule, Moment, Rollout, TeacherContext
+
+FactRule = Callable[["RowFacts", Any, Moment], torch.Tensor]
 
 
 def no_shape(settings: Any, step: int) -> Shape:
     """The target is the anchor alone."""
     return Shape()
+
+
+def _no_templates(settings: Any) -> Mapping[str, str]:
+    return {}
+
+
+@dataclass(frozen=True)
+class RowFacts(Facts):
+    """Facts of rollouts, each (B, D), and in `given` what is known beside them.
+
+    `given` holds, (B, D): `mask` (nonzero where a token is trained on), `advantage` (TRL's), `reward` (NaN without one) and
+    `old_log_prob`; and where views are read, (K, B, D): `view_log_probs`, `view_entropies`, `view_weights`.
+
+    Attributes:
+        extra: facts of the sequences beside the rollouts, (B, E), with `mask` and the views in their `given`; None without.
+    """
+
+    extra: "RowFacts | None" = None
+
+
+class Extra(NamedTuple):
+    """A sequence beside a rollout, which is trained on in the same step.
+
+    Attributes:
+        sequence: text, which the tokenizer encodes and ends, or ids as they were sampled.
+        contexts: views of the teacher on it, which can only be read.
+    """
+
+    sequence: str | list[int]
+    contexts: tuple[TeacherContext, ...] = ()
+
+
+class Seen(NamedTuple):
+    """A generation batch of all ranks, as `Method.remember` sees it.
+
+    Attributes:
+        rollouts: in the order of the batch.
+        view_log_probs, view_entropies: of each rollout (K, length) float64, of its views that are read; empty without any.
+    """
+
+    rollouts: Sequence[Rollout]
+    view_log_probs: Sequence[torch.Tensor]
+    view_entropies: Sequence[torch.Tensor]
+
+    @classmethod
+    def gathered(cls, rollouts: Sequence[Rollout], numbers: torch.Tensor | None, lengths: Sequence[int]):
+        """What all ranks see of a batch; a collective.
+
+        Args:
+            rollouts: of this rank.
+            numbers: (B or more, K, D, 2), see `TargetStates`, or None.
+            lengths: of the rollouts.
+        """
+        if numbers is None:
+            numbers = torch.zeros(len(rollouts), 0, max(lengths, default=0), 2)
+        own = [row[:, :length].tolist() for row, length in zip(numbers.double(), lengths, strict=False)]
+        views = [
+            torch.tensor(row, dtype=torch.float64).reshape(len(row), len(row[0]) if row else 0, 2)
+            for row in gather_object(own)
+        ]
+        return cls(gather_object(list(rollouts)), [view[..., 0] for view in views], [view[..., 1] for view in views])
 
 
 @dataclass(frozen=True)
@@ -23,14 +96,32 @@ class Method:
 
     Attributes:
         name: as the paper writes it.
-        contexts: from (rollouts of one prompt, settings, random generator) to the teacher's contexts of each; a
-            rollout with no context is not distilled.
+        contexts: from (rollouts of one prompt, settings, [`Moment`]) to the teacher's contexts of each; a
+            rollout with no context is not trained on.
         shape: from (settings, optimizer step) to how the direction enters the target.
         needs_solution: every row must have a reference solution.
         needs_group: `contexts` reads the other rollouts of the prompt and their rewards.
         needs_reward: `contexts` reads rewards, so there must be some.
         label: names the kind of a group from (rollouts, settings); the share of each kind is logged.
         paper: title, arXiv id and citation, for the model card.
+        token_weight: from (facts of some positions, settings, moment) to the weight (n,), of any sign, of the divergence.
+        loss: from (facts, settings, moment) to what is minimised: terms (B, D), averaged as `loss_reduction` says, or one
+            number a rollout (B,), averaged over rollouts. Its gradient flows through `log_prob` and, where the method has a
+            target, through `divergence` (under a clip `clipped_divergence`).
+        advantages: from (facts, settings, moment) to the advantages (B, D) of TRL's policy-gradient loss; the facts'
+            `advantage` is TRL's own times `reward_weight`.
+        has_target: some context has an anchor, so that there is a divergence; False where views are only read.
+        reads_views: some context is read. The facts then hold `view_log_probs`, `view_entropies` and `view_weights`
+            (K, B, D), whose weight is 0 where a rollout has fewer views.
+        reads_old: `old_log_prob` is that of the policy that sampled, not the student's own at the first step on a batch.
+        owners: whose weights contexts ask for beside "teacher": "base", "live".
+        templates: from settings to the prompt templates of the method's own, by the name that contexts use.
+        columns: of the dataset, that `Rollout.columns` holds.
+        remember: from (memory, [`Seen`], settings) to the memory from the next loss on, as JSON; called once a
+            generation batch of training, on every rank alike, saved in checkpoints.
+        asks: from (rollout, settings) to the context that the model answers before contexts are made, or None;
+            `Rollout.written` holds the answer.
+        extras: from (rollouts of one prompt, settings, moment) to one sequence beside each rollout, or None.
     """
 
     name: str
@@ -40,4 +131,23 @@ class Method:
     needs_group: bool = False
     needs_reward: bool = False
     label: Callable[[Sequence[Rollout], Any], str] | None = None
-    paper: dict[str, str] = field(default_factory=dict)
+    paper: Mapping[str, str] = field(default_factory=dict)
+    token_weight: FactRule | None = None
+    loss: FactRule | None = None
+    advantages: FactRule | None = None
+    has_target: bool = True
+    reads_views: bool = False
+    reads_old: bool = False
+    owners: tuple[str, ...] = ()
+    templates: Callable[[Any], Mapping[str, str]] = _no_templates
+    columns: tuple[str, ...] = ()
+    remember: Callable[[Mapping[str, Any], Seen, Any], Mapping[str, Any]] | None = None
+    asks: Callable[[Rollout, Any], TeacherContext | None] | None = None
+    extras: Callable[[Sequence[Rollout], Any, Moment], list[Extra | None]] | None = None
+
+    def __post_init__(self):
+        ways = [name for name in ("token_weight", "loss", "advantages") if getattr(self, name) is not None]
+        if len(ways) > 1 and ways != ["loss", "advantages"]:
+            raise ValueError(f"{self.name}: {' and '.join(ways)} are given; a method has one way to its loss.")
+        if not self.has_target and not {"loss", "advantages"} & set(ways):
+            raise ValueError(f"{self.name}: without a target there is no divergence; give a loss or advantages.")

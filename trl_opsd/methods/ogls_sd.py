@@ -11,20 +11,20 @@ from typing import Any
 
 from ..losses import LinearShape, Shape
 from ..rows.texts import is_missing, without_blocks
-from ..teacher.contexts import Contexts, Rollout, TeacherContext
+from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 from .base import Method
 
 TEACHERS = ("steered", "positive_only", "mean_of_positives")
 
 
-def steering_contexts(group: Sequence[Rollout], settings: Any, draw: Any) -> list[Contexts]:
+def steering_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
     """Contexts of the wrong rollouts; none for a group that lacks a pool.
 
     Args:
         group: the rollouts of one prompt, with rewards.
         settings: reads `reward_threshold`, `steering_teacher`, `max_contexts_per_pool`, `max_rollout_context_length`
             and `strip_thinking`.
-        draw: `random.Random` that picks contexts where a pool is capped.
+        moment: its `draw` picks contexts where a pool is capped.
     """
     right, wrong = split_by_reward(group, settings.reward_threshold)
     inserted = {index: _inserted(group[index], settings) for index in (*right, *wrong)}
@@ -35,9 +35,9 @@ def steering_contexts(group: Sequence[Rollout], settings: Any, draw: Any) -> lis
     contexts: list[Contexts] = [()] * len(group)
     if not positives or not wrong:
         return contexts
-    positives = _capped(positives, settings.max_contexts_per_pool, draw)
+    positives = _capped(positives, settings.max_contexts_per_pool, moment.draw)
     for index in wrong:
-        negatives = _capped([inserted[j] for j in wrong], settings.max_contexts_per_pool, draw)
+        negatives = _capped([inserted[j] for j in wrong], settings.max_contexts_per_pool, moment.draw)
         contexts[index] = _views(positives, negatives, settings.steering_teacher)
     return contexts
 

@@ -4,11 +4,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..teacher.contexts import Contexts, Rollout, TeacherContext
+from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 from .base import Method
 
 
-def privileged_contexts(group: Sequence[Rollout], settings: Any, draw: Any) -> list[Contexts]:
+def privileged_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
     """The teacher reads problem and reference solution; its view is the target (section 3)."""
     return [(TeacherContext("teacher", rollout.solution, anchor=1.0),) for rollout in group]
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..losses import BoundedShape
-from ..teacher.contexts import Contexts, Rollout, TeacherContext
+from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 from .base import Method
 
 
-def purified_contexts(group: Sequence[Rollout], settings: Any, draw: Any) -> list[Contexts]:
+def purified_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
     """Anchor: the frozen base on the plain prompt. Direction: with the problem, less without it."""
     return [
         (

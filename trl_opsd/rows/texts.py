@@ -27,10 +27,10 @@ def check_template(name: str, template: str, *slots: str) -> None:
             raise ValueError(f"{name} does not contain {slot}: {template!r}. Put {slot} where that text should stand.")
 
 
-def fill_template(template: str, *, prompt: str = "", solution: str = "") -> str:
-    """Put texts into `{prompt}` and `{solution}`, in one pass: braces in the texts are data, never slots."""
-    texts = {"{prompt}": prompt, "{solution}": solution}
-    return re.sub(r"\{prompt\}|\{solution\}", lambda match: texts[match.group()], template)
+def fill_template(template: str, *, prompt: str = "", solution: str = "", **texts: str) -> str:
+    """Put texts into `{prompt}`, `{solution}` and slots of other names, in one pass: braces in the texts are data."""
+    texts |= {"prompt": prompt, "solution": solution}
+    return re.sub(r"\{(\w+)\}", lambda match: texts.get(match[1], match[0]), template)
 
 
 def without_blocks(text: str, opening: str, closing: str) -> str:

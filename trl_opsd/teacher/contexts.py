@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a teacher reads: from a group of rollouts to prompt templates, what stands in their slot, and weights.
 
-A method names, for every rollout, the contexts its target is made of. Each context adds its hidden states with a
-weight to the anchor or to the direction of the target `W a + shape(W d)`; a rollout without contexts is not distilled.
+A method names, for every rollout, the views that its teacher has of it. A view adds its hidden states with a weight to
+the anchor or to the direction of the target `W a + shape(W d)`, or it is read: then it stands apart from the others, and
+what is kept of it are two numbers a token. A rollout without a view is not trained on.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..rows.texts import Prompt
@@ -43,6 +45,8 @@ class Rollout:
         reward: its reward, or None if it has none.
         num_tokens: its length.
         finished: it ended by itself, not at the limit.
+        columns: the values of the dataset's columns that `Method.columns` names.
+        written: what was written for it before scoring (see `Method.asks`), or None.
     """
 
     prompt: Prompt
@@ -51,6 +55,36 @@ class Rollout:
     reward: float | None = None
     num_tokens: int = 0
     finished: bool = False
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    written: "Written | None" = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text that was written before scoring.
+
+    Attributes:
+        text: without control tokens.
+        ids: its tokens as they were sampled.
+    """
+
+    text: str
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a method is asked, and what it remembers.
+
+    Attributes:
+        draw: random numbers, the same on every rank.
+        step: optimizer steps so far.
+        memory: what `Method.remember` returned last; empty at first.
+    """
+
+    draw: random.Random
+    step: int = 0
+    memory: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,12 +92,16 @@ class TeacherContext:
     """One view of the teacher on one rollout.
 
     Attributes:
-        template: name of the prompt template: "teacher" (problem and slot), "reference" (slot only) or "plain"
-            (the student's own prompt, nothing privileged).
+        template: name of the prompt template: "teacher" (problem and slot), "reference" (slot only), "plain"
+            (the student's own prompt, nothing privileged), or one of `Method.templates`.
         slot: the text put in place of `{solution}`; None for "plain".
         slot_tokens: budget of the slot's text alone, in tokens; None for no limit but the prompt's.
         anchor: weight of this view's hidden states in the anchor.
         direction: weight in the direction.
+        read: None, or the weight of a view that stands apart: the sampled token's log-probability and the entropy under
+            it are kept, and the weight beside them.
+        weights: whose weights read it: "teacher", "base" (the initial ones) or "live" (the student's).
+        texts: name and text of the template's further slots; they are never shortened.
     """
 
     template: str
@@ -71,7 +109,10 @@ class TeacherContext:
     slot_tokens: int | None = None
     anchor: float = 0.0
     direction: float = 0.0
+    read: float | None = None
+    weights: str = "teacher"
+    texts: tuple[tuple[str, str], ...] = ()
 
 
 Contexts = tuple[TeacherContext, ...]
-ContextRule = Callable[[Sequence[Rollout], Any, Any], list[Contexts]]
+ContextRule = Callable[[Sequence[Rollout], Any, Moment], list[Contexts]]

@@ -33,34 +33,57 @@ class TeacherForward:
         forward: what runs it: the model itself or the engine around it.
         observe_head: shown the output head while it is whole.
         wants_head: whether it still has to be; asked at each forward, the same on every rank.
+        read: from hidden states (n, H), the head and the tokens (n,) that they predict to two numbers each (n, 2), which
+            then stand behind the H of every state; None where no view is read.
     """
 
     model: torch.nn.Module
     forward: Callable[..., Any]
     observe_head: Callable[[OutputHead], None] = lambda head: None
     wants_head: Callable[[], bool] = lambda: True
+    read: Callable[[torch.Tensor, OutputHead, torch.Tensor], torch.Tensor] | None = None
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor, length: int) -> torch.Tensor:
         """Hidden states (B, length, H) that predict the last `length` tokens of `ids` (B, S), S > length."""
-        return self._states(ids, mask, slice(-length - 1, -1))[0]
+
+        def predicting(hidden):
+            return hidden[:, -length - 1 : -1]
+
+        return self._states(ids, mask, predicting, ids[:, -length:])[0]
 
     def contexts(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Hidden states (B, H) at the last of `ids` (B, S), padded on the left, and the cache of all of them."""
-        states, cache = self._states(ids, mask, slice(-1, None), use_cache=True)
-        return states[:, 0], cache
+        return self._states(ids, mask, lambda hidden: hidden[:, -1], use_cache=True)
 
-    def rollouts(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """Hidden states (B, D, H) at `ids` (B, D) behind a cache of C tokens; `mask` (B, C + D) covers both."""
-        return self._states(ids, mask, slice(None), use_cache=True, past_key_values=cache)[0]
+    def rollouts(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, first: torch.Tensor) -> torch.Tensor:
+        """Hidden states (B, D, H) that predict `ids` (B, D) behind a cache of C tokens.
 
-    def _states(self, ids, mask, columns, **cache_settings):
+        Args:
+            ids: padded on the right.
+            mask: (B, C + D), of both.
+            cache: of the contexts.
+            first: (B, H), what predicts the first token.
+        """
+
+        def predicting(hidden):
+            return torch.cat([first.unsqueeze(1), hidden[:, :-1]], dim=1)
+
+        return self._states(ids, mask, predicting, ids, use_cache=True, past_key_values=cache)[0]
+
+    def _states(self, ids, mask, choose, tokens=None, **cache_settings):
+        """What `choose` takes of the hidden states, with the numbers of the `tokens` they predict where views are read."""
+
         def keep(hidden: torch.Tensor, head: OutputHead | None) -> torch.Tensor:
             if head is not None:
                 self.observe_head(head)
-            return hidden[:, columns]
+            hidden = choose(hidden)
+            if self.read is None or tokens is None:
+                return hidden
+            numbers = self.read(hidden.flatten(0, 1), head, tokens.flatten()).view(*tokens.shape, 2)
+            return torch.cat([hidden.to(numbers.dtype), numbers], dim=-1)
 
         positions = positions_from_mask(mask)[:, -ids.size(1) :]
-        with head_function(self.model, keep, with_head=self.wants_head()) as request:
+        with head_function(self.model, keep, with_head=self.read is not None or self.wants_head()) as request:
             self.forward(input_ids=ids, attention_mask=mask, position_ids=positions, **cache_settings)
         return request.result, request.cache
 
@@ -89,9 +112,9 @@ def score_shared(run: TeacherForward, batch: SharedBatch, pad_id: int, device: t
     for chunk in batch.chunks:
         index = torch.tensor([rows[tuple(job.context)] for job in chunk], device=device)
         ids, mask = (tensor.to(device) for tensor in _right_pad([job.rollout for job in chunk], pad_id))
-        hidden = run.rollouts(ids, torch.cat([context_mask[index], mask], dim=1), expand_cache(cache, index))
-        for job, first, states in zip(chunk, last[index], hidden, strict=True):
-            yield job, torch.cat([first[None], states[: len(job.rollout) - 1]])
+        mask = torch.cat([context_mask[index], mask], dim=1)
+        for job, states in zip(chunk, run.rollouts(ids, mask, expand_cache(cache, index), last[index]), strict=True):
+            yield job, states[: len(job.rollout)]
 
 
 def can_expand(cache: Any) -> bool:

@@ -19,6 +19,7 @@ class ScoringJob:
         row: row of the batch the result is added to.
         anchor: weight in the anchor.
         direction: weight in the direction.
+        view: place among the row's views that are read, or None.
     """
 
     context: list[int]
@@ -26,6 +27,7 @@ class ScoringJob:
     row: int
     anchor: float
     direction: float
+    view: int | None = None
 
     def __len__(self) -> int:
         return len(self.context) + len(self.rollout)

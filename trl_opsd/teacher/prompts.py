@@ -4,9 +4,9 @@
 The rollout's ids are appended as they were sampled. Nothing here decodes and re-encodes a prompt or a completion.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -60,12 +60,18 @@ class TeacherCollator:
 
     @classmethod
     def from_settings(
-        cls, tokenizer: Any, settings: Any, render_kwargs: dict[str, Any] | None = None, **limits: int | None
+        cls,
+        tokenizer: Any,
+        settings: Any,
+        render_kwargs: dict[str, Any] | None = None,
+        templates: Mapping[str, str] | None = None,
+        **limits: int | None,
     ):
-        """The collator that an `OPSDConfig` describes, with further `limits` of the model."""
+        """The collator that an `OPSDConfig` describes, with the method's own `templates` and `limits` of the model."""
+        own = {"teacher": settings.teacher_prompt_template, "reference": settings.reference_prompt_template}
         return cls(
             tokenizer=tokenizer,
-            templates={"teacher": settings.teacher_prompt_template, "reference": settings.reference_prompt_template},
+            templates={**own, **(templates or {})},
             student_kwargs=settings.chat_template_kwargs or {},
             teacher_kwargs=settings.teacher_chat_template_kwargs or {},
             prefix=settings.teacher_prefix,
@@ -84,18 +90,19 @@ class TeacherCollator:
         """
         if context.template == "plain":
             return EncodedContext(self._within_positions(self._render(prompt, self.student_kwargs)))
-        check_no_special_token({"prompt": "", "solution": context.slot}, "teacher context", self.special_tokens)
+        for text in (context.slot, *(text for _, text in context.texts)):
+            check_no_special_token({"prompt": "", "solution": text}, "teacher context", self.special_tokens)
         slot, cut = self._within_slot_budget(context)
         context = replace(context, slot=slot)
-        ids = self._privileged_ids(prompt, context.template, slot)
+        ids = self._privileged_ids(prompt, context.template, slot, context.texts)
         if self.max_length is None or len(ids) <= self.max_length:
             return EncodedContext(self._within_positions(ids), shortened=cut)
         return EncodedContext(self._shortened_ids(prompt, context), shortened=True)
 
     def _within_slot_budget(self, context: TeacherContext) -> tuple[str, bool]:
         """The slot's text within its own budget, and whether it was cut."""
-        if context.slot_tokens is None:
-            return context.slot, False
+        if context.slot_tokens is None or context.slot is None:
+            return context.slot or "", False
         ends = token_ends(self.tokenizer, context.slot)
         if len(ends) <= context.slot_tokens:
             return context.slot, False
@@ -136,7 +143,7 @@ class TeacherCollator:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tokenizer"}
         return repr((vocabulary, tokenizer.all_special_tokens, getattr(tokenizer, "chat_template", None), own))
 
-    def check_budget(self, prompt: Prompt, template: str) -> None:
+    def check_budget(self, prompt: Prompt, template: str, texts: Sequence[tuple[str, str]] = ()) -> None:
         """Check that the budget leaves room for some of the slot's text.
 
         Raises:
@@ -144,16 +151,18 @@ class TeacherCollator:
         """
         if self.max_length is None:
             return
-        needed = len(self._privileged_ids(prompt, template, _CUT)) + 1
+        needed = len(self._privileged_ids(prompt, template, _CUT, texts)) + 1
         if needed > self.max_length:
             raise ValueError(
                 f"max_teacher_prompt_length={self.max_length} leaves nothing of the solution: template and problem "
                 f"alone take {needed} tokens. Raise max_teacher_prompt_length, or drop prompts this long."
             )
 
-    def _privileged_ids(self, prompt: Prompt, template: str, slot: str) -> list[int]:
-        text = self.templates[template]
-        prompt = rewrite_last_turn(prompt, lambda problem: fill_template(text, prompt=problem, solution=slot))
+    def _privileged_ids(
+        self, prompt: Prompt, template: str, slot: str, texts: Sequence[tuple[str, str]] = ()
+    ) -> list[int]:
+        filled = partial(fill_template, self.templates[template], solution=slot, **dict(texts))
+        prompt = rewrite_last_turn(prompt, lambda problem: filled(prompt=problem))
         ids = self._render(prompt, self.teacher_kwargs)
         if self.prefix:
             ids = ids + self.tokenizer(self.prefix, add_special_tokens=False)["input_ids"]
@@ -183,13 +192,13 @@ class TeacherCollator:
 
     def _shortened_ids(self, prompt: Prompt, context: TeacherContext) -> list[int]:
         """The longest rendering within the budget, by bisection over the tokens of the slot that are kept."""
-        self.check_budget(prompt, context.template)
+        self.check_budget(prompt, context.template, context.texts)
         ends = token_ends(self.tokenizer, context.slot)
         low, high, best = 0, min(len(ends), self.max_length), None
         while low <= high:
             kept = (low + high) // 2
             text = shorten_text(context.slot, ends, kept, self.shorten)
-            ids = self._privileged_ids(prompt, context.template, text)
+            ids = self._privileged_ids(prompt, context.template, text, context.texts)
             if len(ids) <= self.max_length:
                 best, low = ids, kept + 1
             else:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Teacher hidden states of every context over its rollout, added up to targets: no logits, no gradients.
+"""Teacher hidden states of every context over its rollout, added up to targets: no logits of a batch, no gradients.
 
 Each view adds its hidden states, with its weights, to the rollout's anchor and direction (see `states`), which is all
-that a target `W a + shape(W d)` needs: H numbers a position instead of V.
+that a target `W a + shape(W d)` needs: H numbers a position instead of V. A view that is read leaves two.
 """
 
 import warnings
@@ -60,42 +60,33 @@ class ContextSharing:
 def score_contexts(
     run: Run,
     jobs: Sequence[ScoringJob],
+    target: TargetStates,
     *,
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
     device: torch.device,
     pad_id: int,
     tokens_per_forward: int,
-    with_direction: bool,
-    result_device: torch.device | None = None,
     max_over_ranks: Callable[[int], int] = lambda count: count,
     sharing: ContextSharing | None = None,
     progress: bool = False,
 ) -> TargetStates:
-    """Run the teacher over all jobs and add up the targets' hidden states.
+    """Run the teacher over all jobs and add what it says to a target.
 
     Args:
         run: a `TeacherForward`; without `sharing`, any function from ids (b, S), mask (b, S) and a length to the
             hidden states (b, length, H) that predict the last `length` ids.
         jobs: what to score.
-        shape: (B, D, H): rows, scored length and hidden size of the result.
-        dtype: of the result.
+        target: added to; positions behind a rollout's end and rows without a context stay as they are.
         device: of the inputs.
         pad_id: padding token.
         tokens_per_forward: tokens, padding and cached ones included, that one forward holds.
-        with_direction: whether the result has a direction.
-        result_device: of the result; None for the inputs'.
         max_over_ranks: makes every rank run the same number of forwards, which sharded engines need; a rank that
             has fewer runs empty ones.
         sharing: whether contexts that jobs share can be run once; None runs every job on its own.
         progress: show a bar, once it has taken some seconds.
 
     Returns:
-        The anchor and direction; positions behind a rollout's end and rows without a context are zero.
+        The target.
     """
-    # Added up in float32 (float64 for a float64 model): a target of one view keeps the model's own numbers.
-    parts = [torch.zeros(shape, dtype=dtype, device=result_device or device) for _ in range(1 + with_direction)]
-    target = TargetStates(*parts)
     share = sharing is not None and sharing.check(run, jobs, pad_id, device, max_over_ranks)
     shared, alone = plan_shared(jobs, tokens_per_forward) if share else ([], jobs)
     plain = plan_forwards(alone, tokens_per_forward)
@@ -106,7 +97,7 @@ def score_contexts(
         score = score_shared if isinstance(batch, SharedBatch) else score_plain
         for job, hidden in score(run, batch, pad_id, device):
             target.add(job, hidden)
-    target.num_tokens = sum(batch.num_tokens for batch in shared) + sum(map(len, alone))
+    target.num_tokens += sum(batch.num_tokens for batch in shared) + sum(map(len, alone))
     return target
 
 

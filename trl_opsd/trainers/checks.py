@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from .._trl.versions import trusts_remote_code
 from ..methods import Method
 from ..model.checks import check_model_config
+from ..model.heads import causal_lm
 from ..rewards import make_accuracy_reward, no_reward
 from ..rows.checks import check_dataset
 from ..rows.passes import check_datasets
@@ -149,6 +150,20 @@ def check_capped_head(method: Method, args: Any, jobs: Sequence[ScoringJob] = ()
             f"model: it caps its logits (final_logit_softcapping), and {method.name} adds up several views of the teacher "
             "as hidden states, which only a linear head allows. Use OPSD, whose target is one view, or a model without "
             "the cap."
+        )
+
+
+def check_owners(method: Method, model: torch.nn.Module) -> None:
+    """Check that hidden states under several weights are never added up where each would need a head of its own.
+
+    Raises:
+        ValueError: the output head trains, and a target's views are read by more than one owner's weights.
+    """
+    head = causal_lm(model).get_output_embeddings()
+    if method.owners and method.has_target and any(parameter.requires_grad for parameter in head.parameters()):
+        raise ValueError(
+            f"model: its output head trains, and {method.name} adds up views under the weights of {method.owners} and of the "
+            "teacher, which only one head can read. Train LoRA without the head (peft_config)."
         )
 
 

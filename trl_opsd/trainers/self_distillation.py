@@ -1,44 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer of every method: TRL samples and verifies, the teacher scores, the loss is taken from hidden states.
 
-One generation batch: rows -> rollouts and rewards (TRL) -> contexts (`method`) -> teacher hidden states (B, D, H) ->
-TRL shuffles and splits -> micro-batches -> student hidden states -> fused loss. No formula stands here.
+One generation batch: rows -> rollouts and rewards (TRL) -> contexts (`method`) -> what the teacher says of them (`Scorer`)
+-> TRL shuffles and splits -> micro-batches -> student hidden states -> loss (`StepLoss`). No formula stands here.
 """
 
+import random
 from collections import Counter
-from dataclasses import fields
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from .._trl.rollouts import RolloutTrainer, student_inputs
 from ..card import describe_run
 from ..card.publishing import Publisher
 from ..checkpoints.initial_weights import check_initial_weights, fingerprint
-from ..checkpoints.state import load_head, save_head
-from ..losses import OutputHead, token_weights
+from ..losses import Facts, OutputHead, SignalDecomposition, token_weights
 from ..losses.tiles import nonzero_positions
-from ..model.checks import num_positions
+from ..methods import OPSD, Extra, Method, Seen
 from ..model.heads import head_function
 from ..monitoring.accuracy_guard import AccuracyGuard
 from ..monitoring.diagnostics import Diagnostics
 from ..monitoring.guard import LIMITS, ClipWarning, CollapseGuard
 from ..rewards import guard_rewards
-from ..teacher.prompts import TeacherCollator
-from ..teacher.scoring import ContextSharing
-from ..teacher.states import offload_states, read_target
-from ..teacher.weights import Teacher
-from .checks import check_inputs, check_sampling_keeps_weights, choose_reward, warn_of_first_golds
+from ..rows.checks import check_rows, without_special_tokens
+from ..rows.texts import as_text_turns, fill_template, is_missing, rewrite_last_turn
+from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Written
+from ..teacher.states import TargetStates, offload_states, read_target
+from .checks import (
+    check_fills_a_batch,
+    check_inputs,
+    check_sampling_keeps_weights,
+    check_trained,
+    choose_reward,
+    warn_of_first_golds,
+)
+from .columns import LossColumns, view_columns
 from .config import OPSDConfig
+from .groups import GroupReader
 from .prompt_checks import check_prompts
+from .rollout_log import measure_rollouts, warn_of_masked_rollouts
 from .rollout_text import rollouts_text
-from .runs import IdentifiedRun
-from .targets import TargetTrainer
+from .scorer import Scorer
+from .step_loss import StepLoss
+
+_PLAIN = TeacherContext("plain", None)
+DECOMPOSED_ROLLOUTS = 8  # per process
 
 
-class SelfDistillationTrainer(IdentifiedRun, TargetTrainer):
-    """GRPOTrainer whose loss is the divergence to a privileged self on the student's own rollouts.
+class SelfDistillationTrainer(RolloutTrainer):
+    """GRPOTrainer whose loss is a method's, from the student's own rollouts and from what a privileged self says of them.
 
     Takes every argument of `trl.GRPOTrainer`. `reward_funcs` may be left out: then answers are verified with
     `verifier` for the log where the solutions hold one. Datasets have the columns `prompt` (text, or a conversation
@@ -50,7 +64,8 @@ class SelfDistillationTrainer(IdentifiedRun, TargetTrainer):
         ValueError: before any training, for a dataset, model or setting the method cannot work with.
     """
 
-    config_class = OPSDConfig
+    method: Method = OPSD
+    config_class: type = OPSDConfig
 
     def __init__(
         self,
@@ -92,46 +107,50 @@ class SelfDistillationTrainer(IdentifiedRun, TargetTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
-        self.prepare_model_to_teach()
+        self.scorer = Scorer(
+            self.model,
+            self.accelerator,
+            self.method,
+            args,
+            self.tokenizer,
+            render_kwargs=self.render_kwargs(),
+            fresh_adapter=peft_config is not None,
+            keep_head=self._updates_per_generation() > 1,
+        )
         check_sampling_keeps_weights(self.model, args)
-        self.collator = self._make_collator()
-        check_prompts(self.collator, train_dataset, eval_dataset, self.first_rows())
+        check_prompts(self.scorer.collator, train_dataset, eval_dataset, self.first_rows())
         warning = None if reward_funcs else warn_of_first_golds(train_dataset, args.verifier)
         if warning is not None:
-            self._tell(warning)
-        self._start(fresh_adapter=peft_config is not None)
+            self.run.tell(warning)
+        self.scorer.make_teacher()
+        self.run.remember_weights(self.model, self.teacher.values if self.teacher.kind == "base" else ())
+        self.objective = StepLoss(self.model, self.method, args, self.scorer.num_tokens)
+        self._start_logs()
 
     # Set-up
 
-    def _start(self, *, fresh_adapter: bool) -> None:
-        """Make the teacher and empty logs."""
-        args = self.args
-        self.teacher = Teacher(
-            args.teacher_model_kind,
-            self.model,
-            fresh_adapter=fresh_adapter,
-            update_rate=args.teacher_update_rate,
-            keep_head=self._updates_per_generation() > 1,
-        )
-        self.remember_initial_weights()
-        self.num_tokens = len(self.tokenizer) if getattr(args, "real_tokens_only", False) else None
-        self.divergence = args.loss_divergence()
+    @property
+    def teacher(self):
+        """The teacher's weights, see `teacher.weights.Teacher`."""
+        return self.scorer.teacher
+
+    def _start_logs(self) -> None:
+        """Make empty logs and those who read them."""
         self.diagnostics = {"train": Diagnostics(), "eval": Diagnostics()}
-        self._sharing = ContextSharing()
-        # One for each mode: an evaluation must not change a pending batch's.
-        self._target_heads: dict[str, OutputHead | None] = {"train": None, "eval": None}
+        self.groups = GroupReader(self.method, self.args, self.accelerator)
+        self.memory: dict[str, Any] = {}
         self._losses: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._prompt_texts: list[str] = []
-        self._group_labels: Counter[str] = Counter()
-        self._unsplit_batches = 0
+        self._scored: tuple | None = None
         self.publisher = Publisher(self)
         self.add_callback(self.publisher)
         self.add_callback(_StepHooks(self))
         self.add_callback(ClipWarning())
-        if args.guard != "off":
+        if self.args.guard != "off":
             planned = self._planned_changes()
-            self.add_callback(CollapseGuard(args.guard, [limit for limit in LIMITS if limit.key not in planned]))
-            self.add_callback(AccuracyGuard(args.guard, watches_rewards="reward" not in planned))
+            limits = [limit for limit in LIMITS if limit.key not in planned]
+            self.add_callback(CollapseGuard(self.args.guard, limits))
+            self.add_callback(AccuracyGuard(self.args.guard, watches_rewards="reward" not in planned))
 
     def _planned_changes(self) -> set[str]:
         """Logged numbers that change by plan, which the guard is not to take for a collapse."""
@@ -143,119 +162,353 @@ class SelfDistillationTrainer(IdentifiedRun, TargetTrainer):
             planned |= {"completions/mean_length", "reward"} if args.sample_distilled_only else set()
         return planned
 
-    def _make_collator(self) -> TeacherCollator:
-        positions = num_positions(self.model.config)
-        return TeacherCollator.from_settings(self.tokenizer, self.args, self.render_kwargs(), max_positions=positions)
-
     def _updates_per_generation(self) -> int:
         args = self.args
         return args.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations
 
+    def _moment(self) -> Moment:
+        step = self.state.global_step
+        return Moment(random.Random(f"{self.args.seed}/{step}"), step, self.memory)  # the same on every rank
+
+    def distilled_length(self) -> int | None:
+        """Tokens of a rollout that are distilled now, None for all; evaluation takes what training ends with."""
+        args = self.args
+        return args.distillation_length_at(self.state.global_step) if self.mode == "train" else args.distillation_length
+
+    # Hooks of CheckedTrainer
+
+    def check_before_training(self) -> None:
+        check_fills_a_batch(self.args, self.train_dataset)
+
     def train(self, *args, **kwargs):
-        """See `IdentifiedRun.train`."""
+        """See `CheckedTrainer.train`."""
         output = super().train(*args, **kwargs)
+        check_trained(self.state)
         self.publisher.warn_of_failed_pushes()
         return output
 
-    # Hooks of RolloutTrainer
+    def save_extra_state(self, checkpoint: str) -> None:
+        self.scorer.save(checkpoint, with_head=self.has_pending_batch() and self.args.should_save)
+
+    def load_extra_state(self, checkpoint: str) -> None:
+        self.scorer.load(checkpoint)
+
+    # Hooks of RolloutTrainer: a generation batch
+
+    def prepare_rows(self, rows: list[dict]) -> list[dict]:
+        name, collator = "generation batch", self.scorer.collator
+        check_rows(rows, name, needs_solution=self.method.needs_solution, special_tokens=collator.special_tokens)
+        rows = [{**row, "prompt": as_text_turns(row["prompt"])} for row in rows]
+        self._raw_prompts = [row["prompt"] for row in rows]
+        template = self.args.prompt_template
+        if template is not None:
+            rows = [
+                {**row, "prompt": rewrite_last_turn(row["prompt"], lambda text: fill_template(template, prompt=text))}
+                for row in rows
+            ]
+        self.scorer.forget_prompts()
+        for index, row in enumerate(rows):  # before it is sampled from: an error here has the row's place
+            self.scorer.encode(row["prompt"], _PLAIN, f"{name} row {index}: `prompt`")
+        if self.args.sample_distilled_only:
+            self.limit_rollouts(self.distilled_length() if self.mode == "train" else None)
+        return rows
+
+    def before_rewards(self, rows, completions, rollout_ids) -> None:
+        """Have answers verified while the teacher scores, where no context reads a reward."""
+        self._scored, self._texts = None, self.tokenizer.batch_decode(rollout_ids, skip_special_tokens=True)
+        begins = [reward.begin for reward in self.reward_funcs if hasattr(reward, "begin")]
+        reads_rewards = self.method.needs_reward or self.method.label is not None
+        if not begins or reads_rewards or self.args.mask_truncated_completions:
+            return
+        for begin in begins:
+            begin(completions, [row.get("solution") for row in rows])
+        rollouts, contexts, extras = self._read(rows, rollout_ids, [None] * len(rows))
+        longest = max(map(len, rollout_ids))
+        length = min(longest, self.distilled_length() or longest)
+        skipped = self.args.num_loss_tokens_to_skip
+        used = [len(ids[:length]) > skipped for ids in rollout_ids]
+        self._scored = self._score(rows, rollouts, contexts, extras, rollout_ids, used, length), contexts, extras
 
     def add_targets(self, rows, batch, rewards, rollout_ids) -> dict[str, Any]:
-        if self.args.reward_errors == "skip":
-            counts = torch.tensor([float(self._reward_errors[name]) for name in self.reward_func_names])
-            counts = self.accelerator.reduce(counts.to(self.accelerator.device), reduction="sum").tolist()
-            names = [f"rewards/{name}/errors" for name in self.reward_func_names]
-            self.add_metrics(dict(zip(names, counts, strict=True)))
-            self._reward_errors.clear()
-        return super().add_targets(rows, batch, rewards, rollout_ids)
+        self._log_reward_errors()
+        first = self.accelerator.process_index * len(rows)
+        self.add_metrics({"rewards/missing": rewards.isnan().all(dim=1).float().mean().item()})
+        rewards = self._scalar_rewards(rewards)[first : first + len(rows)]
+        if self._scored is None:
+            rollouts, contexts, extras = self._read(rows, rollout_ids, rewards)
+            mask = self._distilled_mask(batch, contexts)
+            used = mask.any(dim=1).tolist()
+            scored = self._score(rows, rollouts, contexts, extras, rollout_ids, used, mask.size(1))
+        else:
+            (scored, contexts, extras), self._scored = self._scored, None
+            rollouts, mask = self._rollouts(rows, rollout_ids, rewards), self._distilled_mask(batch, contexts)
+        target, shortened, extra_ids = scored
+        target.widen(mask.size(1))
+        if self._decomposition_is_due():
+            self._log_decomposition(rows, rollouts, [ids[: mask.size(1)] for ids in rollout_ids])
+        if self.mode == "train":
+            self._remember(rollouts, target, rollout_ids)
+            self._prompt_texts = [str(prompt)[:80] for prompt in self._raw_prompts]
+        batch |= target.columns() | {"distillation_mask": mask} | self._extra_columns(extra_ids, mask)
+        batch |= self._row_columns(rollouts, contexts, extras, first, mask.device)
+        self._log_rollouts(rollout_ids, shortened, target.num_tokens)
+        if self.args.mask_truncated_completions and self.mode == "train":
+            warn_of_masked_rollouts(batch["completion_mask"], self.args, self.accelerator)
+        return batch
+
+    def _read(self, rows, rollout_ids, rewards) -> tuple[list[Rollout], list[Contexts], list[Extra | None]]:
+        """What a method is told of each rollout, and what it makes of it."""
+        rollouts = self._rollouts(rows, rollout_ids, rewards)
+        if self.method.asks is not None:
+            rollouts = self._with_answers(rows, rollouts)
+        size = self.num_generations if self.mode == "train" else self.num_generations_eval
+        contexts, extras, metrics = self.groups.read(rollouts, size, self._moment())
+        self.add_metrics(metrics)
+        return rollouts, contexts, extras
+
+    def _rollouts(self, rows, rollout_ids, rewards) -> list[Rollout]:
+        tokens, ends = self.scorer.collator.special_tokens, self.end_token_ids
+        columns = zip(self._raw_prompts, rows, self._texts, rewards, rollout_ids, strict=True)
+        return [
+            Rollout(
+                prompt,
+                row.get("solution"),
+                # Decoding left out the control tokens it met; one that the model spelled out would end the teacher's turn.
+                without_special_tokens(text, tokens),
+                reward,
+                len(ids),
+                bool(ids) and ids[-1] in ends,
+                {name: row.get(name) for name in self.method.columns},
+            )
+            for prompt, row, text, reward, ids in columns
+        ]
+
+    def _with_answers(self, rows, rollouts: list[Rollout]) -> list[Rollout]:
+        """The rollouts with what the model writes to the contexts that the method asks; a collective."""
+        asked = [self.method.asks(rollout, self.args) for rollout in rollouts]
+        prompts = [
+            self.scorer.encode(
+                row["prompt"] if view is None else rollout.prompt, view or _PLAIN, f"batch row {index}"
+            ).ids
+            for index, (row, rollout, view) in enumerate(zip(rows, rollouts, asked, strict=True))
+        ]
+        answers = self.write_answers(prompts)  # on every rank, of every row: an engine samples in step
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        count = torch.tensor([sum(view is not None for view in asked), *map(len, answers)], dtype=torch.float64)
+        sums = torch.stack([count[0], count[1:].sum()]).to(self.accelerator.device)
+        written, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
+        self.add_metrics({"written/texts": written, "written/tokens": tokens})
+        clean = [without_special_tokens(text, self.scorer.collator.special_tokens) for text in texts]
+        return [
+            rollout if view is None else replace(rollout, written=Written(text, ids))
+            for rollout, view, text, ids in zip(rollouts, asked, clean, answers, strict=True)
+        ]
+
+    def _score(
+        self, rows, rollouts, contexts, extras, rollout_ids, used, length
+    ) -> tuple[TargetStates, list[bool], list[list[int]]]:
+        """What the teacher says of the used rollouts and of the extras; and the ids of these."""
+        contexts = [views if some else () for views, some in zip(contexts, used, strict=True)]
+        prompts = [(row["prompt"], rollout.prompt) for row, rollout in zip(rows, rollouts, strict=True)]
+        sequences, extra_ids = [ids[:length] for ids in rollout_ids], []
+        if self.method.extras is not None:
+            extra_ids = [[] if extra is None else self._ids_of_extra(extra) for extra in extras]
+            contexts += [() if extra is None else extra.contexts for extra in extras]
+            prompts, sequences = prompts * 2, sequences + extra_ids
+        with self.diagnostics[self.mode].clock("teacher_forward", self.accelerator.device):
+            target, shortened = self.scorer.score(
+                contexts,
+                prompts,
+                sequences,
+                (len(rows), length),
+                mode=self.mode,
+                result_device=torch.device("cpu") if self.args.offload_targets else None,
+            )
+        return target, shortened[: len(rows)], extra_ids
+
+    def _ids_of_extra(self, extra: Extra) -> list[int]:
+        """Its tokens, as many as a rollout may have; a text ends with the end token."""
+        if not isinstance(extra.sequence, str):
+            return extra.sequence[: self.max_completion_length]
+        ids = self.tokenizer(extra.sequence, add_special_tokens=False)["input_ids"]
+        return [*ids, self.tokenizer.eos_token_id][: self.max_completion_length]
+
+    def _extra_columns(self, extra_ids: list[list[int]], mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.method.extras is None:
+            return {}
+        width = max(1, *map(len, extra_ids))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[*own, *[pad] * (width - len(own))] for own in extra_ids], device=mask.device)
+        lengths = torch.tensor([len(own) for own in extra_ids], device=mask.device)
+        return {
+            "extra_ids": ids,
+            "extra_mask": (torch.arange(width, device=mask.device) < lengths[:, None]).to(mask.dtype),
+        }
+
+    def _row_columns(self, rollouts, contexts, extras, first: int, device: torch.device) -> dict[str, torch.Tensor]:
+        threshold = getattr(self.args, "reward_threshold", 0.5)
+        rewards = [rollout.reward for rollout in rollouts]
+        outcomes = [-1 if reward is None else int(reward >= threshold) for reward in rewards]
+        trained = [bool(views) or extra is not None for views, extra in zip(contexts, extras, strict=True)]
+        return {
+            "rollout_outcome": torch.tensor(outcomes, device=device),
+            "rollout_reward": torch.tensor([float("nan") if r is None else float(r) for r in rewards], device=device),
+            "rollout_index": torch.arange(first, first + len(rollouts), device=device),
+            "rollout_trained": torch.tensor(trained, device=device),
+        }
+
+    def _scalar_rewards(self, rewards: torch.Tensor) -> list[float | None]:
+        """One weighted reward per rollout of the world's batch, None where no function gave one."""
+        total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        total[rewards.isnan().all(dim=1)] = torch.nan
+        return [None if value != value else value for value in total.tolist()]
+
+    def _distilled_mask(self, batch: dict[str, Any], contexts: list[Contexts]) -> torch.Tensor:
+        """(B, D), 1 on the positions of a rollout that are distilled: its own tokens, never a tool's."""
+        mask = batch["completion_mask"]
+        mask = mask * batch["tool_mask"] if "tool_mask" in batch else mask.clone()
+        length = self.distilled_length()
+        if self.mode == "train" and self.args.distillation_length_start is not None:
+            self.add_metrics({"distillation_length": float(length)})
+        mask = mask[:, :length]
+        mask[:, : self.args.num_loss_tokens_to_skip] = 0
+        mask[torch.tensor([not views for views in contexts], device=mask.device)] = 0
+        return mask
+
+    def _remember(self, rollouts: list[Rollout], target: TargetStates, rollout_ids: list[list[int]]) -> None:
+        """Let the method remember what it needs of the batch of all ranks; a collective."""
+        if self.method.remember is None:
+            return
+        seen = Seen.gathered(rollouts, target.numbers, [len(ids) for ids in rollout_ids])
+        self.memory = dict(self.method.remember(self.memory, seen, self.args))
+
+    # Hooks of RolloutTrainer: a step
+
+    def reads_policy_logps(self) -> bool:
+        """Whether old log-probabilities are read: by TRL's loss, or by the method's."""
+        return self._has_policy_loss() or self.method.reads_old
+
+    def _has_policy_loss(self) -> bool:
+        return self.args.reward_weight > 0 or self.method.advantages is not None
 
     def prepare_micro_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        places = {"distilled_positions": nonzero_positions(batch["distillation_mask"])}
-        return places | (offload_states(batch) if self.args.offload_targets else {})
+        mask = batch["distillation_mask"].flatten()
+        if "extra_mask" in batch:
+            mask = torch.cat([mask, batch["extra_mask"].flatten()])
+        return {"distilled_positions": nonzero_positions(mask)} | (
+            offload_states(batch) if self.args.offload_targets else {}
+        )
 
     def count_loss_items(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         mask = batch["distillation_mask"]
         items = mask.sum() if self.args.loss_reduction == "token" else mask.any(dim=1).sum()
-        return {"num_loss_items": items}
+        return {"num_loss_items": items, "num_loss_rows": batch["rollout_trained"].sum()}
 
     def step_loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         diagnostics = self.diagnostics[self.mode]
-        aux_loss = getattr(self, "aux_loss_enabled", False)
+        columns = self._columns(batch)
         with diagnostics.clock("loss", self.accelerator.device):
-            if self.args.reward_weight > 0 or aux_loss:
-                loss, stats = self._mixed_loss(model, batch)
+            if self._has_policy_loss() or getattr(self, "aux_loss_enabled", False):
+                loss, stats = self._mixed_loss(model, batch, columns)
             else:
-                loss, stats = self._distillation_loss(model, batch)
+                ids, mask, _ = student_inputs(batch, columns.shape[1])
+                loss, stats = self.objective.in_forward(model, ids, mask, self._loss_from_states(batch, columns))
         mask, clip_products = batch["distillation_mask"], stats.pop("clip_products", None)
-        values = {name: value.view(mask.shape) for name, value in stats.items()}
+        values = {name: value[: columns.num_own].view(mask.shape) for name, value in stats.items()}
         diagnostics.add(values, mask, batch["rollout_index"], clip_products, batch["rollout_outcome"])
         if self.mode == "train":
             self._losses.append((loss.detach(), batch["rollout_index"]))
         return loss
 
-    def save_extra_state(self, checkpoint: str) -> None:
-        self.teacher.save(checkpoint)
-        head = self._target_heads["train"]
-        if head is not None and self.has_pending_batch() and self.args.should_save:  # the same on every rank
-            save_head(checkpoint, {field.name: getattr(head, field.name) for field in fields(head)})
-
-    def load_extra_state(self, checkpoint: str) -> None:
-        self.teacher.load(checkpoint)
-        head = load_head(checkpoint, self.accelerator.device)
-        self._target_heads["train"] = None if head is None else OutputHead(**head)
-
-    def pending_values(self) -> dict[str, Any]:
-        return {
-            "prompt_texts": self._prompt_texts,
-            "group_labels": self._group_labels,
-            "unsplit_batches": self._unsplit_batches,
-            "diagnostics": self.diagnostics["train"].state(),
-        }
-
-    def restore_pending_values(self, values: dict[str, Any]) -> None:
-        if values.get("base_teacher"):  # of a run that began before markers held more of it
-            check_initial_weights({"old": fingerprint(self.teacher.values)}, {"old": values["base_teacher"]})
-        self._prompt_texts = values["prompt_texts"]
-        self._group_labels = Counter(values["group_labels"])
-        self._unsplit_batches = values["unsplit_batches"]
-        self.diagnostics["train"].restore(values["diagnostics"], self.accelerator.device)
-
-    # Loss
-
-    def _loss_from_states(self, batch: dict[str, Any]):
-        """The function that a forward of the student calls with its hidden states and head."""
-        mask, target_head = batch["distillation_mask"], self._target_heads[self.mode]
-        weights = token_weights(
-            mask,
-            reduction=self.args.loss_reduction,
-            # Engines average gradients over ranks, so each rank divides by its share of the global count.
-            denominator=batch["num_loss_items"].clamp(min=1) / self.accelerator.num_processes,
+    def _columns(self, batch: dict[str, Any]) -> LossColumns:
+        """What is known of a micro-batch's tokens."""
+        mask = batch["distillation_mask"]
+        # Engines average gradients over ranks, so each rank divides by its share of the global count.
+        items, rows = (
+            batch[f"num_loss_{name}"].clamp(min=1) / self.accelerator.num_processes for name in ("items", "rows")
         )
-        first = batch["prompt_ids"].size(1) - 1
+        weights = token_weights(mask, reduction=self.args.loss_reduction, denominator=items).flatten()
+        tokens, extra_mask = batch["completion_ids"][:, : mask.size(1)].flatten(), batch.get("extra_mask")
+        if extra_mask is not None:
+            weights = torch.cat([weights, weights.new_zeros(extra_mask.numel())])
+            tokens = torch.cat([tokens, batch["extra_ids"].flatten()])
+        return LossColumns(
+            shape=mask.shape,
+            weights=weights,
+            row_weights=batch["rollout_trained"].float() / rows,
+            token_ids=tokens,
+            rows=self._known_rows(batch, mask),
+            views=view_columns(batch, mask.size(1)),
+            extra_mask=extra_mask,
+            extra_views=None if extra_mask is None else view_columns(batch, extra_mask.size(1), "extra_"),
+            positions=batch.get("distilled_positions"),
+        )
+
+    def _known_rows(self, batch: dict[str, Any], mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        advantages = batch["advantages"] if batch["advantages"].ndim == 2 else batch["advantages"].unsqueeze(1)
+        advantages = advantages[:, : mask.size(1)] * self.args.reward_weight if self.args.reward_weight else 0.0 * mask
+        rows = {
+            "mask": mask.float(),
+            "advantage": advantages.float().expand(mask.shape),
+            "reward": batch["rollout_reward"].unsqueeze(1).expand(mask.shape),
+        }
+        if self.reads_policy_logps() and batch.get("old_per_token_logps") is not None:
+            rows["old_log_prob"] = batch["old_per_token_logps"][:, : mask.size(1)]
+        return rows
+
+    def _loss_from_states(self, batch: dict[str, Any], columns: LossColumns):
+        """The function that a forward of the student calls with its hidden states and head."""
+        measures_clip = self.mode == "train" and self.state.global_step == 0
 
         def function(hidden: torch.Tensor, head: OutputHead):
-            states = hidden[:, first : first + mask.size(1)].flatten(0, 1)
-            target = read_target(batch, self.shape_now(), target_head, mask.device)
-            return self.divergence_of(states, head, target, weights.flatten(), batch.get("distilled_positions"))
+            states, target = self._states(hidden, batch, columns), self._target(batch, columns)
+            return self.objective.of_states(states, head, target, columns, self._moment(), measures_clip=measures_clip)
 
         return function
 
-    def _distillation_loss(self, model: torch.nn.Module, batch: dict[str, Any]):
-        length = batch["distillation_mask"].size(1)
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"][:, :length]], dim=1)
-        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"][:, :length]], dim=1)
-        return self.loss_in_forward(model, ids, mask, self._loss_from_states(batch))
+    def _states(self, hidden: torch.Tensor, batch: dict[str, Any], columns: LossColumns) -> torch.Tensor:
+        """(N, H) of the student's hidden states: those that predict rollouts, then those that predict extras."""
+        first, (size, length) = batch["prompt_ids"].size(1) - 1, columns.shape
+        states = hidden[:size, first : first + length].flatten(0, 1)
+        if columns.extra_mask is None:
+            return states
+        width = columns.extra_mask.size(1)
+        return torch.cat([states, hidden[size:, first : first + width].flatten(0, 1)])
 
-    def _mixed_loss(self, model: torch.nn.Module, batch: dict[str, Any]):
-        """Distillation plus TRL's policy-gradient loss (and a router's loss) from one student forward."""
-        with head_function(self.model, self._loss_from_states(batch), keep_forward=True) as request:
+    def _target(self, batch: dict[str, Any], columns: LossColumns):
+        """The target of the N positions, zeros for extras; None where the method has none."""
+        if not self.method.has_target:
+            return None
+        shape = self.method.shape(self.args, self.state.global_step)
+        target = read_target(batch, shape, self.scorer.heads[self.mode], columns.weights.device)
+        return target if columns.extra_mask is None else target.widened(columns.extra_mask.numel())
+
+    def _mixed_loss(self, model: torch.nn.Module, batch: dict[str, Any], columns: LossColumns):
+        """The method's loss plus TRL's policy-gradient loss (and a router's loss), from one student forward."""
+        with head_function(self.model, self._loss_from_states(batch, columns), keep_forward=True) as request:
             cached = self.policy_logps(model, batch)
         loss, stats = request.result
-        if self.args.reward_weight > 0:
+        facts = stats.pop("facts", None)
+        if facts is not None:
+            loss = loss + self.policy_loss(
+                model, {**batch, "advantages": self._advantages(batch, columns, facts)}, cached
+            )
+        elif self.args.reward_weight > 0:
             loss = loss + self.args.reward_weight * self.policy_loss(model, batch, cached)
         elif cached[2] is not None:
             steps = self.current_gradient_accumulation_steps if self.mode == "train" else 1
             loss = loss + self.router_aux_loss_coef * cached[2] / steps
         return loss, stats
+
+    def _advantages(self, batch: dict[str, Any], columns: LossColumns, facts: Facts) -> torch.Tensor:
+        """(B, T): the method's where it has some, TRL's times `reward_weight` elsewhere."""
+        given = batch["advantages"] if batch["advantages"].ndim == 2 else batch["advantages"].unsqueeze(1)
+        given = given * self.args.reward_weight if self.args.reward_weight else torch.zeros_like(given)
+        whole = given.float().expand(batch["completion_ids"].shape).clone()
+        own = self.method.advantages(columns.by_row(facts), self.args, self._moment())
+        part = whole[:, : columns.shape[1]]
+        part.copy_(torch.where(columns.rows["mask"] != 0, own.to(part.dtype), part))
+        return whole
 
     def check_finite_loss(self) -> None:
         """Stop on NaN or inf in the loss of the current step.
@@ -274,7 +527,59 @@ class SelfDistillationTrainer(IdentifiedRun, TargetTrainer):
             "untouched. Lower learning_rate or max_grad_norm, or look at these rows."
         )
 
+    # Hooks of RolloutTrainer: what a checkpoint keeps of the batch and of the logging interval
+
+    def pending_values(self) -> dict[str, Any]:
+        return {
+            "prompt_texts": self._prompt_texts,
+            "groups": self.groups.state(),
+            "memory": self.memory,
+            "diagnostics": self.diagnostics["train"].state(),
+        }
+
+    def restore_pending_values(self, values: dict[str, Any]) -> None:
+        if values.get("base_teacher"):  # of a run that began before markers held more of it
+            check_initial_weights({"old": fingerprint(self.teacher.values)}, {"old": values["base_teacher"]})
+        self._prompt_texts = values["prompt_texts"]
+        self.groups.restore(values["groups"])
+        self.memory = values["memory"]
+        self.diagnostics["train"].restore(values["diagnostics"], self.accelerator.device)
+
     # Logs and files
+
+    def _log_reward_errors(self) -> None:
+        if self.args.reward_errors != "skip":
+            return
+        counts = torch.tensor([float(self._reward_errors[name]) for name in self.reward_func_names])
+        counts = self.accelerator.reduce(counts.to(self.accelerator.device), reduction="sum").tolist()
+        names = [f"rewards/{name}/errors" for name in self.reward_func_names]
+        self.add_metrics(dict(zip(names, counts, strict=True)))
+        self._reward_errors.clear()
+
+    def _decomposition_is_due(self) -> bool:
+        interval, step = self.args.decomposition_steps, self.state.global_step
+        before = step - self._updates_per_generation()
+        return self.mode == "train" and interval > 0 and step // interval > before // interval
+
+    def _log_decomposition(self, rows, rollouts, spans) -> None:
+        """Log how much of the teacher's signal on some rollouts the solution alone explains."""
+        picked = [row for row, rollout in enumerate(rollouts) if spans[row] and not is_missing(rollout.solution)]
+        picked = picked[:DECOMPOSED_ROLLOUTS]
+        prompts = [(rows[row]["prompt"], rollouts[row].prompt) for row in picked]
+        solutions, spans = [rollouts[row].solution for row in picked], [spans[row] for row in picked]
+        sums = self.scorer.sum_signals(prompts, solutions, spans)
+        *sums, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        for name, value in zip(SignalDecomposition._fields, sums, strict=True):
+            self.add_metrics({f"decomposition/{name}": value / max(count, 1)})
+
+    def _log_rollouts(self, rollout_ids, shortened: list[bool], num_teacher_tokens: int) -> None:
+        metrics, markers = measure_rollouts(
+            rollout_ids, self._texts, shortened, num_teacher_tokens, self.args, self.accelerator
+        )
+        self.add_metrics(metrics)
+        self.add_table_column("divergence", [float("nan")] * len(markers))
+        self.add_table_column("reflection_markers", markers)
+        self.add_table_column("solution_shortened", shortened)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log TRL's numbers and ours; collective."""

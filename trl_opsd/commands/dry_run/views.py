@@ -10,7 +10,7 @@ import torch
 
 from ...methods import Method
 from ...rows.texts import fill_template, rewrite_last_turn
-from ...teacher.contexts import Rollout, TeacherContext
+from ...teacher.contexts import Moment, Rollout, TeacherContext
 from ...teacher.prompts import TeacherCollator, left_pad
 
 _BOUNDARY = 4  # tokens shown on each side
@@ -56,7 +56,7 @@ def _contexts(row: dict[str, Any], method: Method, args: Any) -> Iterator[tuple[
     group = [Rollout(row["prompt"], solution, "\\boxed{?}", 0.0)]
     if method.needs_group:
         group.insert(0, Rollout(row["prompt"], solution, solution or "a right rollout", 1.0))
-    contexts = method.contexts(group, args, random.Random(0))[-1]
+    contexts = method.contexts(group, args, Moment(random.Random(0)))[-1]
     for context in dict.fromkeys(contexts):
         weight = context.anchor or context.direction
         yield f"{context.template} ({'anchor' if context.anchor else 'direction'} {weight:+.2g})", context

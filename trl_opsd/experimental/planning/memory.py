@@ -13,7 +13,7 @@ from ...losses import LinearShape
 from ...losses.projection import WIDENED_ROWS
 from ...losses.tiles import BLOCK_BYTES, MIN_TILE_TOKENS, TILE_BYTES
 from ...methods import Method
-from ...teacher.contexts import Rollout
+from ...teacher.contexts import Moment, Rollout
 from ...trainers.targets import DECOMPOSED_ROLLOUTS
 from .footprint import Footprint
 from .workload import ENGINES, Workload
@@ -150,7 +150,7 @@ class _Run:
         for num_right in range(size + 1) if self.method.needs_reward else (0,):
             rewards = [float(index < num_right) for index in range(size)]
             group = [Rollout("", "solution", str(index), reward) for index, reward in enumerate(rewards)]
-            for views in self.method.contexts(group, self.args, random.Random(0)):
+            for views in self.method.contexts(group, self.args, Moment(random.Random(0))):
                 most = max(most, len(views))
         return most
 

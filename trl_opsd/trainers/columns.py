@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a micro-batch knows of its tokens, from columns of a batch to flat columns of the loss and back to rows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from ..losses import Facts
+from ..methods import RowFacts
+
+_VIEWS = ("view_log_probs", "view_entropies", "view_weights")
+
+
+@dataclass
+class LossColumns:
+    """Columns of N = B x D positions of rollouts, and of the B x E of extras behind them.
+
+    Attributes:
+        shape: (B, D).
+        weights: (N,) of the reduction; 0 on positions that do not count.
+        row_weights: (B,) of a loss with one number a rollout.
+        token_ids: (N,) sampled tokens.
+        rows: columns (B, D) of the rollouts by name.
+        views: columns (K, B, D) of the rollouts' views by name; empty where none is read.
+        extra_mask: (B, E), nonzero on tokens of extras; None without.
+        extra_views: columns (K, B, E) of the extras' views by name.
+        positions: (n,) of the N that count, where it is known.
+    """
+
+    shape: torch.Size
+    weights: torch.Tensor
+    row_weights: torch.Tensor
+    token_ids: torch.Tensor
+    rows: Mapping[str, torch.Tensor]
+    views: Mapping[str, torch.Tensor]
+    extra_mask: torch.Tensor | None = None
+    extra_views: Mapping[str, torch.Tensor] | None = None
+    positions: torch.Tensor | None = None
+
+    @classmethod
+    def of_divergence(cls, weights: torch.Tensor):
+        """Of positions (N,) that only their weight is known of: enough for a divergence."""
+        return cls(
+            weights[None].shape, weights, weights.new_ones(1), torch.zeros_like(weights, dtype=torch.long), {}, {}
+        )
+
+    @property
+    def num_own(self) -> int:
+        """B x D, positions of rollouts."""
+        return self.shape.numel()
+
+    def given(self) -> dict[str, torch.Tensor]:
+        """The columns flat, (N,) and (K, N), with zeros where an extra has none."""
+        size = len(self.token_ids) - self.num_own
+        flat = {name: column.flatten() for name, column in self.rows.items()}
+        flat |= {name: column.flatten(1) for name, column in self.views.items()}
+        return {name: torch.nn.functional.pad(column, (0, size)) for name, column in flat.items()}
+
+    def by_row(self, facts: Facts) -> RowFacts:
+        """The facts of all positions (N,) as rows: (B, D), views (K, B, D), and those of extras likewise."""
+        own = self._cut(facts, slice(self.num_own), self.shape)
+        given = {**self.rows, **self.views}
+        given.setdefault("old_log_prob", own["log_prob"].detach())
+        extra = None
+        if self.extra_mask is not None:
+            columns = self._cut(facts, slice(self.num_own, None), self.extra_mask.shape)
+            extra = RowFacts(**columns, given={"mask": self.extra_mask, **(self.extra_views or {})})
+        return RowFacts(**own, given=given, extra=extra)
+
+    def view_values(self, facts: Facts) -> dict[str, torch.Tensor]:
+        """What the log holds of views that are read, (N,): their mean entropy, and of log q(y) - log p(y), whose mean over
+        the student's own tokens is KL(q || p), the mean over views by the size of their weights."""
+        given, log_prob = self.given(), facts.log_prob.detach()
+        shares = given["view_weights"].abs()
+        shares = shares / shares.sum(0).clamp(min=torch.finfo(shares.dtype).tiny)
+        divergence = (shares * (log_prob - given["view_log_probs"])).sum(0)
+        return {
+            "divergence": divergence.to(log_prob.dtype),
+            "target_entropy": (shares * given["view_entropies"]).sum(0),
+        }
+
+    @staticmethod
+    def _cut(facts: Facts, places: slice, shape: torch.Size) -> dict[str, Any]:
+        names = [field.name for field in fields(Facts) if field.name != "given"]
+        columns = {name: getattr(facts, name) for name in names}
+        return {name: None if column is None else column[places].view(shape) for name, column in columns.items()}
+
+
+def view_columns(batch: Mapping[str, Any], length: int, prefix: str = "") -> dict[str, torch.Tensor]:
+    """(K, B, length) columns of the views that were read of a batch's rollouts, or of its extras (`prefix`)."""
+    if f"{prefix}view_log_probs" not in batch:
+        return {}
+    log_probs, entropies, weights = (batch[f"{prefix}{name}"] for name in _VIEWS)
+    numbers = [_to_length(numbers, length).transpose(0, 1) for numbers in (log_probs, entropies)]
+    weights = weights.T.unsqueeze(-1).expand_as(numbers[0])
+    return dict(zip(_VIEWS, (*numbers, weights), strict=True))
+
+
+def _to_length(numbers: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.nn.functional.pad(numbers[..., :length], (0, max(0, length - numbers.size(-1))))

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teacher with all that it is run with, whichever of TRL's trainers holds it."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from ..checkpoints.state import load_head, save_head
+from ..losses import OutputHead, sampled_facts
+from ..methods import Method
+from ..model.checks import check_engine, check_model_config, check_vocabulary, num_positions
+from ..model.heads import attach_head_function, caps_logits, check_output_head, head_shape, whole_head
+from ..monitoring.diagnostics import sum_decompositions
+from ..rows.texts import Prompt
+from ..teacher.contexts import Contexts, TeacherContext
+from ..teacher.forwards import TeacherForward
+from ..teacher.jobs import ScoringJob
+from ..teacher.prompts import EncodedContext, TeacherCollator
+from ..teacher.scoring import ContextSharing, score_contexts
+from ..teacher.states import TargetStates
+from ..teacher.weights import Teacher
+from .checks import check_capped_head, check_owners, check_same_weights, named_place
+
+
+class Scorer:
+    """Encodes what the teacher reads, runs it over rollouts, and keeps the head that reads its hidden states.
+
+    Args:
+        model: the student, unwrapped; its forward is patched so that its hidden states can be reached.
+        accelerator: of the trainer.
+        method: whose contexts are scored.
+        settings: `SelfDistillationSettings`.
+        tokenizer: of the model.
+        render_kwargs: what TRL passes to the chat template.
+        fresh_adapter: its adapter was just made.
+        keep_head: a target is read after later updates of the student.
+        shares_contexts: a context that several rollouts have is read once.
+
+    Raises:
+        ValueError: names the engine's or the model's part that the loss cannot work with.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        accelerator: Any,
+        method: Method,
+        settings: Any,
+        tokenizer: Any,
+        *,
+        render_kwargs: dict[str, Any] | None = None,
+        fresh_adapter: bool = False,
+        keep_head: bool = False,
+        shares_contexts: bool = True,
+    ):
+        check_engine(accelerator.state, adapters=hasattr(model, "peft_config"))
+        check_same_weights(model, accelerator)
+        check_model_config(model.config)
+        if caps_logits(model):
+            check_capped_head(method, settings)
+        attach_head_function(model)
+        head_rows, self.hidden_size = head_shape(model)
+        check_vocabulary(model.config, head_rows, len(tokenizer))
+        self.model, self.accelerator, self.method, self.settings = model, accelerator, method, settings
+        self.collator = TeacherCollator.from_settings(
+            tokenizer, settings, render_kwargs, method.templates(settings), max_positions=num_positions(model.config)
+        )
+        # Rows of the head that are compared; None for all.
+        self.num_tokens = len(tokenizer) if getattr(settings, "real_tokens_only", False) else None
+        self._new_teacher = {"fresh_adapter": fresh_adapter, "keep_head": keep_head}
+        self._sharing = ContextSharing() if shares_contexts else None
+        self._encoded: dict[tuple, EncodedContext] = {}
+        self._head_checked = False
+        # One for each mode: an evaluation must not change a pending batch's.
+        self.heads: dict[str, OutputHead | None] = {"train": None, "eval": None}
+
+    def make_teacher(self) -> None:
+        """Take the teacher's weights as the model has them now; before that nothing can be scored. A collective."""
+        settings, kind = self.settings, self.settings.teacher_model_kind
+        self.teacher = Teacher(kind, self.model, update_rate=settings.teacher_update_rate, **self._new_teacher)
+        self._owners = {"teacher": self.teacher}
+        for name in self.method.owners:
+            same = name == kind
+            self._owners[name] = self.teacher if same else Teacher(name, self.model, **self._new_teacher)
+        check_owners(self.method, self.model)
+
+    # What the teacher reads
+
+    def forget_prompts(self) -> None:
+        """Begin a generation batch: each prompt and text of it is encoded once."""
+        self._encoded = {}
+
+    def encode(self, prompt: Prompt, view: TeacherContext, place: str) -> EncodedContext:
+        """Ids of a view of a row at `place`, which stands in front of its errors."""
+        key = (str(prompt), view.template, view.slot, view.slot_tokens, view.texts)
+        if key not in self._encoded:
+            with named_place(place):
+                self._encoded[key] = self.collator.encode(prompt, view)
+        return self._encoded[key]
+
+    # What it says
+
+    def score(
+        self,
+        contexts: Sequence[Contexts],
+        prompts: Sequence[tuple[Prompt, Prompt]],
+        sequences: Sequence[list[int]],
+        shape: tuple[int, int],
+        *,
+        mode: str,
+        result_device: torch.device | None = None,
+    ) -> tuple[TargetStates, list[bool]]:
+        """What the teacher says of sequences; a collective.
+
+        Args:
+            contexts: its views of each; rows behind the first B are extras, whose views are read.
+            prompts: of each, as the student and as the teacher's templates get it.
+            sequences: token ids of each, at most D (extras: any number).
+            shape: (B, D) of the target.
+            mode: "train" or "eval", whose head is kept.
+            result_device: of hidden states; None for the model's.
+
+        Returns:
+            The target, and of each sequence whether a text in one of its contexts was shortened.
+        """
+        jobs, shortened = self._jobs(contexts, prompts, sequences)
+        target = self._empty(contexts, sequences, shape, result_device)
+        for owner in self._owners:
+            for reads in [False] * self.method.has_target + [True] * self.method.reads_views:  # on every rank alike
+                self._run(self._owners[owner], jobs.pop((owner, reads), []), target, reads=reads)
+        if jobs:
+            raise ValueError(
+                f"{self.method.name}: contexts ask for {sorted(jobs)} (weights, read), but the method's owners="
+                f"{self.method.owners}, has_target={self.method.has_target} and reads_views={self.method.reads_views} do not "
+                "say so. Every rank has to know it: set them."
+            )
+        self.heads[mode] = self.teacher.head
+        return target, shortened
+
+    def _jobs(self, contexts, prompts, sequences) -> tuple[dict[tuple[str, bool], list[ScoringJob]], list[bool]]:
+        jobs: dict[tuple[str, bool], list[ScoringJob]] = {}
+        shortened = [False] * len(contexts)
+        for row, views in enumerate(contexts):
+            places = iter(range(len(views)))
+            for view in views:
+                prompt = prompts[row][view.template != "plain"]
+                context = self.encode(prompt, view, f"generation batch row {row}")
+                shortened[row] |= context.shortened
+                reads = view.read is not None
+                place = next(places) if reads else None
+                job = ScoringJob(context.ids, sequences[row], row, view.anchor, view.direction, place)
+                jobs.setdefault((view.weights, reads), []).append(job)
+        return jobs, shortened
+
+    def _empty(self, contexts, sequences, shape, result_device) -> TargetStates:
+        weights = [[view.read for view in views if view.read is not None] for views in contexts]
+        return TargetStates.empty(
+            (*shape, self.hidden_size if self.method.has_target else 0),
+            torch.promote_types(self.model.dtype, torch.float32),
+            result_device or self.accelerator.device,
+            with_direction=self.method.shape(self.settings, 0).uses_direction,
+            view_weights=weights if self.method.reads_views else None,
+            num_view_tokens=max([shape[1], *map(len, sequences)]),
+        )
+
+    def _run(self, teacher: Teacher, jobs: Sequence[ScoringJob], target: TargetStates, *, reads: bool = False) -> None:
+        """Add what a teacher says of jobs to a target; a collective."""
+        device, tokenizer = self.accelerator.device, self.collator.tokenizer
+
+        def max_over_ranks(count):
+            return int(self.accelerator.gather(torch.tensor([count], device=device)).max())
+
+        if caps_logits(self.model):
+            check_capped_head(self.method, self.settings, jobs)
+        with teacher.active(), self.accelerator.autocast():
+            if not self._head_checked:
+                check_output_head(self.model, self.model, torch.tensor([[tokenizer.eos_token_id] * 4], device=device))
+                self._head_checked = True
+            read = self._read if reads else None
+            score_contexts(
+                TeacherForward(self.model, self.model, teacher.observe_head, teacher.wants_head, read),
+                jobs,
+                target,
+                device=device,
+                pad_id=tokenizer.pad_token_id,
+                tokens_per_forward=self.settings.teacher_tokens_per_forward,
+                max_over_ranks=max_over_ranks,
+                sharing=self._sharing,
+                progress=self.accelerator.is_main_process and not self.settings.disable_tqdm,
+            )
+
+    def _read(self, hidden: torch.Tensor, head: OutputHead, tokens: torch.Tensor) -> torch.Tensor:
+        """Log-probability of each token (n,) and entropy (n, 2), at the temperature of the loss."""
+        settings = {"temperature": self.settings.loss_temperature, "num_tokens": self.num_tokens}
+        facts = sampled_facts(hidden, head, tokens.clamp(max=(self.num_tokens or len(head.weight)) - 1), **settings)
+        return torch.stack([facts.log_prob, facts.student_entropy], dim=-1)
+
+    def sum_signals(
+        self, prompts: Sequence[tuple[Prompt, Prompt]], solutions: Sequence[str], sequences: Sequence[list[int]]
+    ) -> torch.Tensor:
+        """Sums (7,) of `sum_decompositions` over sequences: what the solution alone explains of the teacher's signal.
+
+        A collective that costs three views of them.
+        """
+        student = Teacher("live", self.model)
+        views = [(student, "plain"), (self.teacher, "teacher"), (self.teacher, "reference")]
+        states = [self._states(teacher, template, prompts, solutions, sequences) for teacher, template in views]
+        with whole_head(self.model) as head:
+            heads = [teacher.head or head for teacher, _ in views]
+            return sum_decompositions(
+                *zip(states, heads, strict=True),
+                temperature=self.settings.loss_temperature,
+                num_tokens=self.num_tokens,
+            )
+
+    def _states(self, teacher, template, prompts, solutions, sequences) -> torch.Tensor:
+        """Hidden states (n, H) of one view of all sequences, one behind the other."""
+        jobs = []
+        for row, (prompt, solution, ids) in enumerate(zip(prompts, solutions, sequences, strict=True)):
+            view = TeacherContext(template, None if template == "plain" else solution)
+            context = self.encode(prompt[template != "plain"], view, f"generation batch row {row}")
+            jobs.append(ScoringJob(context.ids, ids, row, 1.0, 0.0))
+        shape = (len(jobs), max(map(len, sequences), default=0), self.hidden_size)
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        target = TargetStates.empty(shape, dtype, self.accelerator.device)
+        self._run(teacher, jobs, target)
+        parts = [target.anchor[row, : len(job.rollout)] for row, job in enumerate(jobs)]
+        return torch.cat(parts or [target.anchor.flatten(0, 1)])
+
+    # Checkpoints
+
+    def save(self, folder: str, *, with_head: bool) -> None:
+        """Write the teacher, and the head of a target that is still to be read, into a checkpoint's folder."""
+        self.teacher.save(folder)
+        head = self.heads["train"]
+        if head is not None and with_head:  # the same on every rank
+            save_head(folder, {field.name: getattr(head, field.name) for field in fields(head)})
+
+    def load(self, folder: str) -> None:
+        """Read what `save` wrote."""
+        self.teacher.load(folder)
+        head = load_head(folder, self.accelerator.device)
+        self.heads["train"] = None if head is None else OutputHead(**head)
