@@ -7,9 +7,11 @@ import shutil
 import pytest
 import torch
 from steps import loss_of_rows
+from test_fact_loss import fused, trace
+from test_facts import COLUMNS, TOKENS, signed
 from test_fused import RULES, Problem, assert_equal_runs
 
-from trl_opsd.losses import BoundedShape, fused_divergence, tiles
+from trl_opsd.losses import BoundedShape, MixtureShape, Support, fused_divergence, tiles
 
 COMMON = [("forward_kl", "upper"), ("jsd", None)]
 compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
@@ -31,6 +33,22 @@ def test_compiled_equals_eager_in_value_gradients_and_diagnostics(rule):
         eager = problem.run(fused_divergence, tile_tokens=tile_tokens)
         compiled = problem.run(fused_divergence, tile_tokens=tile_tokens, compiled=True)
         assert_equal_runs(compiled, eager, rtol=0, atol=1e-9)
+
+
+@compiler
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("support", [Support(3), Support(2, "union", "renormalise")], ids=str)
+def test_compiled_equals_eager_with_a_support_a_weight_and_a_loss_of_facts(support):
+    torch._dynamo.reset()
+    tiles._compiled_sweep.cache_clear()
+    problem = Problem(("jsd", "upper"), MixtureShape(0.4, 3.0), "all")
+    problem.narrow(support=support)
+    weighed = {"token_ids": TOKENS, "given": COLUMNS, "weight_of": signed}
+    eager, compiled = (problem.run(fused_divergence, compiled=flag, **weighed) for flag in (False, True))
+    assert_equal_runs(compiled, eager, rtol=0, atol=1e-9)
+    eager, compiled = (fused(problem, trace, compiled=flag) for flag in (False, True))
+    assert_equal_runs(compiled, eager, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("asked", [False, True])

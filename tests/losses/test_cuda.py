@@ -11,13 +11,17 @@ from trl_opsd.losses import (
     BoundedShape,
     Divergence,
     LinearShape,
+    MixtureShape,
     OutputHead,
     Shape,
+    Support,
     Target,
     fused_divergence,
+    fused_fact_loss,
     projection,
     tiles,
 )
+from trl_opsd.losses.fact_loss import FactWork
 
 SIZE, KEPT, WIDTH, VOCABULARY = 600, 550, 64, 1000
 NARROW = (torch.bfloat16, torch.float32)
@@ -68,6 +72,8 @@ def run(
     trained=True,
     own_head=False,
     positions=KEPT,
+    loss=fused_divergence,
+    extra=None,
     **logits,
 ):
     """Loss and diagnostics; `grads` gets the gradients."""
@@ -77,14 +83,17 @@ def run(
         return OutputHead(make(VOCABULARY, WIDTH, dtype=dtype), make(VOCABULARY, dtype=dtype), **logits)
 
     anchor, direction = (make(SIZE, WIDTH, dtype=dtype) for _ in range(2))
-    return fused_divergence(
+    settings = extra or {}
+    if loss is fused_divergence:
+        settings = {"token_weights": make(SIZE, dtype=torch.float32), **settings}
+    return loss(
         make(SIZE, WIDTH, dtype=dtype),
         head(),
         Target(anchor, direction if shape.uses_direction else None, shape, head() if own_head else None),
-        token_weights=make(SIZE, dtype=torch.float32),
         divergence=rule,
         tile_tokens=256,
         positions=None if positions is None else torch.arange(positions, device="cuda"),
+        **settings,
     )
 
 
@@ -149,6 +158,30 @@ def test_a_target_with_a_head_of_its_own(by_hand):
 def test_positions_that_are_not_given_are_asked_for(by_hand):
     with fake_cuda(), pytest.raises(RuntimeError):
         run(by_hand, positions=None)
+
+
+def columns():
+    """Token ids and a column, for facts."""
+    return {"token_ids": make(SIZE, dtype=torch.int64), "given": {"advantage": make(SIZE, dtype=torch.float32)}}
+
+
+@pytest.mark.parametrize("support", [None, Support(20), Support(20, "union", "renormalise")], ids=str)
+def test_a_weight_of_facts_and_a_support_ask_for_no_value(by_hand, support):
+    rule = Divergence("jsd", clip="upper", support=support, target_floor=1e-8)
+    with fake_cuda() as products:
+        extra = columns() | {"weight_of": lambda facts: facts.given["advantage"] * facts.log_prob_ratio}
+        check(run(by_hand, rule, MixtureShape(), trained=False, extra=extra), by_hand, torch.bfloat16, trained=False)
+    assert products == {NARROW}
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_sweeps_of_a_loss_of_facts_ask_for_no_value(by_hand, trained, monkeypatch):
+    # Autograd would ask for a GPU's streams: numbers of the first sweep stand in for its derivatives.
+    monkeypatch.setattr(FactWork, "differentiate", lambda work, stats: (stats[0].sum(), stats[6], stats[1]))
+    with fake_cuda() as products:
+        results = run(by_hand, trained=trained, loss=fused_fact_loss, extra=columns() | {"loss_of": None})
+        check(results, by_hand, torch.bfloat16, trained)
+    assert products - {(torch.float32, torch.float32)} == {NARROW}
 
 
 def test_a_tensor_on_another_device_is_refused():

@@ -7,6 +7,8 @@ import pytest
 import torch
 from test_losses_facts import COLUMNS, TOKENS, logits_of
 from test_losses_fused import RULES, SHAPES, VARIANTS, H, LargestTensor, N, Problem, V, assert_equal_runs, draw
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from trl_opsd.losses import (
     Divergence,
@@ -316,3 +318,25 @@ def test_without_a_clip_both_names_of_the_divergence_carry_the_gradient():
     problem = Problem(("jsd", None), Shape())
     want = fused(problem, lambda facts: facts.clipped_divergence)
     assert_equal_runs(fused(problem, lambda facts: facts.divergence), want, rtol=0, atol=0)
+
+
+def test_a_sharded_head_is_gathered_and_gets_a_sharded_gradient():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        problem = Problem(("jsd", None), Shape(), "num_tokens")
+        want = fused(problem, trace)
+        problem.weight = distribute_tensor(problem.weight.detach(), mesh, [Shard(0)]).requires_grad_()
+        problem.leaves[1] = problem.weight
+        loss, gradients, _ = fused(problem, trace)
+        torch.testing.assert_close(loss, want[0])
+        torch.testing.assert_close(gradients[1].full_tensor(), want[1][1])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_under_autocast_nothing_changes():
+    problem = Problem(("jsd", None), Shape(), "bias", torch.float32)
+    want = fused(problem, trace)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_equal_runs(fused(problem, trace), want, rtol=0, atol=0)

@@ -52,7 +52,10 @@ class Facts:
 
     @property
     def log_prob_ratio(self) -> torch.Tensor:
-        """(n,) u = log p(y) - log q(y) of target and student; its mean under the student is -KL(q || p)."""
+        """(n,) u = log p(y) - log q(y) of target and student; its mean under the student is -KL(q || p).
+
+        In a loss of facts it carries the gradient of `log_prob`: detach it where it is a coefficient.
+        """
         return self.target_log_prob - self.log_prob
 
 
