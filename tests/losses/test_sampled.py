@@ -15,6 +15,7 @@ from trl_opsd.losses import (
     evidence_weight,
     half_softplus,
     importance_weight,
+    lookahead_minimum,
     preference_loss,
     relative_ratio,
     token_divergence,
@@ -205,4 +206,18 @@ def test_the_entropy_direction_knows_no_scale_no_invalid_token_and_no_constant_e
     hostile = entropy.masked_fill(MASK == 0, math.inf)
     assert torch.equal(direction(hostile, draw(3, 6, seed=9).masked_fill(MASK == 0, math.nan)), got)
     assert not got[MASK == 0].any() and got.isfinite().all()
-    assert not direction(torch.full((3, 6), 0.5)).any()
+    for constant in (0.5, 0.3):
+        assert not direction(torch.full((3, 6), constant, dtype=torch.float64)).any()
+
+
+def test_the_lookahead_minimum_is_the_smallest_valid_value_ahead_and_gates_no_harder():
+    entropy = draw(3, 6).abs().masked_fill(MASK == 0, math.nan)
+    for window in (0, 2, 9):
+        got = lookahead_minimum(entropy, MASK, window=window)
+        for row in range(3):
+            for t in range(6):
+                ahead = [entropy[row, i].item() for i in range(t, min(t + window + 1, 6)) if MASK[row, i]]
+                assert got[row, t].item() == (min(ahead) if MASK[row, t] else 0.0)
+    valid = MASK != 0
+    plain, cautious = (entropy_gate(h[valid], 2.0, strength=0.3) for h in (entropy, got))
+    assert (cautious >= plain).all() and (cautious > plain).any()

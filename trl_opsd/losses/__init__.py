@@ -18,6 +18,7 @@ from .sampled import (
     evidence_weight,
     half_softplus,
     importance_weight,
+    lookahead_minimum,
     preference_loss,
     relative_ratio,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "fused_fact_loss",
     "half_softplus",
     "importance_weight",
+    "lookahead_minimum",
     "preference_loss",
     "purified_logits",
     "relative_ratio",

@@ -70,6 +70,16 @@ def entropy_gate(
     return (1 - strength * relative).clamp(floor, 1.0)
 
 
+def lookahead_minimum(values: torch.Tensor, mask: torch.Tensor, *, window: int) -> torch.Tensor:
+    """Smallest valid value of the next `window` tokens and this one, (B, T), 0 outside the mask: CL-EGRSD gates by that of H.
+
+    The window is cut where the rollout ends; the paper does not say.
+    """
+    valid = mask != 0
+    padded = torch.nn.functional.pad(values.masked_fill(~valid, torch.inf), (0, window), value=torch.inf)
+    return padded.unfold(-1, window + 1, 1).amin(-1).masked_fill(~valid, 0.0)
+
+
 def control_variate_advantage(log_prob_ratio: torch.Tensor, reverse_kl: torch.Tensor) -> torch.Tensor:
     """u + KL(q || p), detached (vOPD, arXiv 2605.07865): its mean under the student is 0, position by position.
 
