@@ -27,7 +27,7 @@ class FusedDiagnostics(NamedTuple):
 
     Attributes:
         loss: divergence after the clip, in nats, before the token weight.
-        unclipped: the divergence itself, in nats, >= 0 up to rounding.
+        unclipped: the divergence itself, in nats, >= 0 up to rounding where the target has no floor.
         clipped_share: share of vocabulary entries whose term was cut, in [0, 1]; under a support of its k slots, 2k for a
             union, and the bucket; for the `token` clip 1 where the summed value was cut.
         student_entropy: in nats, at the temperature of the loss.
