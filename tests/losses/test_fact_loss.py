@@ -5,8 +5,8 @@ import dataclasses
 
 import pytest
 import torch
-from test_losses_facts import COLUMNS, TOKENS, logits_of
-from test_losses_fused import RULES, SHAPES, VARIANTS, H, LargestTensor, N, Problem, V, assert_equal_runs, draw
+from test_facts import COLUMNS, TOKENS, logits_of
+from test_fused import RULES, SHAPES, VARIANTS, H, LargestTensor, N, Problem, V, assert_equal_runs, draw
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_losses_fused import RULES, SHAPES, VARIANTS, N, Problem, V, assert_equal_runs, draw
+from test_fused import RULES, SHAPES, VARIANTS, N, Problem, V, assert_equal_runs, draw
 
 from trl_opsd.losses import (
     MixtureShape,

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from test_losses_divergences import draw
-from test_losses_fused import RULES, H, N, Problem, V, assert_equal_runs
+from test_divergences import draw
+from test_fused import RULES, H, N, Problem, V, assert_equal_runs
 
 from trl_opsd.losses import (
     Divergence,

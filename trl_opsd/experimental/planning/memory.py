@@ -14,7 +14,7 @@ from ...losses.projection import WIDENED_ROWS
 from ...losses.tiles import BLOCK_BYTES, MIN_TILE_TOKENS, TILE_BYTES
 from ...methods import Method
 from ...teacher.contexts import Moment, Rollout
-from ...trainers.targets import DECOMPOSED_ROLLOUTS
+from ...trainers.self_distillation import DECOMPOSED_ROLLOUTS
 from .footprint import Footprint
 from .workload import ENGINES, Workload
 
