@@ -273,11 +273,11 @@ def test_a_run_has_an_id_that_a_resumed_run_carries_on(build, tmp_path):
     run = read_checkpoint(tmp_path / "run" / "checkpoint-1").run
     resumed = build()
     resumed.train(resume_from_checkpoint=True)
-    assert resumed.run_id == run and len(run) == 32
+    assert resumed.run.id == run and len(run) == 32
     assert {read_checkpoint(folder).run for folder in (tmp_path / "run").glob("checkpoint-*")} == {run}
     state = json.loads((tmp_path / "run" / "checkpoint-3" / "trl_opsd_state-00000-of-00001.json").read_text())
     assert state["values"]["run_id"] == run
-    assert trained(build, output_dir="other", max_steps=1).run_id != run
+    assert trained(build, output_dir="other", max_steps=1).run.id != run
 
 
 def test_a_fresh_run_among_another_runs_checkpoints_is_refused_unless_asked(build, run):
@@ -290,7 +290,7 @@ def test_a_fresh_run_among_another_runs_checkpoints_is_refused_unless_asked(buil
         again.train()
     told = []
     assert CheckpointSearch(tell=told.append).resolve(True, run) == str(run / "checkpoint-1")
-    assert read_checkpoint(run / "checkpoint-1").run == again.run_id
+    assert read_checkpoint(run / "checkpoint-1").run == again.run.id
     assert "checkpoints of another run, which are left alone: checkpoint-2, checkpoint-3" in told[0]
     flip(run / "checkpoint-1" / "model.safetensors")  # never the other's
     with pytest.raises(ValueError, match=r"no complete checkpoint"):
@@ -306,10 +306,10 @@ def test_a_run_that_saves_nothing_or_finds_half_written_folders_alone_starts(bui
 
 def test_the_same_trainer_may_train_again_and_says_what_lies_there(build):
     trainer = trained(build, max_steps=1)
-    first = trainer.run_id
+    first = trainer.run.id
     with pytest.warns(UserWarning, match="checkpoints from before this start"):
         trainer.train()
-    assert trainer.run_id != first
+    assert trainer.run.id != first
 
 
 def make_checkpoints(folder, *runs):

@@ -404,7 +404,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(build, monkeypatch):
     trainer = build()
     with torch.no_grad():
         trainer.model.model.norm.weight.fill_(float("inf"))
-    trainer._head_checked = True
+    trainer.scorer._head_checked = True
     with pytest.raises(FloatingPointError, match=r"not finite at step 0 .*=\?"):
         trainer.train()
 

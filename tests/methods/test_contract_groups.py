@@ -2,6 +2,7 @@
 """OGLS-SD and Purified OPSD: the whole step equals a hand computation from raw logits; every kind of group is handled."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -217,7 +218,7 @@ def test_a_capped_head_is_refused_where_hidden_states_would_be_averaged(build, d
 def test_a_linear_head_keeps_one_anchor_and_one_direction(build, dataset):
     trainer = build(num_generations=4, per_device_train_batch_size=8)
     _, batch = step(trainer, [dataset[index] for index in (0, 5) for _ in range(4)])
-    shape = (*batch["distillation_mask"].shape, trainer.hidden_size)
+    shape = (*batch["distillation_mask"].shape, trainer.scorer.hidden_size)
     assert batch["anchor_hidden"].shape == batch["direction_hidden"].shape == shape
 
 
@@ -233,6 +234,9 @@ def test_padding_rows_of_the_head_are_left_out_by_default(build, make_model, dat
         trainer.train()
         losses[only] = trainer.state.log_history[0]["divergence"]
     assert losses[True] != losses[False]
+
+
+MOMENT = Moment(random.Random(0))
 
 
 def rollouts(rewards, solution="s"):
@@ -261,7 +265,7 @@ def settings(make_args):
 def test_every_kind_of_group_is_named_and_used_as_the_method_says(settings, rewards, solution, label, distilled):
     group = rollouts(rewards, solution)
     assert group_label(group, settings()) == label
-    contexts = steering_contexts(group, settings(), None)
+    contexts = steering_contexts(group, settings(), MOMENT)
     assert [index for index, views in enumerate(contexts) if views] == distilled
 
 
@@ -270,7 +274,7 @@ def weights_of(views):
 
 
 def test_pools_and_weights_are_the_papers(settings):
-    views = weights_of(steering_contexts(rollouts([1, 0, 0]), settings(), None)[1])
+    views = weights_of(steering_contexts(rollouts([1, 0, 0]), settings(), MOMENT)[1])
     assert views == {
         ("plain", None): (1.0, 0.0),
         ("teacher", "y0"): (0.0, 0.5),
@@ -283,12 +287,12 @@ def test_pools_and_weights_are_the_papers(settings):
 def test_the_papers_ablations_are_settings(settings):
     group = rollouts([1, 0])
     mean = settings(steering_teacher="mean_of_positives")
-    assert weights_of(steering_contexts(group, mean, None)[1]) == {
+    assert weights_of(steering_contexts(group, mean, MOMENT)[1]) == {
         ("teacher", "y0"): (0.5, 0.0),
         ("teacher", "s"): (0.5, 0.0),
     }
     assert not steering_shape(mean, 0).uses_direction
-    positive = weights_of(steering_contexts(group, settings(steering_teacher="positive_only"), None)[1])
+    positive = weights_of(steering_contexts(group, settings(steering_teacher="positive_only"), MOMENT)[1])
     assert positive[("plain", None)] == (1.0, -1.0)
     assert sum(direction for _, direction in positive.values()) == 0
 
@@ -305,7 +309,7 @@ def test_a_capped_pool_is_drawn_with_the_seed(settings):
 def test_think_blocks_and_length_of_inserted_rollouts(settings):
     group = [Rollout("x", None, "<think>\nlong\n</think>\n\n4", 1.0), Rollout("x", None, "wrong", 0.0)]
     stripped = settings(strip_thinking=True, max_rollout_context_length=7)
-    views = steering_contexts(group, stripped, None)[1]
+    views = steering_contexts(group, stripped, MOMENT)[1]
     assert [(view.slot, view.slot_tokens) for view in views[1:]] == [("4", 7), ("wrong", 7)]
 
 
@@ -378,7 +382,7 @@ def test_reading_shared_contexts_once_gives_the_same_step(build, dataset, traine
     losses, counts = [], []
     for share in (False, True):
         trainer = build(trainer_class, num_generations=4, per_device_train_batch_size=8)
-        trainer._sharing.supported = None if share else False
+        trainer.scorer._sharing.supported = None if share else False
         losses.append(step(trainer, rows)[0].item())
         counts += trainer._metrics["train"]["teacher/tokens_computed"]
     assert losses[1] == pytest.approx(losses[0], **EXACT) and abs(losses[0]) > 1e-4

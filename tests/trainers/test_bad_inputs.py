@@ -89,14 +89,14 @@ def test_an_error_of_a_reward_function_stops_the_run_as_it_is(build):
 
 def slots_read(trainer, dataset, monkeypatch, **columns):
     """Token ids of every privileged context of one step."""
-    encode, read = trainer.collator.encode, []
+    encode, read = trainer.scorer.collator.encode, []
 
     def record(prompt, context):
         encoded = encode(prompt, context)
         read.extend([(context, encoded)] if context.template != "plain" else [])
         return encoded
 
-    monkeypatch.setattr(trainer.collator, "encode", record)
+    monkeypatch.setattr(trainer.scorer.collator, "encode", record)
     loss, _ = groups.step(trainer, one_group(dataset, **columns))
     assert loss.isfinite()
     return read

@@ -84,7 +84,7 @@ def test_a_stream_with_too_few_rows_is_refused_as_one_of_known_length_is(build, 
 
 @streams
 def test_a_run_that_made_no_step_is_an_error_even_where_nothing_foresaw_it(build, dataset, monkeypatch):
-    monkeypatch.setattr("trl_opsd.trainers.runs.check_fills_a_batch", lambda args, dataset: None)
+    monkeypatch.setattr("trl_opsd.trainers.self_distillation.check_fills_a_batch", lambda args, dataset: None)
     trainer = build(dataset.select(range(3)))
     with pytest.raises(ValueError, match="ended without an optimizer step"):
         trainer.train()

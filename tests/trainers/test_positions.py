@@ -82,9 +82,9 @@ def test_distillation_with_a_reward_equals_unpadded_rows_in_loss_and_gradient(bu
         (source,) = (
             source
             for source in (dataset[0], dataset[7])
-            if trainer.collator.encode(source["prompt"], PLAIN).ids == prompt
+            if trainer.scorer.collator.encode(source["prompt"], PLAIN).ids == prompt
         )
-        context = trainer.collator.encode(source["prompt"], TeacherContext("teacher", source["solution"])).ids
+        context = trainer.scorer.collator.encode(source["prompt"], TeacherContext("teacher", source["solution"])).ids
         log_q = (logits_of(model, prompt, completion) / heat).log_softmax(-1)
         log_p = (logits_of(model, context, completion) / heat).log_softmax(-1).detach()
         distilled = distilled + (log_p.exp() * (log_p - log_q)).sum()

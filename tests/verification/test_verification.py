@@ -14,7 +14,7 @@ import weakref
 import pytest
 import torch
 from datasets import Dataset
-from trl_opsd.trainers.targets import TargetTrainer
+from trl_opsd.trainers.scorer import Scorer
 
 from trl_opsd import OPSDTrainer, rewards
 from trl_opsd.commands.train import make_baseline, parse
@@ -488,7 +488,7 @@ def test_the_baseline_verifies_by_the_same_rule(tmp_path):
 def test_the_teacher_scores_while_answers_are_verified(make_model, make_args, dataset, tokenizer, monkeypatch):
     """And takes the step that it takes where it scores behind the rewards."""
 
-    order, begin, run_teacher = [], rewards.start_verifying, TargetTrainer._run_teacher
+    order, begin, run_teacher = [], rewards.start_verifying, Scorer.score
 
     def watched(pairs, verifier="math"):
         order.append("begun")
@@ -500,7 +500,7 @@ def test_the_teacher_scores_while_answers_are_verified(make_model, make_args, da
         return run_teacher(*args, **kwargs)
 
     monkeypatch.setattr(rewards, "start_verifying", watched)
-    monkeypatch.setattr(TargetTrainer, "_run_teacher", scored)
+    monkeypatch.setattr(Scorer, "score", scored)
     logs = []
     for reward in (None, lambda completions, solution, **kwargs: rewards.accuracy_reward(completions, solution)):
         trainer = OPSDTrainer(
