@@ -185,7 +185,7 @@ class OPSDGKDTrainer(CheckedTrainer, NamedByMethod, GKDTrainer):
         self.scorer.make_teacher()
         self.data_collator = MessagesCollator(self.scorer.collator, args.prompt_template, args.max_length)
         self.run.remember_weights(self.model, self.teacher.values if self.teacher.kind == "base" else ())
-        self.objective = StepLoss(self.model, self.method, args, self.scorer.num_tokens)
+        self.method_loss = StepLoss(self.model, self.method, args, self.scorer.num_tokens)
         self.diagnostics = {"train": Diagnostics(), "eval": Diagnostics()}
         self.add_callback(_TeacherHooks(self))
         self.add_callback(ClipWarning())
@@ -235,7 +235,7 @@ class OPSDGKDTrainer(CheckedTrainer, NamedByMethod, GKDTrainer):
             target = self._score(inputs, completions, mask)
         with diagnostics.clock("loss", device):
             function = self._loss_from_states(columns, mask, target)
-            loss, stats = self.objective.in_forward(model, inputs["input_ids"], inputs["attention_mask"], function)
+            loss, stats = self.method_loss.in_forward(model, inputs["input_ids"], inputs["attention_mask"], function)
         products = stats.pop("clip_products", None)
         values = {name: value.new_zeros(mask.shape).masked_scatter(mask, value) for name, value in stats.items()}
         diagnostics.add(values, mask, torch.arange(len(mask), device=device), clip_products=products)
@@ -287,7 +287,7 @@ class OPSDGKDTrainer(CheckedTrainer, NamedByMethod, GKDTrainer):
         own = LossColumns.of_divergence(weights[mask])
 
         def function(hidden: torch.Tensor, head: OutputHead):
-            return self.objective.of_states(
+            return self.method_loss.of_states(
                 hidden[:, :-1][columns], head, target, own, None, measures_clip=measures_clip
             )
 

@@ -124,7 +124,7 @@ class SelfDistillationTrainer(RolloutTrainer):
             self.run.tell(warning)
         self.scorer.make_teacher()
         self.run.remember_weights(self.model, self.teacher.values if self.teacher.kind == "base" else ())
-        self.objective = StepLoss(self.model, self.method, args, self.scorer.num_tokens)
+        self.method_loss = StepLoss(self.model, self.method, args, self.scorer.num_tokens)
         self._start_logs()
 
     # Set-up
@@ -412,7 +412,7 @@ class SelfDistillationTrainer(RolloutTrainer):
                 loss, stats = self._mixed_loss(model, batch, columns)
             else:
                 ids, mask, _ = student_inputs(batch, columns.shape[1])
-                loss, stats = self.objective.in_forward(model, ids, mask, self._loss_from_states(batch, columns))
+                loss, stats = self.method_loss.in_forward(model, ids, mask, self._loss_from_states(batch, columns))
         mask, clip_products = batch["distillation_mask"], stats.pop("clip_products", None)
         values = {name: value[: columns.num_own].view(mask.shape) for name, value in stats.items()}
         diagnostics.add(values, mask, batch["rollout_index"], clip_products, batch["rollout_outcome"])
@@ -462,7 +462,9 @@ class SelfDistillationTrainer(RolloutTrainer):
 
         def function(hidden: torch.Tensor, head: OutputHead):
             states, target = self._states(hidden, batch, columns), self._target(batch, columns)
-            return self.objective.of_states(states, head, target, columns, self._moment(), measures_clip=measures_clip)
+            return self.method_loss.of_states(
+                states, head, target, columns, self._moment(), measures_clip=measures_clip
+            )
 
         return function
 
