@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..losses import Facts
+from ..losses import Facts, token_weights
 from ..methods import RowFacts
 
 _VIEWS = ("view_log_probs", "view_entropies", "view_weights")
@@ -38,6 +38,42 @@ class LossColumns:
     extra_mask: torch.Tensor | None = None
     extra_views: Mapping[str, torch.Tensor] | None = None
     positions: torch.Tensor | None = None
+
+    @classmethod
+    def of_batch(cls, batch: Mapping[str, Any], settings: Any, *, num_processes: int, reads_old: bool):
+        """Columns of a micro-batch.
+
+        Args:
+            batch: with TRL's columns, those of `TargetMaker.columns` and the counts of the optimizer step.
+            settings: reads `loss_reduction` and `reward_weight`.
+            num_processes: engines average gradients over ranks, so each rank divides by its share of the global count.
+            reads_old: `old_per_token_logps` are real where the batch has them.
+        """
+        mask, extra_mask = batch["distillation_mask"], batch.get("extra_mask")
+        items, rows = (batch[name].clamp(min=1) / num_processes for name in ("num_loss_items", "num_loss_rows"))
+        weights = token_weights(mask, reduction=settings.loss_reduction, denominator=items).flatten()
+        tokens = batch["completion_ids"][:, : mask.size(1)].flatten()
+        if extra_mask is not None:
+            weights = torch.cat([weights, weights.new_zeros(extra_mask.numel())])
+            tokens = torch.cat([tokens, batch["extra_ids"].flatten()])
+        known = {
+            "mask": mask.float(),
+            "advantage": given_advantages(batch, settings)[:, : mask.size(1)].expand(mask.shape),
+            "reward": batch["rollout_reward"].unsqueeze(1).expand(mask.shape),
+        }
+        if reads_old and batch.get("old_per_token_logps") is not None:
+            known["old_log_prob"] = batch["old_per_token_logps"][:, : mask.size(1)]
+        return cls(
+            shape=mask.shape,
+            weights=weights,
+            row_weights=batch["rollout_trained"].float() / rows,
+            token_ids=tokens,
+            rows=known,
+            views=view_columns(batch, mask.size(1)),
+            extra_mask=extra_mask,
+            extra_views=None if extra_mask is None else view_columns(batch, extra_mask.size(1), "extra_"),
+            positions=batch.get("distilled_positions"),
+        )
 
     @classmethod
     def of_divergence(cls, weights: torch.Tensor):
@@ -86,6 +122,13 @@ class LossColumns:
         names = [field.name for field in fields(Facts) if field.name != "given"]
         columns = {name: getattr(facts, name) for name in names}
         return {name: None if column is None else column[places].view(shape) for name, column in columns.items()}
+
+
+def given_advantages(batch: Mapping[str, Any], settings: Any) -> torch.Tensor:
+    """TRL's advantages times `reward_weight`, (B, 1) or (B, T); 0 where the weight is, whatever they are."""
+    advantages = batch["advantages"] if batch["advantages"].ndim == 2 else batch["advantages"].unsqueeze(1)
+    weight = settings.reward_weight
+    return (advantages * weight if weight else torch.zeros_like(advantages)).float()
 
 
 def view_columns(batch: Mapping[str, Any], length: int, prefix: str = "") -> dict[str, torch.Tensor]:

@@ -7,7 +7,6 @@ One generation batch: rows -> rollouts and rewards (TRL) -> contexts (`method`) 
 
 import random
 from collections import Counter
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,18 +17,16 @@ from .._trl.rollouts import RolloutTrainer, student_inputs
 from ..card import describe_run
 from ..card.publishing import Publisher
 from ..checkpoints.initial_weights import check_initial_weights, fingerprint
-from ..losses import Facts, OutputHead, SignalDecomposition, token_weights
+from ..losses import Facts, OutputHead, SignalDecomposition
 from ..losses.tiles import nonzero_positions
-from ..methods import OPSD, Extra, Method, Seen
+from ..methods import OPSD, Method
 from ..model.heads import head_function
 from ..monitoring.accuracy_guard import AccuracyGuard
 from ..monitoring.diagnostics import Diagnostics
 from ..monitoring.guard import LIMITS, ClipWarning, CollapseGuard
 from ..rewards import guard_rewards
-from ..rows.checks import check_rows, without_special_tokens
-from ..rows.texts import as_text_turns, fill_template, is_missing, rewrite_last_turn
-from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Written
-from ..teacher.states import TargetStates, offload_states, read_target
+from ..teacher.contexts import Moment
+from ..teacher.states import offload_states, read_target
 from .checks import (
     check_fills_a_batch,
     check_inputs,
@@ -38,7 +35,7 @@ from .checks import (
     choose_reward,
     warn_of_first_golds,
 )
-from .columns import LossColumns, view_columns
+from .columns import LossColumns, given_advantages
 from .config import OPSDConfig
 from .groups import GroupReader
 from .prompt_checks import check_prompts
@@ -46,8 +43,8 @@ from .rollout_log import measure_rollouts, warn_of_masked_rollouts
 from .rollout_text import rollouts_text
 from .scorer import Scorer
 from .step_loss import StepLoss
+from .targets import RolloutBatch, TargetMaker
 
-_PLAIN = TeacherContext("plain", None)
 DECOMPOSED_ROLLOUTS = 8  # per process
 
 
@@ -138,10 +135,19 @@ class SelfDistillationTrainer(RolloutTrainer):
         """Make empty logs and those who read them."""
         self.diagnostics = {"train": Diagnostics(), "eval": Diagnostics()}
         self.groups = GroupReader(self.method, self.args, self.accelerator)
+        self.targets = TargetMaker(
+            self.scorer,
+            self.groups,
+            self.args,
+            self.tokenizer,
+            longest=self.max_completion_length,
+            write=self.write_answers,
+            log=self.add_metrics,
+        )
         self.memory: dict[str, Any] = {}
         self._losses: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._prompt_texts: list[str] = []
-        self._scored: tuple | None = None
+        self._batch: RolloutBatch | None = None
         self.publisher = Publisher(self)
         self.add_callback(self.publisher)
         self.add_callback(_StepHooks(self))
@@ -196,166 +202,57 @@ class SelfDistillationTrainer(RolloutTrainer):
     # Hooks of RolloutTrainer: a generation batch
 
     def prepare_rows(self, rows: list[dict]) -> list[dict]:
-        name, collator = "generation batch", self.scorer.collator
-        check_rows(rows, name, needs_solution=self.method.needs_solution, special_tokens=collator.special_tokens)
-        rows = [{**row, "prompt": as_text_turns(row["prompt"])} for row in rows]
-        self._raw_prompts = [row["prompt"] for row in rows]
-        template = self.args.prompt_template
-        if template is not None:
-            rows = [
-                {**row, "prompt": rewrite_last_turn(row["prompt"], lambda text: fill_template(template, prompt=text))}
-                for row in rows
-            ]
-        self.scorer.forget_prompts()
-        for index, row in enumerate(rows):  # before it is sampled from: an error here has the row's place
-            self.scorer.encode(row["prompt"], _PLAIN, f"{name} row {index}: `prompt`")
+        self._batch = self.targets.prepare(rows, self.mode)
         if self.args.sample_distilled_only:
             self.limit_rollouts(self.distilled_length() if self.mode == "train" else None)
-        return rows
+        return self._batch.rows
 
     def before_rewards(self, rows, completions, rollout_ids) -> None:
         """Have answers verified while the teacher scores, where no context reads a reward."""
-        self._scored, self._texts = None, self.tokenizer.batch_decode(rollout_ids, skip_special_tokens=True)
+        batch = self._batch
+        self.targets.sampled(batch, rollout_ids)
         begins = [reward.begin for reward in self.reward_funcs if hasattr(reward, "begin")]
         reads_rewards = self.method.needs_reward or self.method.label is not None
         if not begins or reads_rewards or self.args.mask_truncated_completions:
             return
         for begin in begins:
             begin(completions, [row.get("solution") for row in rows])
-        rollouts, contexts, extras = self._read(rows, rollout_ids, [None] * len(rows))
+        self.targets.rewarded(batch, [None] * len(rows), self.end_token_ids)
         longest = max(map(len, rollout_ids))
         length = min(longest, self.distilled_length() or longest)
-        skipped = self.args.num_loss_tokens_to_skip
-        used = [len(ids[:length]) > skipped for ids in rollout_ids]
-        self._scored = self._score(rows, rollouts, contexts, extras, rollout_ids, used, length), contexts, extras
+        self._score([len(ids[:length]) > self.args.num_loss_tokens_to_skip for ids in rollout_ids], length)
 
     def add_targets(self, rows, batch, rewards, rollout_ids) -> dict[str, Any]:
+        own, first = self._batch, self.accelerator.process_index * len(rows)
         self._log_reward_errors()
-        first = self.accelerator.process_index * len(rows)
         self.add_metrics({"rewards/missing": rewards.isnan().all(dim=1).float().mean().item()})
-        rewards = self._scalar_rewards(rewards)[first : first + len(rows)]
-        if self._scored is None:
-            rollouts, contexts, extras = self._read(rows, rollout_ids, rewards)
-            mask = self._distilled_mask(batch, contexts)
-            used = mask.any(dim=1).tolist()
-            scored = self._score(rows, rollouts, contexts, extras, rollout_ids, used, mask.size(1))
-        else:
-            (scored, contexts, extras), self._scored = self._scored, None
-            rollouts, mask = self._rollouts(rows, rollout_ids, rewards), self._distilled_mask(batch, contexts)
-        target, shortened, extra_ids = scored
-        target.widen(mask.size(1))
+        self.targets.rewarded(own, self._scalar_rewards(rewards)[first : first + len(rows)], self.end_token_ids)
+        if own.target is None:
+            self._read()
+        mask = self._distilled_mask(batch)
+        if own.target is None:
+            self._score(mask.any(dim=1).tolist(), mask.size(1))
         if self._decomposition_is_due():
-            self._log_decomposition(rows, rollouts, [ids[: mask.size(1)] for ids in rollout_ids])
+            self._log_decomposition(mask.size(1))
         if self.mode == "train":
-            self._remember(rollouts, target, rollout_ids)
-            self._prompt_texts = [str(prompt)[:80] for prompt in self._raw_prompts]
-        batch |= target.columns() | {"distillation_mask": mask} | self._extra_columns(extra_ids, mask)
-        batch |= self._row_columns(rollouts, contexts, extras, first, mask.device)
-        self._log_rollouts(rollout_ids, shortened, target.num_tokens)
+            self._prompt_texts = [str(prompt)[:80] for prompt in own.prompts]
+            if self.method.remember is not None:
+                self.memory = dict(self.method.remember(self.memory, self.targets.seen(own), self.args))
+        self._log_rollouts()
         if self.args.mask_truncated_completions and self.mode == "train":
             warn_of_masked_rollouts(batch["completion_mask"], self.args, self.accelerator)
-        return batch
+        return batch | self.targets.columns(own, mask, first)
 
-    def _read(self, rows, rollout_ids, rewards) -> tuple[list[Rollout], list[Contexts], list[Extra | None]]:
-        """What a method is told of each rollout, and what it makes of it."""
-        rollouts = self._rollouts(rows, rollout_ids, rewards)
-        if self.method.asks is not None:
-            rollouts = self._with_answers(rows, rollouts)
+    def _read(self) -> None:
         size = self.num_generations if self.mode == "train" else self.num_generations_eval
-        contexts, extras, metrics = self.groups.read(rollouts, size, self._moment())
-        self.add_metrics(metrics)
-        return rollouts, contexts, extras
+        self.targets.read(self._batch, size, self._moment())
 
-    def _rollouts(self, rows, rollout_ids, rewards) -> list[Rollout]:
-        tokens, ends = self.scorer.collator.special_tokens, self.end_token_ids
-        columns = zip(self._raw_prompts, rows, self._texts, rewards, rollout_ids, strict=True)
-        return [
-            Rollout(
-                prompt,
-                row.get("solution"),
-                # Decoding left out the control tokens it met; one that the model spelled out would end the teacher's turn.
-                without_special_tokens(text, tokens),
-                reward,
-                len(ids),
-                bool(ids) and ids[-1] in ends,
-                {name: row.get(name) for name in self.method.columns},
-            )
-            for prompt, row, text, reward, ids in columns
-        ]
-
-    def _with_answers(self, rows, rollouts: list[Rollout]) -> list[Rollout]:
-        """The rollouts with what the model writes to the contexts that the method asks; a collective."""
-        asked = [self.method.asks(rollout, self.args) for rollout in rollouts]
-        prompts = [
-            self.scorer.encode(
-                row["prompt"] if view is None else rollout.prompt, view or _PLAIN, f"batch row {index}"
-            ).ids
-            for index, (row, rollout, view) in enumerate(zip(rows, rollouts, asked, strict=True))
-        ]
-        answers = self.write_answers(prompts)  # on every rank, of every row: an engine samples in step
-        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        count = torch.tensor([sum(view is not None for view in asked), *map(len, answers)], dtype=torch.float64)
-        sums = torch.stack([count[0], count[1:].sum()]).to(self.accelerator.device)
-        written, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
-        self.add_metrics({"written/texts": written, "written/tokens": tokens})
-        clean = [without_special_tokens(text, self.scorer.collator.special_tokens) for text in texts]
-        return [
-            rollout if view is None else replace(rollout, written=Written(text, ids))
-            for rollout, view, text, ids in zip(rollouts, asked, clean, answers, strict=True)
-        ]
-
-    def _score(
-        self, rows, rollouts, contexts, extras, rollout_ids, used, length
-    ) -> tuple[TargetStates, list[bool], list[list[int]]]:
-        """What the teacher says of the used rollouts and of the extras; and the ids of these."""
-        contexts = [views if some else () for views, some in zip(contexts, used, strict=True)]
-        prompts = [(row["prompt"], rollout.prompt) for row, rollout in zip(rows, rollouts, strict=True)]
-        sequences, extra_ids = [ids[:length] for ids in rollout_ids], []
-        if self.method.extras is not None:
-            extra_ids = [[] if extra is None else self._ids_of_extra(extra) for extra in extras]
-            contexts += [() if extra is None else extra.contexts for extra in extras]
-            prompts, sequences = prompts * 2, sequences + extra_ids
+    def _score(self, used: list[bool], length: int) -> None:
+        """Have the teacher score; where that is early, the contexts are read first."""
+        if not self._batch.contexts:
+            self._read()
         with self.diagnostics[self.mode].clock("teacher_forward", self.accelerator.device):
-            target, shortened = self.scorer.score(
-                contexts,
-                prompts,
-                sequences,
-                (len(rows), length),
-                mode=self.mode,
-                result_device=torch.device("cpu") if self.args.offload_targets else None,
-            )
-        return target, shortened[: len(rows)], extra_ids
-
-    def _ids_of_extra(self, extra: Extra) -> list[int]:
-        """Its tokens, as many as a rollout may have; a text ends with the end token."""
-        if not isinstance(extra.sequence, str):
-            return extra.sequence[: self.max_completion_length]
-        ids = self.tokenizer(extra.sequence, add_special_tokens=False)["input_ids"]
-        return [*ids, self.tokenizer.eos_token_id][: self.max_completion_length]
-
-    def _extra_columns(self, extra_ids: list[list[int]], mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        if self.method.extras is None:
-            return {}
-        width = max(1, *map(len, extra_ids))
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[*own, *[pad] * (width - len(own))] for own in extra_ids], device=mask.device)
-        lengths = torch.tensor([len(own) for own in extra_ids], device=mask.device)
-        return {
-            "extra_ids": ids,
-            "extra_mask": (torch.arange(width, device=mask.device) < lengths[:, None]).to(mask.dtype),
-        }
-
-    def _row_columns(self, rollouts, contexts, extras, first: int, device: torch.device) -> dict[str, torch.Tensor]:
-        threshold = getattr(self.args, "reward_threshold", 0.5)
-        rewards = [rollout.reward for rollout in rollouts]
-        outcomes = [-1 if reward is None else int(reward >= threshold) for reward in rewards]
-        trained = [bool(views) or extra is not None for views, extra in zip(contexts, extras, strict=True)]
-        return {
-            "rollout_outcome": torch.tensor(outcomes, device=device),
-            "rollout_reward": torch.tensor([float("nan") if r is None else float(r) for r in rewards], device=device),
-            "rollout_index": torch.arange(first, first + len(rollouts), device=device),
-            "rollout_trained": torch.tensor(trained, device=device),
-        }
+            self.targets.score(self._batch, used, length)
 
     def _scalar_rewards(self, rewards: torch.Tensor) -> list[float | None]:
         """One weighted reward per rollout of the world's batch, None where no function gave one."""
@@ -363,7 +260,7 @@ class SelfDistillationTrainer(RolloutTrainer):
         total[rewards.isnan().all(dim=1)] = torch.nan
         return [None if value != value else value for value in total.tolist()]
 
-    def _distilled_mask(self, batch: dict[str, Any], contexts: list[Contexts]) -> torch.Tensor:
+    def _distilled_mask(self, batch: dict[str, Any]) -> torch.Tensor:
         """(B, D), 1 on the positions of a rollout that are distilled: its own tokens, never a tool's."""
         mask = batch["completion_mask"]
         mask = mask * batch["tool_mask"] if "tool_mask" in batch else mask.clone()
@@ -372,15 +269,8 @@ class SelfDistillationTrainer(RolloutTrainer):
             self.add_metrics({"distillation_length": float(length)})
         mask = mask[:, :length]
         mask[:, : self.args.num_loss_tokens_to_skip] = 0
-        mask[torch.tensor([not views for views in contexts], device=mask.device)] = 0
+        mask[torch.tensor([not views for views in self._batch.contexts], device=mask.device)] = 0
         return mask
-
-    def _remember(self, rollouts: list[Rollout], target: TargetStates, rollout_ids: list[list[int]]) -> None:
-        """Let the method remember what it needs of the batch of all ranks; a collective."""
-        if self.method.remember is None:
-            return
-        seen = Seen.gathered(rollouts, target.numbers, [len(ids) for ids in rollout_ids])
-        self.memory = dict(self.method.remember(self.memory, seen, self.args))
 
     # Hooks of RolloutTrainer: a step
 
@@ -406,7 +296,9 @@ class SelfDistillationTrainer(RolloutTrainer):
 
     def step_loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         diagnostics = self.diagnostics[self.mode]
-        columns = self._columns(batch)
+        processes = self.accelerator.num_processes
+        reads_old = self.reads_policy_logps()
+        columns = LossColumns.of_batch(batch, self.args, num_processes=processes, reads_old=reads_old)
         with diagnostics.clock("loss", self.accelerator.device):
             if self._has_policy_loss() or getattr(self, "aux_loss_enabled", False):
                 loss, stats = self._mixed_loss(model, batch, columns)
@@ -419,42 +311,6 @@ class SelfDistillationTrainer(RolloutTrainer):
         if self.mode == "train":
             self._losses.append((loss.detach(), batch["rollout_index"]))
         return loss
-
-    def _columns(self, batch: dict[str, Any]) -> LossColumns:
-        """What is known of a micro-batch's tokens."""
-        mask = batch["distillation_mask"]
-        # Engines average gradients over ranks, so each rank divides by its share of the global count.
-        items, rows = (
-            batch[f"num_loss_{name}"].clamp(min=1) / self.accelerator.num_processes for name in ("items", "rows")
-        )
-        weights = token_weights(mask, reduction=self.args.loss_reduction, denominator=items).flatten()
-        tokens, extra_mask = batch["completion_ids"][:, : mask.size(1)].flatten(), batch.get("extra_mask")
-        if extra_mask is not None:
-            weights = torch.cat([weights, weights.new_zeros(extra_mask.numel())])
-            tokens = torch.cat([tokens, batch["extra_ids"].flatten()])
-        return LossColumns(
-            shape=mask.shape,
-            weights=weights,
-            row_weights=batch["rollout_trained"].float() / rows,
-            token_ids=tokens,
-            rows=self._known_rows(batch, mask),
-            views=view_columns(batch, mask.size(1)),
-            extra_mask=extra_mask,
-            extra_views=None if extra_mask is None else view_columns(batch, extra_mask.size(1), "extra_"),
-            positions=batch.get("distilled_positions"),
-        )
-
-    def _known_rows(self, batch: dict[str, Any], mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        advantages = batch["advantages"] if batch["advantages"].ndim == 2 else batch["advantages"].unsqueeze(1)
-        advantages = advantages[:, : mask.size(1)] * self.args.reward_weight if self.args.reward_weight else 0.0 * mask
-        rows = {
-            "mask": mask.float(),
-            "advantage": advantages.float().expand(mask.shape),
-            "reward": batch["rollout_reward"].unsqueeze(1).expand(mask.shape),
-        }
-        if self.reads_policy_logps() and batch.get("old_per_token_logps") is not None:
-            rows["old_log_prob"] = batch["old_per_token_logps"][:, : mask.size(1)]
-        return rows
 
     def _loss_from_states(self, batch: dict[str, Any], columns: LossColumns):
         """The function that a forward of the student calls with its hidden states and head."""
@@ -504,9 +360,7 @@ class SelfDistillationTrainer(RolloutTrainer):
 
     def _advantages(self, batch: dict[str, Any], columns: LossColumns, facts: Facts) -> torch.Tensor:
         """(B, T): the method's where it has some, TRL's times `reward_weight` elsewhere."""
-        given = batch["advantages"] if batch["advantages"].ndim == 2 else batch["advantages"].unsqueeze(1)
-        given = given * self.args.reward_weight if self.args.reward_weight else torch.zeros_like(given)
-        whole = given.float().expand(batch["completion_ids"].shape).clone()
+        whole = given_advantages(batch, self.args).expand(batch["completion_ids"].shape).clone()
         own = self.method.advantages(columns.by_row(facts), self.args, self._moment())
         part = whole[:, : columns.shape[1]]
         part.copy_(torch.where(columns.rows["mask"] != 0, own.to(part.dtype), part))
@@ -563,25 +417,22 @@ class SelfDistillationTrainer(RolloutTrainer):
         before = step - self._updates_per_generation()
         return self.mode == "train" and interval > 0 and step // interval > before // interval
 
-    def _log_decomposition(self, rows, rollouts, spans) -> None:
+    def _log_decomposition(self, length: int) -> None:
         """Log how much of the teacher's signal on some rollouts the solution alone explains."""
-        picked = [row for row, rollout in enumerate(rollouts) if spans[row] and not is_missing(rollout.solution)]
-        picked = picked[:DECOMPOSED_ROLLOUTS]
-        prompts = [(rows[row]["prompt"], rollouts[row].prompt) for row in picked]
-        solutions, spans = [rollouts[row].solution for row in picked], [spans[row] for row in picked]
-        sums = self.scorer.sum_signals(prompts, solutions, spans)
+        sums = self.targets.sum_signals(self._batch, length, DECOMPOSED_ROLLOUTS)
         *sums, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         for name, value in zip(SignalDecomposition._fields, sums, strict=True):
             self.add_metrics({f"decomposition/{name}": value / max(count, 1)})
 
-    def _log_rollouts(self, rollout_ids, shortened: list[bool], num_teacher_tokens: int) -> None:
+    def _log_rollouts(self) -> None:
+        own = self._batch
         metrics, markers = measure_rollouts(
-            rollout_ids, self._texts, shortened, num_teacher_tokens, self.args, self.accelerator
+            own.ids, own.texts, own.shortened, own.target.num_tokens, self.args, self.accelerator
         )
         self.add_metrics(metrics)
         self.add_table_column("divergence", [float("nan")] * len(markers))
         self.add_table_column("reflection_markers", markers)
-        self.add_table_column("solution_shortened", shortened)
+        self.add_table_column("solution_shortened", own.shortened)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log TRL's numbers and ours; collective."""

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a generation batch's rows and rollouts to the columns that its loss reads."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..methods import Extra, Seen
+from ..rows.checks import check_rows, without_special_tokens
+from ..rows.texts import Prompt, as_text_turns, fill_template, is_missing, rewrite_last_turn
+from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Written
+from ..teacher.states import TargetStates
+from .groups import GroupReader
+from .scorer import Scorer
+
+_PLAIN = TeacherContext("plain", None)
+
+
+@dataclass
+class RolloutBatch:
+    """This rank's part of a generation batch, as far as it is known.
+
+    Attributes:
+        rows: as they are sampled from.
+        prompts: of the dataset, before `prompt_template`.
+        mode: "train" or "eval".
+        ids: of each rollout every token behind its prompt.
+        texts: of the rollouts.
+        rollouts: as the method reads them.
+        contexts, extras: of each rollout.
+        target: what the teacher says of them, None until it is scored.
+        shortened: of each rollout, whether a text in its contexts was.
+        extra_ids: tokens of the extras; empty where the method has none.
+    """
+
+    rows: list[dict]
+    prompts: list[Prompt]
+    mode: str
+    ids: list[list[int]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    rollouts: list[Rollout] = field(default_factory=list)
+    contexts: list[Contexts] = field(default_factory=list)
+    extras: list[Extra | None] = field(default_factory=list)
+    target: TargetStates | None = None
+    shortened: list[bool] = field(default_factory=list)
+    extra_ids: list[list[int]] = field(default_factory=list)
+
+
+class TargetMaker:
+    """Asks the method, and the teacher, about the rollouts of a generation batch.
+
+    Args:
+        scorer: the teacher.
+        groups: of the same method.
+        settings: of the run.
+        tokenizer: of the model.
+        longest: tokens that a rollout, and an extra, may have.
+        write: answers of the model to prompts, see `RolloutTrainer.write_answers`.
+        log: takes numbers that are the same on every rank.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        groups: GroupReader,
+        settings: Any,
+        tokenizer: Any,
+        longest: int,
+        write: Callable[[list[list[int]]], list[list[int]]],
+        log: Callable[[dict[str, float]], None],
+    ):
+        self.scorer, self.groups, self.settings, self.tokenizer = scorer, groups, settings, tokenizer
+        self.method, self.longest, self.write, self.log = scorer.method, longest, write, log
+
+    def prepare(self, rows: list[dict], mode: str) -> RolloutBatch:
+        """Check rows and rewrite their prompts, before they are sampled from.
+
+        Raises:
+            ValueError: names the row that cannot be read.
+        """
+        name, template = "generation batch", self.settings.prompt_template
+        tokens = self.scorer.collator.special_tokens
+        check_rows(rows, name, needs_solution=self.method.needs_solution, special_tokens=tokens)
+        rows = [{**row, "prompt": as_text_turns(row["prompt"])} for row in rows]
+        prompts = [row["prompt"] for row in rows]
+        if template is not None:
+            rewritten = [
+                rewrite_last_turn(prompt, lambda text: fill_template(template, prompt=text)) for prompt in prompts
+            ]
+            rows = [{**row, "prompt": prompt} for row, prompt in zip(rows, rewritten, strict=True)]
+        self.scorer.forget_prompts()
+        for index, row in enumerate(rows):  # here an error has the row's place
+            self.scorer.encode(row["prompt"], _PLAIN, f"{name} row {index}: `prompt`")
+        return RolloutBatch(rows, prompts, mode)
+
+    def sampled(self, batch: RolloutBatch, rollout_ids: list[list[int]]) -> None:
+        """Take in what was sampled."""
+        batch.ids, batch.texts = rollout_ids, self.tokenizer.batch_decode(rollout_ids, skip_special_tokens=True)
+
+    def rewarded(self, batch: RolloutBatch, rewards: Sequence[float | None], end_token_ids: set[int]) -> None:
+        """Make the rollouts that the method is told of."""
+        tokens = self.scorer.collator.special_tokens
+        columns = zip(batch.prompts, batch.rows, batch.texts, rewards, batch.ids, strict=True)
+        batch.rollouts = [
+            Rollout(
+                prompt,
+                row.get("solution"),
+                # Decoding left out the control tokens it met; one that the model spelled out would end the teacher's turn.
+                without_special_tokens(text, tokens),
+                reward,
+                len(ids),
+                bool(ids) and ids[-1] in end_token_ids,
+                {name: row.get(name) for name in self.method.columns},
+            )
+            for prompt, row, text, reward, ids in columns
+        ]
+
+    def read(self, batch: RolloutBatch, group_size: int, moment: Moment) -> None:
+        """Ask the method for contexts and extras of the rollouts; a collective."""
+        if self.method.asks is not None:
+            self._ask(batch)
+        batch.contexts, batch.extras, metrics = self.groups.read(batch.rollouts, group_size, moment)
+        self.log(metrics)
+        if self.method.extras is not None:
+            batch.extra_ids = [[] if extra is None else self._ids_of(extra) for extra in batch.extras]
+
+    def _ask(self, batch: RolloutBatch) -> None:
+        """Give the rollouts what the model writes to the contexts that the method asks; a collective."""
+        asked = [self.method.asks(rollout, self.settings) for rollout in batch.rollouts]
+        prompts = [
+            self.scorer.encode(
+                row["prompt"] if view is None else prompt, view or _PLAIN, f"generation batch row {index}"
+            )
+            for index, (row, prompt, view) in enumerate(zip(batch.rows, batch.prompts, asked, strict=True))
+        ]
+        answers = self.write([prompt.ids for prompt in prompts])  # of every row: an engine samples on all ranks at once
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        used = [(place, ids) for place, ids in enumerate(answers) if asked[place] is not None]
+        accelerator = self.scorer.accelerator
+        sums = torch.tensor([len(used), sum(len(ids) for _, ids in used)], dtype=torch.float64)
+        count, tokens = accelerator.reduce(sums.to(accelerator.device), reduction="sum").tolist()
+        self.log({"written/texts": count, "written/mean_length": tokens / max(count, 1)})
+        for place, ids in used:
+            text = without_special_tokens(texts[place], self.scorer.collator.special_tokens)
+            batch.rollouts[place] = replace(batch.rollouts[place], written=Written(text, ids))
+
+    def _ids_of(self, extra: Extra) -> list[int]:
+        """Tokens of an extra, as many as a rollout may have; a text ends with the end token."""
+        if not isinstance(extra.sequence, str):
+            return extra.sequence[: self.longest]
+        ids = self.tokenizer(extra.sequence, add_special_tokens=False)["input_ids"]
+        return [*ids, self.tokenizer.eos_token_id][: self.longest]
+
+    def score(self, batch: RolloutBatch, used: Sequence[bool], length: int) -> None:
+        """Have the teacher score the first `length` tokens of the used rollouts, and the extras; a collective."""
+        contexts = [views if some else () for views, some in zip(batch.contexts, used, strict=True)]
+        prompts = [(row["prompt"], prompt) for row, prompt in zip(batch.rows, batch.prompts, strict=True)]
+        sequences = [ids[:length] for ids in batch.ids]
+        if self.method.extras is not None:
+            contexts += [() if extra is None else extra.contexts for extra in batch.extras]
+            prompts, sequences = prompts * 2, sequences + batch.extra_ids
+        host = torch.device("cpu") if self.settings.offload_targets else None
+        batch.target, shortened = self.scorer.score(
+            contexts, prompts, sequences, (len(batch.rows), length), mode=batch.mode, result_device=host
+        )
+        batch.shortened = shortened[: len(batch.rows)]
+
+    def columns(self, batch: RolloutBatch, mask: torch.Tensor, first: int) -> dict[str, torch.Tensor]:
+        """Columns of a scored batch, for `LossColumns.of_batch` and the log.
+
+        Args:
+            batch: scored.
+            mask: (B, D) of the distilled positions.
+            first: place of its first row in the batch of all ranks.
+        """
+        batch.target.widen(mask.size(1))
+        threshold, device = getattr(self.settings, "reward_threshold", 0.5), mask.device
+        rewards = [rollout.reward for rollout in batch.rollouts]
+        outcomes = [-1 if reward is None else int(reward >= threshold) for reward in rewards]
+        trained = [bool(views) or extra is not None for views, extra in zip(batch.contexts, batch.extras, strict=True)]
+        columns = {
+            "distillation_mask": mask,
+            "rollout_outcome": torch.tensor(outcomes, device=device),
+            "rollout_reward": torch.tensor([float("nan") if r is None else float(r) for r in rewards], device=device),
+            "rollout_index": torch.arange(first, first + len(rewards), device=device),
+            "rollout_trained": torch.tensor(trained, device=device),
+        }
+        return batch.target.columns() | columns | self._extra_columns(batch, mask)
+
+    def _extra_columns(self, batch: RolloutBatch, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.method.extras is None:
+            return {}
+        width, pad = max(1, *map(len, batch.extra_ids)), self.tokenizer.pad_token_id
+        ids = [[*own, *[pad] * (width - len(own))] for own in batch.extra_ids]
+        lengths = torch.tensor([len(own) for own in batch.extra_ids], device=mask.device)
+        own = torch.arange(width, device=mask.device) < lengths.unsqueeze(1)
+        return {"extra_ids": torch.tensor(ids, device=mask.device), "extra_mask": own.to(mask.dtype)}
+
+    def seen(self, batch: RolloutBatch) -> Seen:
+        """The batch of all ranks, for `Method.remember`; a collective."""
+        return Seen.gathered(batch.rollouts, batch.target.numbers, [len(ids) for ids in batch.ids])
+
+    def sum_signals(self, batch: RolloutBatch, length: int, most: int) -> torch.Tensor:
+        """`Scorer.sum_signals` of the first `most` rollouts that have a solution; a collective."""
+        rows = [row for row, each in enumerate(batch.rollouts) if batch.ids[row] and not is_missing(each.solution)]
+        rows = rows[:most]
+        prompts = [(batch.rows[row]["prompt"], batch.prompts[row]) for row in rows]
+        solutions = [batch.rollouts[row].solution for row in rows]
+        return self.scorer.sum_signals(prompts, solutions, [batch.ids[row][:length] for row in rows])
