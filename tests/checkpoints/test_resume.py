@@ -137,7 +137,7 @@ def test_a_checkpoint_between_two_batches_holds_no_batch_and_one_within_holds_th
     tensors = load_file(within / batch)
     assert {key.split("/")[0] for key in tensors} == {"2", "3"}  # of four micro-batches two are done
     hidden = tensors["2/anchor_hidden"]
-    assert hidden.dtype == torch.float32 and hidden.shape[0] == 1 and hidden.shape[2] == trainer.hidden_size
+    assert hidden.dtype == torch.float32 and hidden.shape[0] == 1 and hidden.shape[2] == trainer.scorer.hidden_size
 
 
 def without_our_state(folder):

@@ -14,7 +14,6 @@ import weakref
 import pytest
 import torch
 from datasets import Dataset
-from trl_opsd.trainers.scorer import Scorer
 
 from trl_opsd import OPSDTrainer, rewards
 from trl_opsd.commands.train import make_baseline, parse
@@ -23,6 +22,7 @@ from trl_opsd.evaluation.callback import EvaluationCallback
 from trl_opsd.evaluation.measures import majority_is_correct, summarize
 from trl_opsd.evaluation.sampling import Completion
 from trl_opsd.rewards import accuracy_reward, make_accuracy_reward
+from trl_opsd.trainers.scorer import Scorer
 from trl_opsd.verification import (
     check_verifier,
     pool,
