@@ -7,59 +7,43 @@ Importing the package is cheap: torch, transformers and trl load when a name is 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .pages import public_names
+
 __version__ = "0.1.0.dev0"
 
 _HOME_OF = {
-    "OGLSSDConfig": "trainers.ogls_sd",
-    "OGLSSDTrainer": "trainers.ogls_sd",
-    "OPSDConfig": "trainers.config",
-    "OPSDTrainer": "trainers.opsd",
-    "OPSDGKDConfig": "experimental.gkd",
-    "OPSDGKDTrainer": "experimental.gkd",
-    "PurifiedOPSDConfig": "trainers.purified_opsd",
-    "PurifiedOPSDTrainer": "trainers.purified_opsd",
+    **public_names(),
     "CollapseGuard": "monitoring.guard",
     "EvaluationCallback": "evaluation.callback",
     "Method": "methods",
+    "OPSDGKDConfig": "experimental.gkd",
+    "OPSDGKDTrainer": "experimental.gkd",
     "Rollout": "teacher.contexts",
     "SelfDistillationTrainer": "trainers.self_distillation",
     "TeacherContext": "teacher.contexts",
-    "accuracy_reward": "rewards",
     "UnsupportedTRLError": "_trl.versions",
+    "accuracy_reward": "rewards",
 }
 
-__all__ = [
-    "CollapseGuard",
-    "EvaluationCallback",
-    "Method",
-    "OGLSSDConfig",
-    "OGLSSDTrainer",
-    "OPSDConfig",
-    "OPSDGKDConfig",
-    "OPSDGKDTrainer",
-    "OPSDTrainer",
-    "PurifiedOPSDConfig",
-    "PurifiedOPSDTrainer",
-    "Rollout",
-    "SelfDistillationTrainer",
-    "TeacherContext",
-    "UnsupportedTRLError",
-    "accuracy_reward",
-]
+__all__ = sorted(_HOME_OF)
 
-if TYPE_CHECKING:
-    from ._trl.versions import UnsupportedTRLError
-    from .evaluation.callback import EvaluationCallback
-    from .experimental.gkd import OPSDGKDConfig, OPSDGKDTrainer
-    from .methods import Method
-    from .monitoring.guard import CollapseGuard
-    from .rewards import accuracy_reward
-    from .teacher.contexts import Rollout, TeacherContext
-    from .trainers.config import OPSDConfig
-    from .trainers.ogls_sd import OGLSSDConfig, OGLSSDTrainer
-    from .trainers.opsd import OPSDTrainer
-    from .trainers.purified_opsd import PurifiedOPSDConfig, PurifiedOPSDTrainer
-    from .trainers.self_distillation import SelfDistillationTrainer
+if TYPE_CHECKING:  # for editors and type checkers, to which `X as X` says that X is public
+    from ._trl.versions import UnsupportedTRLError as UnsupportedTRLError
+    from .evaluation.callback import EvaluationCallback as EvaluationCallback
+    from .experimental.gkd import OPSDGKDConfig as OPSDGKDConfig
+    from .experimental.gkd import OPSDGKDTrainer as OPSDGKDTrainer
+    from .methods import Method as Method
+    from .monitoring.guard import CollapseGuard as CollapseGuard
+    from .rewards import accuracy_reward as accuracy_reward
+    from .teacher.contexts import Rollout as Rollout
+    from .teacher.contexts import TeacherContext as TeacherContext
+    from .trainers.ogls_sd import OGLSSDConfig as OGLSSDConfig
+    from .trainers.ogls_sd import OGLSSDTrainer as OGLSSDTrainer
+    from .trainers.opsd import OPSDConfig as OPSDConfig
+    from .trainers.opsd import OPSDTrainer as OPSDTrainer
+    from .trainers.purified_opsd import PurifiedOPSDConfig as PurifiedOPSDConfig
+    from .trainers.purified_opsd import PurifiedOPSDTrainer as PurifiedOPSDTrainer
+    from .trainers.self_distillation import SelfDistillationTrainer as SelfDistillationTrainer
 
 
 def __getattr__(name: str):

@@ -7,6 +7,7 @@ import resource
 import socket
 import subprocess
 import sys
+from dataclasses import MISSING
 from importlib import import_module
 from pathlib import Path
 
@@ -33,9 +34,84 @@ def test_every_command_leads_to_a_function_of_its_words():
         assert callable(getattr(import_module(f"trl_opsd.{module}"), function))
 
 
-def test_the_written_out_names_are_those_of_the_trainers_and_baselines():
-    assert set(cli.METHODS) == set(TRAINERS) and set(cli.BASELINES) == set(BASELINES)
+def test_the_written_out_names_are_those_of_the_baselines():
+    assert set(cli.BASELINES) == set(BASELINES)
     assert {*TRAINERS, *BASELINES} < set(cli.COMMANDS)
+
+
+ADDED_PAGE = """
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+
+from trl_opsd import pages
+
+pages.PAGES["longer-opsd"] = pages.Page("LongerOPSD", "OPSD of longer rollouts")
+sys.modules["trl_opsd.settings.longer_opsd"] = settings = ModuleType("settings")
+sys.modules["trl_opsd.trainers.longer_opsd"] = trainers = ModuleType("trainers")
+
+from trl_opsd.settings.fields import option, require
+
+
+@dataclass
+class LongerOPSDSettings:
+    extra_length: int = option(7, "How much longer.")
+
+    def check(self):
+        require(self.extra_length > 0, self, "extra_length", "1 or more")
+
+
+settings.LongerOPSDSettings = LongerOPSDSettings
+
+import importlib
+
+import trl_opsd
+from trl_opsd.commands import cli
+
+importlib.reload(trl_opsd)  # it was imported before its table had the page
+assert cli.main(["longer-opsd", "--help"]) == 0 and cli.main([]) == 0
+try:
+    cli.main(["plan", "--help", "--method", "longer-opsd"])
+except SystemExit:
+    pass
+assert "torch" not in sys.modules
+
+from trl_opsd import OPSDConfig, OPSDTrainer
+
+
+@dataclass
+class LongerOPSDConfig(LongerOPSDSettings, OPSDConfig):
+    pass
+
+
+class LongerOPSDTrainer(OPSDTrainer):
+    config_class = LongerOPSDConfig
+
+
+trainers.LongerOPSDConfig, trainers.LongerOPSDTrainer = LongerOPSDConfig, LongerOPSDTrainer
+assert trl_opsd.LongerOPSDConfig is LongerOPSDConfig and "LongerOPSDTrainer" in trl_opsd.__all__
+
+from trl_opsd.commands import arguments, train
+
+words = ["--output_dir=x", "--use_cpu=true", "--bf16=false", "--extra_length"]
+assert train.parse("longer-opsd", [*words, "9"])[1].extra_length == 9
+assert "extra_length" in arguments.method_names() and train.TRAINERS["longer-opsd"] is LongerOPSDTrainer
+cli.main(["longer-opsd", *words, "0"])
+"""
+
+
+def test_a_line_of_the_table_makes_a_page_a_command_with_help_a_trainer_and_public_names(tmp_path):
+    done = subprocess.run([sys.executable, "-c", ADDED_PAGE], cwd=tmp_path, capture_output=True, text=True)
+    assert "trl-opsd longer-opsd: error: extra_length=0 is not valid; set it to 1 or more." in done.stderr, done.stderr
+    own_help, overview = done.stdout.split("usage: trl-opsd COMMAND")
+    assert "--extra_length" in own_help and "(default: 7)" in own_help and "--clip_value" in own_help
+    assert "longer-opsd    train: OPSD of longer rollouts" in overview and "--extra_length" in overview
+
+
+def test_help_shows_a_long_default_shortened_and_never_the_name_of_a_constant():
+    text = training_help("opsd")
+    assert "TEMPLATE" not in text and "(default: '{prompt}" in text
+    assert max(map(len, text.splitlines())) < 120
 
 
 @pytest.mark.parametrize(
@@ -92,11 +168,15 @@ def test_help_of_a_command_that_takes_training_settings_lists_them(capsys, words
 def test_help_shows_the_defaults_that_the_config_has(name):
     import re
 
-    config = TRAINERS[name].config_class
-    for field, default in re.findall(r"  --(\w+)\s[^-]*?\(default:\s+([^()\s]+)\)", training_help(name)):
+    config, checked = TRAINERS[name].config_class, set()
+    for field, default in re.findall(
+        r"  --(\w+)\s(?:(?!  --).)*?\(default:\s+([^()\s]+)\)", training_help(name), re.DOTALL
+    ):
         known = config.__dataclass_fields__.get(field)
-        if known is not None and re.fullmatch(r"[\d.e-]+", default):
-            assert float(default) == known.default, field
+        if known is not None and known.default is not MISSING:
+            assert default == repr(known.default), field
+            checked.add(field)
+    assert {"clip", "divergence", "max_completion_length", "max_steps", "guard"} <= checked
 
 
 def test_help_all_lists_the_fields_of_trl_too(capsys):

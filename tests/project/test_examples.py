@@ -105,11 +105,7 @@ def test_the_command_line_takes_a_recipe_and_overrides(tmp_path, local_model):
     assert steps_of(tmp_path / "out") == 2
 
 
-def test_the_command_line_knows_every_trainer_and_helps_without_torch():
-    from trl_opsd.commands.cli import METHODS
-    from trl_opsd.commands.train import TRAINERS
-
-    assert set(METHODS) == set(TRAINERS)
+def test_the_command_line_helps_without_torch():
     code = "import sys; from trl_opsd.commands.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules and 'trl' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -18,10 +18,10 @@ PACKAGE = Path(__file__).parents[2] / "trl_opsd"
 
 # Rooms from the ground up; one that is not named stands on the roof.
 FLOORS = (
-    {"errors", "losses", "rows", "verification"},
+    {"errors", "losses", "pages", "rows", "verification"},
     {"model", "monitoring", "rewards"},
     {"checkpoints", "teacher"},
-    {"methods"},
+    {"methods", "settings"},
     {"_trl", "card"},
     {"evaluation"},
     {"trainers"},

@@ -69,7 +69,7 @@ def test_each_public_name_loads_and_is_the_one_of_its_module(name):
 def test_lazy_names_typed_names_and_public_names_are_the_same():
     tree = ast.parse((ROOT / "trl_opsd" / "__init__.py").read_text())
     (typed,) = [node for node in tree.body if isinstance(node, ast.If)]
-    typed_names = {alias.name for node in typed.body for alias in node.names}
+    typed_names = {alias.asname for node in typed.body for alias in node.names}
     assert typed_names == set(trl_opsd._HOME_OF) == set(trl_opsd.__all__)
 
 

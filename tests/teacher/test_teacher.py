@@ -10,8 +10,9 @@ from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, get_peft_mode
 from peft.tuners.lora import layer as lora_layer
 
 from trl_opsd.model.heads import attach_head_function
+from trl_opsd.teacher.contexts import TEACHER_KINDS
 from trl_opsd.teacher.forwards import TeacherForward
-from trl_opsd.teacher.weights import TEACHER_KINDS, Teacher, average_low_rank, changes_nothing
+from trl_opsd.teacher.weights import Teacher, average_low_rank, changes_nothing
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 

@@ -10,22 +10,19 @@ from importlib import import_module
 from typing import Any
 
 from ..errors import UsageError
+from ..pages import PAGES
 from .terminal import calm_libraries
 from .user_errors import TRACEBACK, run_for_user
 
+_TRAINING = "commands.launch:run_training"
+BASELINES = {
+    "sft": "baseline: TRL's SFT on the solutions of the same rows",
+    "grpo": "baseline: TRL's GRPO on the same rows, answers verified",
+}
 # name -> help, and where in the package the function is that takes the words behind the name.
 COMMANDS = {
-    "opsd": ("train: the teacher reads question and solution (arXiv 2601.18734)", "commands.launch:run_training"),
-    "ogls-sd": (
-        "train: logits steered by right against wrong rollouts (arXiv 2605.12400)",
-        "commands.launch:run_training",
-    ),
-    "purified-opsd": (
-        "train: OPSD less what the solution alone says (arXiv 2607.02234)",
-        "commands.launch:run_training",
-    ),
-    "sft": ("baseline: TRL's SFT on the solutions of the same rows", "commands.launch:run_training"),
-    "grpo": ("baseline: TRL's GRPO on the same rows, answers verified", "commands.launch:run_training"),
+    **{name: (f"train: {page.help}", _TRAINING) for name, page in PAGES.items()},
+    **{name: (text, _TRAINING) for name, text in BASELINES.items()},
     "dry-run": (
         "show what a recipe would do: prompts, ids, batch, steps, mismatches; loads no weights",
         "commands.dry_run.run:run",
@@ -43,9 +40,6 @@ COMMANDS = {
     "demo": ("train the embedded model and print what it gained", "demo.cli:run"),
     "env": ("print the versions for a bug report", "commands.env:run_environment"),
 }
-# Written out, so that help does not load torch; tests hold them to `train.TRAINERS` and `train.BASELINES`.
-METHODS = ("opsd", "ogls-sd", "purified-opsd")
-BASELINES = ("sft", "grpo")
 TAKE_SETTINGS = ("dry-run", "inspect", "plan")  # of training, beside their own
 
 
@@ -67,7 +61,7 @@ def run_command(name: str, rest: list[str]) -> Any:
     """Run one command; training ones take their name as the first argument, as one function serves them all."""
     if name not in COMMANDS:
         raise UsageError(unknown_command(name))
-    if name in (*METHODS, *BASELINES):
+    if name in (*PAGES, *BASELINES):
         if "--help_all" in rest:
             import_module(".train", __package__).make_parser(name).print_help()
             return 0

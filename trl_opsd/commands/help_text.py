@@ -1,23 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The help of the commands that take training settings, read from the source of the settings: importing them would load torch first."""
+"""The help of the commands that take training settings, made of the dataclasses that declare them, without torch."""
 
-import ast
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import MISSING, Field, fields
 from importlib import import_module
-from pathlib import Path
 
-_PROMPT = ("trainers/settings.py", "StudentPrompt")
-_OPSD = (("trainers/config.py", "OPSDConfig"), ("trainers/settings.py", "SelfDistillationSettings"), _PROMPT)
-_CLASSES = {  # command -> the classes with its settings, and their files
-    "opsd": _OPSD,
-    "ogls-sd": (("trainers/ogls_sd.py", "OGLSSDConfig"), *_OPSD),
-    "purified-opsd": (("trainers/purified_opsd.py", "PurifiedOPSDConfig"), *_OPSD),
-    "sft": (_PROMPT,),
-    "grpo": (("trainers/baselines.py", "GRPOBaselineConfig"), _PROMPT),
-}
-_DATA = ("commands/train.py", "DataArguments")
+from ..pages import PAGES, settings_of
+from ..settings.data import DataSettings, InspectionSettings
+from ..settings.opsd import OPSDSettings
+from ..settings.shared import AnswerSettings, StudentPrompt
+
+_BASELINES = {"sft": (StudentPrompt,), "grpo": (AnswerSettings, StudentPrompt)}
 _WIDTH = 110
+_LONGEST_DEFAULT = 48
 
 _HEAD = """usage: trl-opsd {command} --config RECIPE.yaml [--accelerate_config zero3] [--SETTING VALUE ...]
 
@@ -62,10 +58,10 @@ def command_help(command: str, words: Sequence[str]) -> str:
         words: behind its name; the settings are those of the method named there, or of `opsd`.
     """
     named = [word.rpartition("=")[2] for word in words]
-    method = next((word for word in named if word in _CLASSES), "opsd")
+    method = next((word for word in named if word in PAGES or word in _BASELINES), "opsd")
     parts = _training_parts(method)
     if command == "inspect":
-        parts = [_INSPECT_HEAD, _section("inspect", ("inspect/run.py", "InspectArguments")), *parts]
+        parts = [_INSPECT_HEAD, _section("inspect", InspectionSettings), *parts]
     else:
         place = {"dry-run": ".dry_run.options", "plan": ".plan_options"}[command]
         parts = [import_module(place, __package__).make_parser().format_help(), *parts]
@@ -77,36 +73,47 @@ def _training_parts(command: str) -> list[str]:
     """Model, data and settings of a training command; a setting stands once."""
     seen: set[str] = set()
     parts = [_MODEL]
-    for title, place in (("data", _DATA), *(("settings", place) for place in _CLASSES[command])):
-        parts.append(_section(title, place, seen))
-        seen |= {name for name, _, _ in settings_of(*place)}
+    for title, kind in (("data", DataSettings), *(("settings", kind) for kind in settings_classes(command))):
+        parts.append(_section(title, kind, seen))
+        seen |= {each.name for each in own_fields(kind)}
     return parts
 
 
-def _section(title: str, place: tuple[str, str], seen: Collection[str] = ()) -> str:
-    entries = [_entry(*setting) for setting in settings_of(*place) if setting[0] not in seen]
-    return f"{title} ({place[1]}):\n" + "\n".join(entries) + "\n"
+def settings_classes(command: str) -> list[type]:
+    """The dataclasses with the settings of a training command, its own first."""
+    kinds = _BASELINES.get(command) or (settings_of(command), *OPSDSettings.__mro__)
+    return [kind for kind in dict.fromkeys(kinds) if kind is not object]
 
 
 def own_settings() -> set[str]:
     """Names of this package's settings of all methods and baselines, and of their data."""
-    places = {_DATA, *(place for classes in _CLASSES.values() for place in classes)}
-    return {name for place in places for name, _, _ in settings_of(*place)}
+    kinds = {DataSettings, *(kind for command in (*PAGES, *_BASELINES) for kind in settings_classes(command))}
+    return {each.name for kind in kinds for each in fields(kind)}
 
 
-def settings_of(file: str, class_name: str) -> Iterator[tuple[str, str, str]]:
-    """Name, default and help of every field that a class defines by `option(default, help)`."""
-    tree = ast.parse((Path(__file__).parents[1] / file).read_text(encoding="utf-8"))
-    (found,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name]
-    for node in found.body:
-        value = getattr(node, "value", None)
-        if isinstance(node, ast.AnnAssign) and isinstance(value, ast.Call) and ast.unparse(value.func) == "option":
-            default, text = value.args
-            yield node.target.id, ast.unparse(default), ast.literal_eval(text)
+def own_fields(kind: type) -> Iterator[Field]:
+    """The fields that a dataclass declares itself."""
+    return (each for each in fields(kind) if each.name in vars(kind).get("__annotations__", {}))
 
 
-def _entry(name: str, default: str, text: str) -> str:
+def _section(title: str, kind: type, seen: Collection[str] = ()) -> str:
+    entries = [_entry(each) for each in own_fields(kind) if each.name not in seen]
+    return f"{title} ({kind.__name__}):\n" + "\n".join(entries) + "\n"
+
+
+def _entry(setting: Field) -> str:
     indent = " " * 24
-    body = textwrap.fill(f"{text} (default: {default})", _WIDTH, initial_indent=indent, subsequent_indent=indent)
-    head = f"  --{name}"
+    text = f"{setting.metadata['help']} (default: {_shown(setting)})"
+    body = textwrap.fill(text, _WIDTH, initial_indent=indent, subsequent_indent=indent)
+    head = f"  --{setting.name}"
     return head.ljust(24) + body.lstrip() if len(head) < 23 else f"{head}\n{body}"
+
+
+def _shown(setting: Field) -> str:
+    """A field's default as one would write it; a long text shortened."""
+    default = setting.default if setting.default is not MISSING else setting.default_factory()
+    return (
+        textwrap.shorten(repr(default), _LONGEST_DEFAULT, placeholder=" ...'")
+        if isinstance(default, str)
+        else repr(default)
+    )

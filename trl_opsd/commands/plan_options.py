@@ -2,8 +2,8 @@
 """What `trl-opsd plan` is asked: engines, lengths of texts, its options. Loads no torch, so that help answers at once."""
 
 from ..experimental.planning.workload import ENGINES, Workload
+from ..pages import PAGES
 from .arguments import CommandParser
-from .cli import METHODS
 
 
 def make_parser() -> CommandParser:
@@ -14,7 +14,7 @@ def make_parser() -> CommandParser:
         description="Print what a run needs on each GPU, whether it fits, and the nearest setting with which it does. "
         "The model is read as its config alone: a Hub id, a folder, or one of the shapes of docs/scale.md.",
     )
-    parser.add_argument("--method", choices=METHODS, default="opsd", help="whose run it is")
+    parser.add_argument("--method", choices=[*PAGES], default="opsd", help="whose run it is")
     parser.add_argument("--num_gpus", type=int, help="default: what the accelerate file says, or 1")
     parser.add_argument("--accelerate_config", help=f"one of {', '.join(ENGINES)}, or a file of accelerate")
     parser.add_argument("--gpu_gib", type=float, default=80, help="memory of one GPU")

@@ -16,44 +16,25 @@ from datasets import Dataset, IterableDataset, load_dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from ..errors import UsageError
+from ..pages import PAGES, trainer_of
 from ..rows.files import is_data_file, load_data_file
 from ..rows.formats import FORMATS
+from ..settings.data import DataSettings
 from ..trainers.baselines import BASELINES, baseline_arguments
 from ..trainers.checks import check_fills_a_batch, check_trained, warn_of_first_golds
-from ..trainers.ogls_sd import OGLSSDTrainer
-from ..trainers.opsd import OPSDTrainer
-from ..trainers.purified_opsd import PurifiedOPSDTrainer
 from ..trainers.self_distillation import SelfDistillationTrainer
-from ..trainers.settings import option
 from .arguments import CommandParser, check_writable, environment_of, given_value, option_value, read_command_line
 from .recipe_values import check_recipe_values
 from .step_lines import show_steps
 from .terminal import calm_libraries
 from .user_errors import run_for_user
 
-TRAINERS: dict[str, type[SelfDistillationTrainer]] = {
-    "opsd": OPSDTrainer,
-    "ogls-sd": OGLSSDTrainer,
-    "purified-opsd": PurifiedOPSDTrainer,
-}
+TRAINERS: dict[str, type[SelfDistillationTrainer]] = {name: trainer_of(name) for name in PAGES}
 
 
 @dataclass
-class DataArguments(ScriptArguments):
+class DataArguments(DataSettings, ScriptArguments):
     """TRL's script arguments, with a name that may be a local file, and the columns to read."""
-
-    dataset_name: str | None = option(
-        None, "Hub id, folder, or local .json, .jsonl, .parquet or .csv file of the dataset."
-    )
-    dataset_format: str | None = option(
-        None,
-        "How its rows become `prompt` and `solution`: `problem`, `messages`, `gsm8k`, `openthoughts` or `dapo`. None: "
-        "by the two columns below.",
-    )
-    problem_column: str | None = option(
-        None, "Text column to make a user message of. None: the dataset has a `prompt` column."
-    )
-    solution_column: str = option("solution", "Column of the reference solution, read by the teacher.")
 
 
 def load_rows(script_args: DataArguments, split: str) -> Dataset | IterableDataset:

@@ -18,12 +18,13 @@ from ..methods import OPSD
 from ..monitoring.diagnostics import Diagnostics
 from ..monitoring.guard import ClipWarning
 from ..rows.passes import check_datasets
+from ..settings.fields import check_settings, option
+from ..settings.shared import SelfDistillationSettings
 from ..teacher.contexts import Moment, Rollout
 from ..teacher.states import TargetStates
 from ..trainers.checks import check_fills_a_batch, check_trained, config_of
 from ..trainers.columns import LossColumns
 from ..trainers.scorer import Scorer
-from ..trainers.settings import SelfDistillationSettings, option
 from ..trainers.step_loss import StepLoss
 from .gkd_rows import IGNORED, MessagesCollator, check_messages
 
@@ -80,14 +81,13 @@ class OPSDGKDConfig(SelfDistillationSettings, GKDConfig):
     )
 
     def __post_init__(self):
-        self._read_texts()
+        self.read_texts()
         super().__post_init__()
         defaults = GKDConfig.__dataclass_fields__
         for name, instead in _OTHER_SETTINGS.items():
             if getattr(self, name) != defaults[name].default:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not read by OPSDGKDTrainer. Set {instead}.")
-        self._check_loss()
-        self._check_teacher()
+        check_settings(self)
 
 
 class _NoTeacher(torch.nn.Linear):

@@ -16,7 +16,7 @@ from .._trl.versions import trusts_remote_code
 from ..card import thinking_modes
 from ..commands.arguments import CommandParser, check_writable
 from ..commands.train import TRAINERS, DataArguments, load_rows, parse_as
-from ..trainers.settings import option
+from ..settings.data import InspectionSettings
 from .compute import Inspector
 from .page import write_page
 from .records import RolloutRecord, SampledRollout
@@ -28,20 +28,8 @@ _PROMPTS_PER_ROLLOUT = 8
 
 
 @dataclass
-class InspectArguments(DataArguments):
-    """What to inspect, beside the data, the models and the method's settings."""
-
-    method: str = option("opsd", "Whose contexts and target are shown: `opsd`, `ogls-sd` or `purified-opsd`.")
-    student_model_name_or_path: str | None = option(
-        None, "Checkpoint of the student. None: the base model, which teaches, itself."
-    )
-    completions: str | None = option(
-        None,
-        "A run's saved completions instead of fresh rollouts: JSONL, Parquet, or a run's folder (trained with "
-        "log_completions).",
-    )
-    num_rollouts: int = option(4, "Rollouts on the page.")
-    output: str = option("inspect.html", "The page.")
+class InspectArguments(InspectionSettings, DataArguments):
+    """What to inspect, and the data."""
 
 
 def run_inspect(arguments: list[str]) -> Path:

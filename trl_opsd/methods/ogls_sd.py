@@ -14,8 +14,6 @@ from ..rows.texts import is_missing, without_blocks
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 from .base import Method
 
-TEACHERS = ("steered", "positive_only", "mean_of_positives")
-
 
 def steering_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
     """Contexts of the wrong rollouts; none for a group that lacks a pool.

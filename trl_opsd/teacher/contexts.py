@@ -14,6 +14,7 @@ from typing import Any
 from ..rows.texts import Prompt
 
 SHORTEN_CHOICES = ("middle", "end")
+TEACHER_KINDS = ("base", "live", "ema")  # whose weights a teacher has
 
 TEACHER_PROMPT_TEMPLATE = """{prompt}
 

@@ -36,8 +36,6 @@ from ..model.sharding import (
     whole_shape,
 )
 
-TEACHER_KINDS = ("base", "live", "ema")
-
 # Parts of the names of what goes off with a LoRA adapter: the factors, DoRA's magnitudes, PEFT's copies of whole modules
 # and of single tokens.
 _OFF_WITH_LORA = re.compile(r"lora_(embedding_)?[AB]\.|lora_magnitude_vector\.|modules_to_save\.|token_adapter\.")

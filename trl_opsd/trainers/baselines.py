@@ -18,9 +18,9 @@ from ..evaluation.sampling import render_prompt
 from ..rewards import make_accuracy_reward
 from ..rows.checks import check_dataset
 from ..rows.formats import rewrite_prompt
-from ..rows.texts import as_text_turns, check_template
-from ..verification import check_verifier
-from .settings import StudentPrompt, option
+from ..rows.texts import as_text_turns
+from ..settings.fields import check_settings
+from ..settings.shared import AnswerSettings, StudentPrompt
 
 _ANSWER = "ANSWER"
 
@@ -35,25 +35,18 @@ class SFTBaselineConfig(StudentPrompt, SFTConfig):
         super().__post_init__()
         if self.completion_only_loss is None:
             self.completion_only_loss = True  # TRL's choice for prompts and completions, whose ids it is given here
-        _check_prompt_template(self)
+        check_settings(self)
 
 
 @dataclass
-class GRPOBaselineConfig(StudentPrompt, GRPOConfig):
+class GRPOBaselineConfig(StudentPrompt, AnswerSettings, GRPOConfig):
     """TRL's GRPOConfig and the prompt that the methods train with."""
 
     _VALID_DICT_FIELDS = dict_fields(GRPOConfig, "chat_template_kwargs")
 
-    verifier: str = option(
-        "math",
-        "How answers are compared: `math` (math-verify), `exact` (as text, leading zeros count), `choice` (letters), or "
-        "`module:function`, your own, of completion and solution.",
-    )
-
     def __post_init__(self):
         super().__post_init__()
-        check_verifier(self.verifier)
-        _check_prompt_template(self)
+        check_settings(self)
 
 
 BASELINES = {"sft": (SFTTrainer, SFTBaselineConfig), "grpo": (GRPOTrainer, GRPOBaselineConfig)}
@@ -105,8 +98,3 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mappin
     ids = list(tokenizer(text.rpartition(_ANSWER)[2], add_special_tokens=False)["input_ids"])
     eos = tokenizer.eos_token_id
     return ids[: ids.index(eos) + 1] if eos in ids else [*ids, eos]
-
-
-def _check_prompt_template(args: StudentPrompt) -> None:
-    if args.prompt_template is not None:
-        check_template("prompt_template", args.prompt_template, "{prompt}")

@@ -4,19 +4,14 @@
 import json
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..losses import Divergence
 from ..rows.texts import check_template
-from ..teacher.contexts import REFERENCE_PROMPT_TEMPLATE, SHORTEN_CHOICES, TEACHER_PROMPT_TEMPLATE
-from ..teacher.weights import TEACHER_KINDS
+from ..teacher.contexts import REFERENCE_PROMPT_TEMPLATE, SHORTEN_CHOICES, TEACHER_KINDS, TEACHER_PROMPT_TEMPLATE
+from .fields import option, require
 
-
-def option(default: Any, help_text: str) -> Any:
-    """A config field with a default and its help text."""
-    factory = isinstance(default, (dict, list))
-    keywords = {"default_factory": lambda: default.copy()} if factory else {"default": default}
-    return field(metadata={"help": help_text}, **keywords)
+if TYPE_CHECKING:
+    from ..losses import Divergence
 
 
 @dataclass
@@ -30,6 +25,28 @@ class StudentPrompt:
         None,
         "Rewrites the last user message before sampling; holds `{prompt}`. None takes the dataset's prompt as it is.",
     )
+
+    def check(self) -> None:
+        """Raise a ValueError for a template without its slot."""
+        if self.prompt_template is not None:
+            check_template("prompt_template", self.prompt_template, "{prompt}")
+
+
+@dataclass
+class AnswerSettings:
+    """How answers are compared, wherever some are rewarded."""
+
+    verifier: str = option(
+        "math",
+        "How answers are compared: `math` (math-verify), `exact` (as text, leading zeros count), `choice` (letters), or "
+        "`module:function`, your own, of completion and solution.",
+    )
+
+    def check(self) -> None:
+        """Raise a ValueError for a verifier that does not exist."""
+        from ..verification import check_verifier
+
+        check_verifier(self.verifier)
 
 
 @dataclass
@@ -123,7 +140,7 @@ class SelfDistillationSettings(StudentPrompt):
         "until a step of its number is saved.",
     )
 
-    def _read_texts(self) -> None:
+    def read_texts(self) -> None:
         """Settle what the command line writes as text; before the checks of TRL's config."""
         for name in ("chat_template_kwargs", "teacher_chat_template_kwargs"):
             require(_is_json_object(getattr(self, name)), self, name, "a JSON object or None")
@@ -138,12 +155,14 @@ class SelfDistillationSettings(StudentPrompt):
         """The settings as trackers get them, without tokens."""
         return _without_model_token(super().to_dict())
 
-    def loss_divergence(self) -> Divergence:
+    def loss_divergence(self) -> "Divergence":
         """The divergence of the loss with its temperature and clip.
 
         Raises:
             ValueError: one of its fields is outside its range.
         """
+        from ..losses import Divergence
+
         return Divergence(
             name=self.divergence,
             mixture_weight=self.mixture_weight,
@@ -160,6 +179,11 @@ class SelfDistillationSettings(StudentPrompt):
         longest = getattr(self, self._rollout_limit)
         end = longest if end is None else min(end, longest or end)
         return round(start + (end - start) * min(1.0, step / self.distillation_length_steps))
+
+    def check(self) -> None:
+        """Raise a ValueError for a setting of the teacher or the loss outside its range."""
+        self._check_loss()
+        self._check_teacher()
 
     def _check_loss(self) -> None:
         if self.loss_temperature is None:
@@ -184,7 +208,7 @@ class SelfDistillationSettings(StudentPrompt):
             warnings.warn(
                 f"distillation_length={length} is above {self._rollout_limit}={longest}; "
                 "every token of a rollout is distilled.",
-                stacklevel=4,
+                stacklevel=6,
             )
 
     def _check_growth(self) -> None:
@@ -213,8 +237,6 @@ class SelfDistillationSettings(StudentPrompt):
         require(budget is None or budget >= 1, self, "max_teacher_prompt_length", "1 or more, or None")
         check_template("teacher_prompt_template", self.teacher_prompt_template, "{prompt}", "{solution}")
         check_template("reference_prompt_template", self.reference_prompt_template, "{solution}")
-        if self.prompt_template is not None:
-            check_template("prompt_template", self.prompt_template, "{prompt}")
 
 
 def _is_json_object(value: Any) -> bool:
@@ -232,9 +254,3 @@ def _without_model_token(settings: dict[str, Any]) -> dict[str, Any]:
     if isinstance(settings.get("model_init_kwargs"), dict):
         settings["model_init_kwargs"] = {k: v for k, v in settings["model_init_kwargs"].items() if k != "token"}
     return settings
-
-
-def require(holds: Any, config: Any, name: str, wanted: str) -> None:
-    """Raise a ValueError that names the field, its value and what to set, unless `holds`."""
-    if not holds:
-        raise ValueError(f"{name}={getattr(config, name)!r} is not valid; set it to {wanted}.")

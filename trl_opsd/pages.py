@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods, each a page: the one table from which commands, help, trainers and public names follow.
+
+A page NAME is three modules: `settings/NAME.py` with its `...Settings`, `methods/NAME.py` with its rule and `Method`, and
+`trainers/NAME.py` with its `...Config` and `...Trainer`. This table loads none of them.
+"""
+
+from importlib import import_module
+from typing import Any, NamedTuple
+
+
+class Page(NamedTuple):
+    """A method's line of the table.
+
+    Attributes:
+        prefix: of its `...Settings`, `...Config` and `...Trainer`.
+        help: what its command is said to do.
+    """
+
+    prefix: str
+    help: str
+
+
+# name on the command line -> page; its modules have the name with underscores
+PAGES = {
+    "opsd": Page("OPSD", "the teacher reads question and solution (arXiv 2601.18734)"),
+    "ogls-sd": Page("OGLSSD", "logits steered by right against wrong rollouts (arXiv 2605.12400)"),
+    "purified-opsd": Page("PurifiedOPSD", "OPSD less what the solution alone says (arXiv 2607.02234)"),
+}
+
+
+def settings_of(name: str) -> type:
+    """A method's own settings, a plain dataclass; loads neither torch nor trl."""
+    return _part("settings", name, "Settings")
+
+
+def trainer_of(name: str) -> Any:
+    """A method's trainer, which holds its `Method` and its config."""
+    return _part("trainers", name, "Trainer")
+
+
+def public_names() -> dict[str, str]:
+    """Config and trainer of every method, and the module of the package that holds them."""
+    return {
+        f"{page.prefix}{kind}": f"trainers.{_module(name)}"
+        for name, page in PAGES.items()
+        for kind in ("Config", "Trainer")
+    }
+
+
+def _part(room: str, name: str, kind: str) -> Any:
+    return getattr(import_module(f".{room}.{_module(name)}", __package__), PAGES[name].prefix + kind)
+
+
+def _module(name: str) -> str:
+    return name.replace("-", "_")

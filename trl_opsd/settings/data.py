@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of the commands that are no trainer's: what data is read, and what is inspected."""
+
+from dataclasses import dataclass
+
+from .fields import option
+
+
+@dataclass
+class DataSettings:
+    """Where the rows come from, and which columns are read."""
+
+    dataset_name: str | None = option(
+        None, "Hub id, folder, or local .json, .jsonl, .parquet or .csv file of the dataset."
+    )
+    dataset_format: str | None = option(
+        None,
+        "How its rows become `prompt` and `solution`: `problem`, `messages`, `gsm8k`, `openthoughts` or `dapo`. None: "
+        "by the two columns below.",
+    )
+    problem_column: str | None = option(
+        None, "Text column to make a user message of. None: the dataset has a `prompt` column."
+    )
+    solution_column: str = option("solution", "Column of the reference solution, read by the teacher.")
+
+
+@dataclass
+class InspectionSettings:
+    """What to inspect, beside the data, the models and the method's settings."""
+
+    method: str = option("opsd", "Whose contexts and target are shown, by the name of its training command.")
+    student_model_name_or_path: str | None = option(
+        None, "Checkpoint of the student. None: the base model, which teaches, itself."
+    )
+    completions: str | None = option(
+        None,
+        "A run's saved completions instead of fresh rollouts: JSONL, Parquet, or a run's folder (trained with "
+        "log_completions).",
+    )
+    num_rollouts: int = option(4, "Rollouts on the page.")
+    output: str = option("inspect.html", "The page.")

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a setting is declared and checked."""
+
+from dataclasses import field
+from typing import Any
+
+
+def option(default: Any, help_text: str) -> Any:
+    """A field with a default and its help text."""
+    factory = isinstance(default, (dict, list))
+    keywords = {"default_factory": lambda: default.copy()} if factory else {"default": default}
+    return field(metadata={"help": help_text}, **keywords)
+
+
+def require(holds: Any, settings: Any, name: str, wanted: str) -> None:
+    """Raise a ValueError that names the field, its value and what to set, unless `holds`."""
+    if not holds:
+        raise ValueError(f"{name}={getattr(settings, name)!r} is not valid; set it to {wanted}.")
+
+
+def check_settings(config: Any) -> None:
+    """Run the `check` that each class of a config declares: the shared settings' first, the method's own last.
+
+    Raises:
+        ValueError: a setting is outside its range; names the field, its value and what to set instead.
+    """
+    for owner in reversed(type(config).__mro__):
+        if "check" in vars(owner):
+            owner.check(config)

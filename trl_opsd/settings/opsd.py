@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of OPSD (arXiv 2601.18734), on which those of the other methods stand: rollouts, rewards and diagnostics."""
+
+from dataclasses import dataclass
+
+from ..monitoring.markers import REFLECTION_MARKERS
+from .fields import option, require
+from .shared import AnswerSettings, SelfDistillationSettings
+
+
+@dataclass
+class OPSDSettings(SelfDistillationSettings, AnswerSettings):
+    """What OPSD's official code runs, version 3, where GRPOConfig has another default; rollouts, rewards, diagnostics."""
+
+    # Defaults of GRPOConfig that the method changes.
+    learning_rate: float = option(5e-6, "Initial learning rate of AdamW.")
+    max_grad_norm: float = option(0.1, "Largest gradient norm; larger ones are scaled down.")
+    max_steps: int = option(100, "Optimizer steps. The papers stop early: long runs collapse.")
+    save_steps: float = option(25, "Steps between checkpoints.")
+    per_device_train_batch_size: int = option(4, "Rollouts per device and micro-batch.")
+    gradient_accumulation_steps: int = option(8, "Micro-batches per optimizer step.")
+    num_generations: int | None = option(1, "Rollouts per prompt. 1 is allowed unless a reward enters the loss.")
+    max_completion_length: int | None = option(1024, "Longest rollout in tokens.")
+    temperature: float = option(1.1, "Sampling temperature of the rollouts.")
+    top_p: float = option(0.95, "Nucleus sampling: probability mass kept, in (0, 1].")
+    top_k: int = option(20, "Sampling among the k likeliest tokens; 0 for all.")
+    logging_first_step: bool = option(
+        True, "Log the first step too: the untrained model's, which the guard compares with."
+    )
+    logging_nan_inf_filter: bool = option(
+        False,
+        "Leave losses that are not finite out of the logged mean. Off: they stop the run, and asking waits for the GPU.",
+    )
+    sample_distilled_only: bool = option(
+        False,
+        "Sampling stops where distillation does, so that no token is sampled in vain; rewards then see rollouts without "
+        "their end. For methods and rewards that read the answer: off.",
+    )
+
+    # Scoring and rewards.
+    offload_targets: bool = option(
+        False,
+        "Keep the targets' hidden states in host memory until their micro-batch. Changes no number; worth it where many "
+        "long rollouts wait on a GPU.",
+    )
+    reward_weight: float = option(
+        0.0, "Weight of TRL's policy-gradient loss beside the distillation; 0 leaves rewards to the log."
+    )
+    reward_errors: str = option(
+        "raise",
+        "When a reward function raises: `raise` stops the run and names the row, `skip` leaves such rows without a "
+        "reward and counts them in the log as `rewards/NAME/errors`.",
+    )
+
+    # Diagnostics.
+    decomposition_steps: int = option(
+        0,
+        "Optimizer steps between two measurements of how much of the teacher's signal the solution alone explains; 0 "
+        "for none. Each scores three views of a few rollouts.",
+    )
+    reflection_markers: list[str] = option(list(REFLECTION_MARKERS), "Whole words counted per 1,000 tokens of rollout.")
+    guard: str = option(
+        "warn",
+        "When length, entropy, divergence, markers or repetition leave the range of the start: `warn`, `stop` or `off`.",
+    )
+
+    def check(self) -> None:
+        """Raise a ValueError for a setting of rollouts, rewards or diagnostics outside its range."""
+        from ..monitoring.guard import GUARDS
+        from ..rewards import REWARD_ERRORS
+
+        require(self.guard in GUARDS, self, "guard", f"one of {GUARDS}")
+        require(self.reward_weight >= 0, self, "reward_weight", "0 or more")
+        require(self.reward_errors in REWARD_ERRORS, self, "reward_errors", f"one of {REWARD_ERRORS}")
+        require(self.decomposition_steps >= 0, self, "decomposition_steps", "0 or more")
+        if self.reward_weight > 0 and self.num_generations < 2:
+            raise ValueError(
+                f"num_generations={self.num_generations} with reward_weight={self.reward_weight}: TRL's advantages "
+                "need at least 2 rollouts a prompt. Set num_generations to 2 or more, or reward_weight to 0."
+            )
+        if self.sample_distilled_only:
+            self._check_short_rollouts()
+        if self.steps_per_generation % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"steps_per_generation={self.steps_per_generation} is not a multiple of gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps}: the loss is a mean over the tokens of a whole optimizer step, "
+                "so they must be known when it starts. Set steps_per_generation to a multiple, or leave it unset."
+            )
+
+    def _check_short_rollouts(self) -> None:
+        if self.distillation_length is None and self.distillation_length_start is None:
+            raise ValueError(
+                "sample_distilled_only=True has no length to stop at: set distillation_length, or distillation_length_start "
+                "and distillation_length_steps; or lower max_completion_length alone."
+            )
+        for name, why in {
+            "reward_weight": "a reward in the loss reads whole rollouts",
+            "mask_truncated_completions": "it would leave out every rollout that is stopped",
+        }.items():
+            if getattr(self, name):
+                raise ValueError(
+                    f"sample_distilled_only=True with {name}={getattr(self, name)!r}: {why}. Leave one of them out."
+                )
