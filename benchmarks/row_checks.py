@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time of the checks of all rows before training, by the limit that is set: CPU seconds of one process, and of a second run.
+"""Time of the checks of all rows before training, by the limit that is set: seconds of one process, and of a second run.
 
-python benchmarks/row_checks.py --rows 30000
+python benchmarks/row_checks.py --rows 300000   # writes 6 GB to the folder of temporary files
 """
 
 import argparse
@@ -9,6 +9,7 @@ import random
 import tempfile
 import time
 from pathlib import Path
+from statistics import mean
 
 from datasets import Dataset, disable_progress_bars, load_dataset
 from measuring import emit, machine
@@ -17,10 +18,10 @@ from transformers import PreTrainedTokenizerFast
 
 from trl_opsd import OPSDConfig
 from trl_opsd.demo.tokenizer import CHAT_TEMPLATE
-from trl_opsd.rows.checks import check_dataset
-from trl_opsd.teacher.prompts import TeacherCollator
+from trl_opsd.rows.token_counts import TokenCounts
 from trl_opsd.trainers.prompt_checks import check_prompts
 
+FIRST_ROWS = 32
 LIMITS = {
     "no row near": {"max_positions": 40_960},
     "bytes over the positions": {"max_positions": 4096},
@@ -71,12 +72,36 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def seconds(collator: TeacherCollator, dataset: Dataset) -> float:
-    """CPU seconds of both passes over the rows."""
-    start = time.process_time()
+def seconds(collator: TeacherCollator, dataset: Dataset) -> tuple[float, float]:
+    """CPU and wall seconds of both passes over the rows."""
+    start = time.process_time(), time.perf_counter()
     check_dataset(dataset, "train_dataset", needs_solution=True)
     check_prompts(collator, dataset, None)
+    return time.process_time() - start[0], time.perf_counter() - start[1]
+
+
+def seconds_of_first_rows(collator: TeacherCollator, dataset: Dataset) -> float:
+    """CPU seconds until a first step's rows are checked, each of them rendered with every template."""
+    first_rows = range(min(FIRST_ROWS, len(dataset)))
+    start = time.process_time()
+    check_prompts(collator, dataset.select(first_rows), None, first_rows=first_rows)
     return time.process_time() - start
+
+
+def bound_and_encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict[str, float]:
+    """Means over texts: tokens, the bound on them, and what each takes once the words are known."""
+    counts = TokenCounts(tokenizer)
+    counts.may_exceed(texts, 0)
+    start = time.process_time()
+    bounds = counts.pieces.bounds(texts)
+    bounded = time.process_time()
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return {
+        "bound": mean(bounds),
+        "tokens": mean(map(len, encoded)),
+        "bound_us": 1e6 * (bounded - start) / len(texts),
+        "encode_us": 1e6 * (time.process_time() - bounded) / len(texts),
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -91,15 +116,17 @@ def main(arguments: list[str] | None = None) -> None:
         write_rows(path, options.rows)
         dataset = load_dataset("parquet", data_files=str(path), split="train", cache_dir=folder)
         tokenizer = train_tokenizer(dataset[:100]["solution"])
+        of_a_solution = bound_and_encode(tokenizer, dataset[:1000]["solution"])
         for name, limits in LIMITS.items():
             positions = limits["max_positions"]
             args = OPSDConfig(
                 folder, bf16=False, use_cpu=True, max_teacher_prompt_length=limits.get("max_teacher_prompt_length")
             )
             collator = TeacherCollator.from_settings(tokenizer, args, max_positions=positions)
-            first, again = (seconds(collator, dataset) for _ in range(2))
-            row = {"limits": name, "rows": options.rows, "cpu_s": first, "again_s": again, **machine("cpu")}
-            emit([row], options.output)
+            at_once = seconds_of_first_rows(collator, dataset)
+            (first, wall), (again, _) = (seconds(collator, dataset) for _ in range(2))
+            row = {"limits": name, "rows": options.rows, "first_rows_s": at_once, "cpu_s": first, "wall_s": wall}
+            emit([row | {"again_s": again, **of_a_solution, **machine("cpu")}], options.output)
         del dataset
 
 

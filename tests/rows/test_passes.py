@@ -2,6 +2,7 @@
 """Rows are checked in batches, on one process and once; rendered are the few that may come near a limit."""
 
 import os
+import random
 import subprocess
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from trl_opsd.rows.checks import check_dataset
 from trl_opsd.rows.passes import check_all_rows
 from trl_opsd.rows.token_counts import TokenCounts
 from trl_opsd.teacher.prompts import TeacherCollator
-from trl_opsd.trainers.prompt_checks import check_prompts
+from trl_opsd.trainers.prompt_checks import _MARGIN, check_prompts
 
 TEMPLATES = {"teacher": "{prompt}\n{solution}", "reference": "{solution}"}
 
@@ -113,16 +114,57 @@ TEXTS = [
 def test_the_bound_by_words_is_no_less_than_the_tokens_and_not_far_from_them(tokenizer, kind, text):
     tokenizer = tokenizer if kind == "characters" else byte_level_tokenizer(TEXTS)
     counts, tokens = TokenCounts(tokenizer), len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    assert tokens <= counts._words.bound(text) < 1.16 * len(text.encode())
+    assert tokens <= counts.pieces.bounds([text])[0] < 1.16 * len(text.encode())
     assert counts.may_exceed([text, "a", text], tokens) == set()
     assert counts.may_exceed([text, "a", text], tokens - 1) == {0, 2}
 
 
-def test_words_are_encoded_once_and_are_not_kept_without_end(tokenizer, monkeypatch):
-    counts = TokenCounts(tokenizer)._words
-    assert counts.bound("one two one") == 12 and set(counts) == {b"one", b"two"}
-    monkeypatch.setattr("trl_opsd.rows.token_counts._WORDS_KEPT", 2)
-    assert counts.bound("three") == 6 and set(counts) == {b"three"}
+def metaspace_tokenizer(texts):
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2000, special_tokens=special))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize("make_tokenizer", [byte_level_tokenizer, metaspace_tokenizer])
+def test_no_slice_of_prose_and_code_has_more_tokens_than_its_bound_and_the_margin(make_tokenizer):
+    root, draw = Path(passes.__file__).parents[1], random.Random(0)
+    texts = [path.read_text() for path in (*root.glob("docs/*.md"), *root.glob("trl_opsd/*.py"))]
+    tokenizer, slices = make_tokenizer(texts[::2]), []
+    for _ in range(1000):
+        text = draw.choice(texts)
+        start = draw.randrange(len(text))
+        slices.append(text[start : start + draw.randint(50, 2000)])
+    tokens = [len(ids) for ids in tokenizer(slices, add_special_tokens=False)["input_ids"]]
+    bounds = TokenCounts(tokenizer).pieces.bounds(slices)
+    excess = max(count - bound for count, bound in zip(tokens, bounds, strict=True))
+    print(f"most over a bound {excess}, bounds over tokens {sum(bounds) / sum(tokens):.2f}")
+    assert excess <= _MARGIN
+
+
+def test_pieces_are_encoded_once_and_are_not_kept_without_end(tokenizer, monkeypatch):
+    counts = TokenCounts(tokenizer).pieces
+    assert counts.bounds(["one two one", " two"]) == [12, 4] and set(counts) == {b"one", b" two", b" one"}
+    monkeypatch.setattr("trl_opsd.rows.token_counts._PIECES_KEPT", 2)
+    assert counts.bounds(["three"]) == [6] and set(counts) == {b"three"}
+
+
+@pytest.mark.parametrize("texts_at_once", [1, 2, 100])
+def test_the_bound_of_a_text_does_not_depend_on_the_texts_beside_it(tokenizer, monkeypatch, texts_at_once):
+    counts = TokenCounts(tokenizer).pieces
+    texts = ["", "word", "word ", " 1+2", "", "so\u00df ", "...", "a", ""]
+    alone = [counts.bounds([text])[0] for text in texts]
+    monkeypatch.setattr("trl_opsd.rows.token_counts._TEXTS_AT_ONCE", texts_at_once)
+    assert counts.bounds(texts) == alone
+
+
+def test_characters_outside_ascii_count_as_the_tokens_they_have_and_not_as_bytes():
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("\u4e8c\u52a0\u4e09\u7b49\u4e8e\u4e94\uff0c", k=300)) for _ in range(20)]
+    tokenizer = byte_level_tokenizer(texts)
+    bound, tokens = TokenCounts(tokenizer).pieces.bounds(texts[:1])[0], len(tokenizer(texts[0])["input_ids"])
+    assert tokens <= bound <= 300 < len(texts[0].encode()) / 2
 
 
 @pytest.fixture
@@ -168,7 +210,7 @@ WORKER = """
 import sys
 from accelerate import PartialState
 from datasets import Dataset
-from trl_opsd.passes import check_datasets
+from trl_opsd.rows.passes import check_datasets
 state = PartialState(cpu=True)
 def check(dataset, name):
     print(f"rank {state.process_index} checks {name}", flush=True)
