@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run that hurts although the teacher is right: digit reversal on the embedded model, warmed by SFT to about 35 %.
 
-    python benchmarks/digit_reversal.py --output_dir outputs/digit_reversal [--only NAME ...] [--seeds 0 1 2]
+    python benchmarks/digit_reversal.py --output_dir outputs/digit_reversal [--only NAME ...] [--base few] [--seeds 0 1 2]
 
 `28137` is reversed a digit a line; the embedded model has never seen the task and learns it from right solutions alone,
 with and without the reference in the prompt, until it solves about a third of the problems. Each row of the table changes
@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,12 @@ from miniature import GROUPS, SAMPLING, SETTINGS, STEERING, slug
 
 TEST_PROBLEMS, TRAINING_PROBLEMS, SAMPLES, WARM_TO = 150, 4096, 4, 0.35
 DIGITS = (4, 5)
-WARM_SHARES = {"plain": 1.0, "few": 0.9, "both": 0.5, "slips": 0.5}
+WARM_SHARES = {"plain": 1.0, "few": 0.9, "some": 0.8, "third": 0.67, "both": 0.5, "slips": 0.5}
+# As in the miniature, but the teacher thinks as the student does.
+STEERING = {name: value for name, value in STEERING.items() if name != "teacher_chat_template_kwargs"} | {
+    "distillation_length": 48,
+    "steering_warmup_steps": 5,
+}
 WARM_RATE, WARM_CHECK, WARM_LIMIT = 3e-3, 3, 1000
 SETTINGS = {**SETTINGS, "max_steps": 25, "logging_steps": 1}
 
@@ -51,8 +56,8 @@ def warm(kind: str, folder: Path, thinking: bool) -> str:
     """Folder of the embedded model trained on right solutions until it solves `WARM_TO`; made once.
 
     Args:
-        kind: "plain" shows no reference, "few" to every tenth example, "both" to every second; "slips" also shows the reference
-            beside attempts with an error, whose correction is trained on.
+        kind: "plain" shows no reference, "few" to every tenth example, "some" to a fifth, "third" to a third, "both" to half;
+            "slips" also shows the reference beside attempts with an error, whose correction is trained on.
         folder: of all bases.
         thinking: whether the prompt leaves the think block to the model.
     """
@@ -177,7 +182,7 @@ RUNS = {
     "OPSD, rate 1e-5": Run(settings={"learning_rate": 1e-5}),
     "OPSD, reverse KL": Run(settings={"divergence": "reverse_kl"}),
     "OPSD, paper's clip": Run(settings={"clip": "upper"}),
-    "OGLS-SD": Run("ogls-sd", settings={**GROUPS, **STEERING, "steering_warmup_steps": 5}),
+    "OGLS-SD": Run("ogls-sd", settings=STEERING),
     "Purified OPSD": Run("purified-opsd"),
     "GRPO": Run("grpo", settings={**GROUPS, "learning_rate": 1e-4}),
 }
@@ -241,23 +246,24 @@ def train(run: Run, base: str, folder: Path, seed: int, overrides: dict[str, Any
     return trainer.state.log_history
 
 
-def run_one(name: str, seed: int, output: Path, overrides: dict[str, Any]) -> dict:
-    """Train, measure and probe one run; one done before is read."""
+def run_one(name: str, base: str | None, seed: int, output: Path, overrides: dict[str, Any]) -> dict:
+    """Train, measure and probe one run, on another base than its own where `base` names one; one done before is read."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from trl_opsd.demo import TEACHER_PROMPT_TEMPLATE
     from trl_opsd.evaluation.measures import paired_difference
 
-    run, label = RUNS[name], "-".join([slug(name), *(f"{key}_{value}" for key, value in overrides.items()), str(seed)])
-    folder = output / label
+    run = replace(RUNS[name], base=base or RUNS[name].base)
+    label = [slug(name), *([f"on_{base}"] if base else []), *(f"{key}_{value}" for key, value in overrides.items())]
+    folder = output / "-".join([*label, str(seed)])
     if (folder / "result.json").exists():
         return json.loads((folder / "result.json").read_text())
-    base = warm(run.base, output, run.thinking)
-    log = train(run, base, folder, seed, overrides)
+    base_path = warm(run.base, output, run.thinking)
+    log = train(run, base_path, folder, seed, overrides)
     rows, kwargs = build_rows("test", TEST_PROBLEMS), {"enable_thinking": run.thinking}
     teacher_kwargs = run.settings.get("teacher_chat_template_kwargs", kwargs)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base_path)
+    model = AutoModelForCausalLM.from_pretrained(base_path)
     before = measure(model, tokenizer, rows, kwargs, seed=1234)
     privileged = [
         {
@@ -276,7 +282,7 @@ def run_one(name: str, seed: int, output: Path, overrides: dict[str, Any]) -> di
     alone = measure(model, tokenizer, privileged, teacher_kwargs, seed=1234)
     after = measure(AutoModelForCausalLM.from_pretrained(str(folder)), tokenizer, rows, kwargs, seed=1234)
     result = {
-        "name": name,
+        "name": f"{name} on {run.base!r}",
         "seed": seed,
         "base": before.avg_at_k,
         "teacher": alone.avg_at_k,
@@ -300,6 +306,9 @@ def show(result: dict) -> str:
         "reward",
         "divergence",
         "divergence/first_token",
+        "divergence/right",
+        "divergence/wrong",
+        "entropy_gap",
         "student_entropy",
         "target_entropy",
         "top_token_agreement",
@@ -313,20 +322,56 @@ def show(result: dict) -> str:
     return "\n".join(lines)
 
 
+COLUMNS = (
+    "run",
+    "base",
+    "teacher alone",
+    "after, by seed",
+    "gain, by seed [95 %]",
+    "`divergence/right` over `wrong`",
+    "`entropy_gap`",
+)
+
+
+def table(results: list[dict]) -> str:
+    """A row a run, its seeds side by side, in Markdown; the last two columns are from the first log."""
+    runs: dict[str, list[dict]] = {}
+    for result in results:
+        runs.setdefault(result["name"], []).append(result)
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *(table_row(name, seeds) for name, seeds in runs.items())]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def table_row(name: str, seeds: list[dict]) -> list[str]:
+    """One row of the table, from the results of all seeds."""
+    logs = [next(entry for entry in result["log"] if "completions/mean_length" in entry) for result in seeds]
+    parts = [(log.get("divergence/right"), log.get("divergence/wrong")) for log in logs]
+    shares = [f"{right / wrong:.2f}" for right, wrong in parts if right is not None and wrong]
+    gaps = [f"{log['entropy_gap']:+.3f}" for log in logs if "entropy_gap" in log]
+    gains = ["{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * value for value in result["gain"])) for result in seeds]
+    means = [f"{sum(result[key] for result in seeds) / len(seeds):.3f}" for key in ("base", "teacher")]
+    after = [f"{result['after']:.3f}" for result in seeds]
+    return [name, *means, *(", ".join(values) or "-" for values in (after, gains, shares, gaps))]
+
+
 def main() -> None:
-    """Run what is asked for and not done yet, and print each."""
+    """Run what is asked for and not done yet, print each, and a table of all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/digit_reversal"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS), metavar="NAME")
+    parser.add_argument("--base", choices=list(WARM_SHARES), help="for all runs, instead of their own")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings that override a run's")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     options.output_dir.mkdir(parents=True, exist_ok=True)
     overrides = {name: json.loads(value) for name, value in (pair.split("=") for pair in options.set)}
+    results = []
     for seed in options.seeds:
         for name in options.only:
-            print(show(run_one(name, seed, options.output_dir, overrides)), flush=True)
+            results.append(run_one(name, options.base, seed, options.output_dir, overrides))
+            print(show(results[-1]), flush=True)
+    print(table(results))
 
 
 if __name__ == "__main__":

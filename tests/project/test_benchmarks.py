@@ -134,3 +134,20 @@ def test_the_checks_of_rows_are_timed_for_every_limit_and_a_second_run(load, tmp
     assert [row["limits"] for row in rows] == list(benchmark.LIMITS)
     assert all(row["rows"] == 20 for row in rows)
     assert all(row[name] > 0 for row in rows for name in ("first_rows_s", "cpu_s", "wall_s", "again_s"))
+
+
+def test_seeds_of_a_run_stand_side_by_side_in_the_table_with_their_first_logs(load):
+    benchmark = load("digit_reversal")
+    first, later = {"completions/mean_length": 30.0, "entropy_gap": -0.07}, {"completions/mean_length": 31.0}
+    results = [
+        {"name": "OPSD", "base": 0.5, "teacher": 0.2, "after": after, "gain": [after - 0.5, -0.4, -0.2], "log": log}
+        for after, log in (
+            (0.2, [first | {"divergence/right": 0.2, "divergence/wrong": 0.4}, later]),
+            (0.3, [{"loss": 1.0}, first | {"divergence/right": 0.0, "divergence/wrong": 0.4}]),
+        )
+    ]
+    grpo = {"name": "GRPO", "base": 0.5, "teacher": 0.2, "after": 0.6, "gain": [0.1, 0.0, 0.2], "log": [later]}
+    lines = benchmark.table([*results, grpo]).splitlines()
+    gains = "-30.0 [-40.0, -20.0], -20.0 [-40.0, -20.0]"
+    assert lines[2] == f"| OPSD | 0.500 | 0.200 | 0.200, 0.300 | {gains} | 0.50, 0.00 | -0.070, -0.070 |"
+    assert lines[3] == "| GRPO | 0.500 | 0.200 | 0.600 | +10.0 [+0.0, +20.0] | - | - |"
