@@ -52,14 +52,15 @@ def build_rows(split: str, num_rows: int) -> list[dict[str, Any]]:
 # The base
 
 
-def warm(kind: str, folder: Path, thinking: bool) -> str:
-    """Folder of the embedded model trained on right solutions until it solves `WARM_TO`; made once.
+def warm(kind: str, folder: Path, thinking: bool, accuracy: float = WARM_TO) -> str:
+    """Folder of the embedded model trained on right solutions until it solves `accuracy` of them; made once.
 
     Args:
         kind: "plain" shows no reference, "few" to every tenth example, "some" to a fifth, "third" to a third, "both" to half;
             "slips" also shows the reference beside attempts with an error, whose correction is trained on.
         folder: of all bases.
         thinking: whether the prompt leaves the think block to the model.
+        accuracy: at temperature 1, in (0, 1).
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -68,7 +69,7 @@ def warm(kind: str, folder: Path, thinking: bool) -> str:
     from trl_opsd.demo import model_path
     from trl_opsd.demo.build import answer_logits
 
-    path = folder / f"warm-{kind}-{'on' if thinking else 'off'}"
+    path = folder / f"warm-{kind}-{'on' if thinking else 'off'}{'' if accuracy == WARM_TO else f'-{accuracy}'}"
     if (path / "config.json").exists():
         return str(path)
     torch.manual_seed(0)
@@ -86,9 +87,9 @@ def warm(kind: str, folder: Path, thinking: bool) -> str:
         optimizer.zero_grad()
         if step % WARM_CHECK == 0 and loss.item() < 0.2:
             with torch.no_grad():
-                accuracy = answer_log_probs(model, tokenizer, rows[-TEST_PROBLEMS:], thinking).exp().mean().item()
-            print(f"{path.name}: step {step}, loss {loss.item():.3f}, accuracy {accuracy:.3f}", flush=True)
-            if accuracy >= WARM_TO:
+                reached = answer_log_probs(model, tokenizer, rows[-TEST_PROBLEMS:], thinking).exp().mean().item()
+            print(f"{path.name}: step {step}, loss {loss.item():.3f}, accuracy {reached:.3f}", flush=True)
+            if reached >= accuracy:
                 break
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -158,10 +159,11 @@ def place_of_error(ids: list[int], right: list[int]) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """One row of the table: which trainer, the base, both thinking modes, settings beside the common ones, and the part."""
+    """One row of the table: trainer, base and its accuracy, both thinking modes, settings beside the common ones, and the part."""
 
     kind: str = "opsd"
     base: str = "both"
+    warm_to: float = WARM_TO
     thinking: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
     part: str = ""
@@ -246,19 +248,19 @@ def train(run: Run, base: str, folder: Path, seed: int, overrides: dict[str, Any
     return trainer.state.log_history
 
 
-def run_one(name: str, base: str | None, seed: int, output: Path, overrides: dict[str, Any]) -> dict:
-    """Train, measure and probe one run, on another base than its own where `base` names one; one done before is read."""
+def run_one(name: str, changes: dict[str, Any], seed: int, output: Path, overrides: dict[str, Any]) -> dict:
+    """Train, measure and probe one run, `changes` being fields of `Run`; one done before is read."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from trl_opsd.demo import TEACHER_PROMPT_TEMPLATE
     from trl_opsd.evaluation.measures import paired_difference
 
-    run = replace(RUNS[name], base=base or RUNS[name].base)
-    label = [slug(name), *([f"on_{base}"] if base else []), *(f"{key}_{value}" for key, value in overrides.items())]
+    run = replace(RUNS[name], **changes)
+    label = [slug(name), *(f"{key}_{value}" for key, value in {**changes, **overrides}.items())]
     folder = output / "-".join([*label, str(seed)])
     if (folder / "result.json").exists():
         return json.loads((folder / "result.json").read_text())
-    base_path = warm(run.base, output, run.thinking)
+    base_path = warm(run.base, output, run.thinking, run.warm_to)
     log = train(run, base_path, folder, seed, overrides)
     rows, kwargs = build_rows("test", TEST_PROBLEMS), {"enable_thinking": run.thinking}
     teacher_kwargs = run.settings.get("teacher_chat_template_kwargs", kwargs)
@@ -282,7 +284,7 @@ def run_one(name: str, base: str | None, seed: int, output: Path, overrides: dic
     alone = measure(model, tokenizer, privileged, teacher_kwargs, seed=1234)
     after = measure(AutoModelForCausalLM.from_pretrained(str(folder)), tokenizer, rows, kwargs, seed=1234)
     result = {
-        "name": f"{name} on {run.base!r}",
+        "name": f"{name}, {run.base}" if run.warm_to == WARM_TO else f"{name}, {run.base} at {run.warm_to}",
         "seed": seed,
         "base": before.avg_at_k,
         "teacher": alone.avg_at_k,
@@ -361,15 +363,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS), metavar="NAME")
     parser.add_argument("--base", choices=list(WARM_SHARES), help="for all runs, instead of their own")
+    parser.add_argument("--warm_to", type=float, help="accuracy that bases are warmed up to, for all runs")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings that override a run's")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     options.output_dir.mkdir(parents=True, exist_ok=True)
     overrides = {name: json.loads(value) for name, value in (pair.split("=") for pair in options.set)}
+    changes = {name: value for name in ("base", "warm_to") if (value := getattr(options, name)) is not None}
     results = []
     for seed in options.seeds:
         for name in options.only:
-            results.append(run_one(name, options.base, seed, options.output_dir, overrides))
+            results.append(run_one(name, changes, seed, options.output_dir, overrides))
             print(show(results[-1]), flush=True)
     print(table(results))
 
