@@ -18,7 +18,9 @@ from transformers import PreTrainedTokenizerFast
 
 from trl_opsd import OPSDConfig
 from trl_opsd.demo.tokenizer import CHAT_TEMPLATE
+from trl_opsd.rows.checks import check_dataset
 from trl_opsd.rows.token_counts import TokenCounts
+from trl_opsd.teacher.prompts import TeacherCollator
 from trl_opsd.trainers.prompt_checks import check_prompts
 
 FIRST_ROWS = 32

@@ -10,7 +10,14 @@ import pytest
 from transformers import TrainerControl
 
 from trl_opsd import OGLSSDTrainer, OPSDTrainer
-from trl_opsd.monitoring.guard import LEAST_CLIP_AGREEMENT, LIMITS, ClipWarning, CollapseGuard
+from trl_opsd.monitoring.guard import (
+    LEAST_CLIP_AGREEMENT,
+    LEAST_ENTROPY_GAP,
+    LIMITS,
+    ClipWarning,
+    CollapseGuard,
+    TeacherWarning,
+)
 from trl_opsd.monitoring.repetition import repeated_share
 
 START = {
@@ -182,6 +189,47 @@ def test_a_clip_that_turns_the_gradient_is_told_with_the_figure_and_what_to_set(
 )
 def test_otherwise_nothing_is_told_of_the_clip(logs, state):
     assert clip_warnings(logs, **state) == []
+
+
+def teacher_warnings(logs, earlier=(), is_main=True):
+    """What is said of the last of `logs`, which stands in the history as the trainer puts it there."""
+    state = SimpleNamespace(log_history=[*earlier, logs], is_world_process_zero=is_main)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        TeacherWarning().on_log(None, state, TrainerControl(), logs=logs)
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_teacher_that_is_less_sure_than_the_student_at_the_start_is_told_with_the_figure():
+    (text,) = teacher_warnings({"entropy_gap": -0.07, "num_tokens": 1900}, earlier=[{"loss": 1.0}])
+    for part in ("entropy_gap -0.07", "teacher_prompt_template", "teacher_chat_template_kwargs", "guard='off'"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("logs", "others"),
+    [
+        ({"entropy_gap": LEAST_ENTROPY_GAP, "num_tokens": 1900}, {}),
+        ({"entropy_gap": -0.07, "num_tokens": 900}, {}),  # noise
+        ({"entropy_gap": -0.07, "num_tokens": 1900}, {"earlier": [{"entropy_gap": 0.1, "num_tokens": 950}]}),
+        ({"entropy_gap": -0.07, "num_tokens": 1900}, {"is_main": False}),
+        ({"loss": 0.1}, {}),
+    ],
+)
+def test_otherwise_nothing_is_told_of_the_teacher(logs, others):
+    assert teacher_warnings(logs, **others) == []
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "guard", "watched"),
+    [(OPSDTrainer, "warn", True), (OPSDTrainer, "off", False), (OGLSSDTrainer, "warn", False)],
+)
+def test_the_teacher_is_watched_where_it_reads_the_reference_and_a_guard_is_on(
+    make_model, make_args, dataset, tokenizer, trainer_class, guard, watched
+):
+    args = make_args(trainer_class.config_class, guard=guard, num_generations=4)
+    trainer = trainer_class(make_model(), args=args, train_dataset=dataset, processing_class=tokenizer)
+    assert any(isinstance(callback, TeacherWarning) for callback in trainer.callback_handler.callbacks) is watched
 
 
 @pytest.mark.parametrize(("clip", "expected"), [("upper", {1}), ("token", {1}), (None, set())])

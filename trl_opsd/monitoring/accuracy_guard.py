@@ -19,8 +19,9 @@ MIN_ROLLOUTS = 512
 STANDARD_ERRORS = 3.0
 LEAST_FALL = 0.1  # of the start: with very many rollouts a fall that matters to nobody is no noise either
 
-# Where right rollouts diverge by at least this share of what wrong ones do, the teacher would not have written them: 0.9 and
-# 1.04 at the start of runs that lost, 0.1 and 0.57 at that of runs that gained (docs/log.md).
+# Where right rollouts diverge by at least this share of what wrong ones do, the teacher would not have written them. Runs that
+# lost most started at 0.69 to 1.09, but others that lost at 0.17 and two that gained at 1.03 and 1.23 (docs/log.md): it
+# explains a fall and foretells none.
 _DISAGREES = 0.75
 
 

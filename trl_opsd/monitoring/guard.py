@@ -127,6 +127,33 @@ class ClipWarning(TrainerCallback):
         )
 
 
+# Nats. A teacher that learns nothing from its context has a gap of 0 but for noise; see docs/log.md for the measurements.
+LEAST_ENTROPY_GAP = -0.005
+
+
+class TeacherWarning(TrainerCallback):
+    """Warns at the first log if the teacher is less sure of the student's rollouts than the student itself.
+
+    Of methods whose teacher is shown the reference: what it knows more should make it surer.
+    """
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Judge the first log that has an entropy gap."""
+        entry = logs or {}
+        gap = entry.get("entropy_gap", 0.0)
+        is_first = sum("entropy_gap" in log for log in state.log_history) <= 1
+        is_noise = entry.get("num_tokens", MIN_TOKENS) < MIN_TOKENS
+        if gap >= LEAST_ENTROPY_GAP or not is_first or is_noise or not state.is_world_process_zero:
+            return
+        warnings.warn(
+            f"The teacher, which reads the reference, is less sure of the student's rollouts than the student (entropy_gap "
+            f"{gap:.2g} nats at the first log). Runs of a small model that started so lost accuracy. Its prompt or thinking "
+            "mode may not suit the student's answers: look at teacher_prompt_template and teacher_chat_template_kwargs, and "
+            "at docs/troubleshooting.md, 'Accuracy falls though the teacher is right'. guard='off' leaves this out.",
+            stacklevel=2,
+        )
+
+
 class CollapseGuard(TrainerCallback):
     """Warns, or stops the run, when its log leaves the range of its start.
 

@@ -23,7 +23,7 @@ from ..methods import OPSD, Method
 from ..model.heads import head_function
 from ..monitoring.accuracy_guard import AccuracyGuard
 from ..monitoring.diagnostics import Diagnostics
-from ..monitoring.guard import LIMITS, ClipWarning, CollapseGuard
+from ..monitoring.guard import LIMITS, ClipWarning, CollapseGuard, TeacherWarning
 from ..rewards import guard_rewards
 from ..teacher.contexts import Moment
 from ..teacher.states import offload_states, read_target
@@ -156,6 +156,8 @@ class SelfDistillationTrainer(RolloutTrainer):
             planned = self._planned_changes()
             limits = [limit for limit in LIMITS if limit.key not in planned]
             self.add_callback(CollapseGuard(self.args.guard, limits))
+            if self.method.needs_solution and self.method.has_target:
+                self.add_callback(TeacherWarning())
             self.add_callback(AccuracyGuard(self.args.guard, watches_rewards="reward" not in planned))
 
     def _planned_changes(self) -> set[str]:
