@@ -119,12 +119,14 @@ def test_a_rollout_whose_reward_raised_is_neither_right_nor_wrong(build):
 
     calls = Counter()
     settings = {"num_generations": 4, "distillation_length": None, "reward_errors": "skip"}
-    trainer = build(OGLSSDTrainer, reward_funcs=reward, **settings)
-    groups = []
-    contexts = trainer.method.contexts
-    trainer.method = replace(
-        trainer.method, contexts=lambda group, *rest: groups.append(group) or contexts(group, *rest)
-    )
+    groups, contexts = [], OGLSSDTrainer.method.contexts
+
+    class Recorded(OGLSSDTrainer):
+        method = replace(
+            OGLSSDTrainer.method, contexts=lambda group, *rest: groups.append(group) or contexts(group, *rest)
+        )
+
+    trainer = build(Recorded, reward_funcs=reward, **settings)
     with pytest.warns(UserWarning, match="the first of each group"):
         trainer.train()
     assert [[rollout.reward for rollout in group] for group in groups] == [[None, 0.0, 1.0, 0.0]]

@@ -16,7 +16,7 @@ from trl_opsd.monitoring.repetition import count_repeated
 from trl_opsd.rows.checks import without_special_tokens
 from trl_opsd.rows.formats import from_dapo, from_gsm8k, from_openthoughts
 from trl_opsd.rows.texts import without_blocks
-from trl_opsd.teacher.contexts import Rollout
+from trl_opsd.teacher.contexts import Moment, Rollout
 
 SPECIAL = ("<|im_end|>", "<|im_start|>")
 MARKERS = ("wait", "maybe")
@@ -45,7 +45,7 @@ def strip_thinking(text):
     group = [Rollout("q", None, "right", 1.0), Rollout("q", None, text, 0.0)]
     choices = {"reward_threshold": 0.5, "steering_teacher": "steered"}
     limits = {"max_contexts_per_pool": None, "max_rollout_context_length": None, "strip_thinking": True}
-    return ogls_sd.steering_contexts(group, SimpleNamespace(**choices, **limits), None)
+    return ogls_sd.steering_contexts(group, SimpleNamespace(**choices, **limits), Moment(random.Random(0)))
 
 
 # What reads text -> from a size to a hostile text of about that many pieces.
@@ -124,5 +124,5 @@ def test_each_rollout_is_stripped_once_however_many_are_wrong(monkeypatch):
     group = [Rollout("q", None, f"text {index}", float(index < 2)) for index in range(8)]
     choices = {"reward_threshold": 0.5, "steering_teacher": "steered"}
     limits = {"max_contexts_per_pool": None, "max_rollout_context_length": None, "strip_thinking": True}
-    ogls_sd.steering_contexts(group, SimpleNamespace(**choices, **limits), None)
+    ogls_sd.steering_contexts(group, SimpleNamespace(**choices, **limits), Moment(random.Random(0)))
     assert sorted(calls) == [f"text {index}" for index in range(8)]

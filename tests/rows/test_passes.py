@@ -129,8 +129,8 @@ def metaspace_tokenizer(texts):
 
 @pytest.mark.parametrize("make_tokenizer", [byte_level_tokenizer, metaspace_tokenizer])
 def test_no_slice_of_prose_and_code_has_more_tokens_than_its_bound_and_the_margin(make_tokenizer):
-    root, draw = Path(passes.__file__).parents[1], random.Random(0)
-    texts = [path.read_text() for path in (*root.glob("docs/*.md"), *root.glob("trl_opsd/*.py"))]
+    root, draw = Path(passes.__file__).parents[2], random.Random(0)
+    texts = [path.read_text() for path in (*root.glob("docs/*.md"), *root.glob("trl_opsd/**/*.py"))]
     tokenizer, slices = make_tokenizer(texts[::2]), []
     for _ in range(1000):
         text = draw.choice(texts)
