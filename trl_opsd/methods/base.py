@@ -11,7 +11,7 @@ the trainer does not change. The ways, from the nearest to the plain one:
 All three read the same facts. In `token_weight` they are flat, (n,), a tile at a time; in the others (B, D), views (K, B, D).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -117,6 +117,7 @@ class Method:
         owners: whose weights contexts ask for beside "teacher": "base", "live".
         templates: from settings to the prompt templates of the method's own, by the name that contexts use.
         columns: of the dataset, that `Rollout.columns` holds.
+        ignored_tokens: from (tokenizer, settings) to the ids of tokens that are never trained on.
         remember: from (memory, [`Seen`], settings) to the memory from the next loss on, as JSON; called once a
             generation batch of training, on every rank alike, saved in checkpoints.
         asks: from (rollout, settings) to the context that the model answers before contexts are made, or None;
@@ -141,6 +142,7 @@ class Method:
     owners: tuple[str, ...] = ()
     templates: Callable[[Any], Mapping[str, str]] = _no_templates
     columns: tuple[str, ...] = ()
+    ignored_tokens: Callable[[Any, Any], Collection[int]] | None = None
     remember: Callable[[Mapping[str, Any], Seen, Any], Mapping[str, Any]] | None = None
     asks: Callable[[Rollout, Any], TeacherContext | None] | None = None
     extras: Callable[[Sequence[Rollout], Any, Moment], list[Extra | None]] | None = None

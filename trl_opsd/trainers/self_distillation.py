@@ -489,6 +489,12 @@ class SelfDistillationTrainer(RolloutTrainer):
         return self.publisher.finish(upload, begin) if blocking and upload is not None else upload
 
 
+def _trained(contexts: list[Contexts], extras: list[Extra | None], mask: torch.Tensor) -> torch.Tensor:
+    """(B,) of rows with a loss: a token of the rollout counts, or an extra stands beside one that no view reads."""
+    alone = [not views and extra is not None for views, extra in zip(contexts, extras, strict=True)]
+    return mask.any(dim=1) | torch.tensor(alone, device=mask.device)
+
+
 class _StepHooks(TrainerCallback):
     """Work at the boundaries of an optimizer step."""
 
