@@ -218,12 +218,13 @@ class RolloutTrainer(CheckedTrainer, NamedByMethod, GRPOTrainer):
             prompts: token ids of each of this rank's rows, as many on every rank as it samples rollouts.
         """
         sample = super()._generate_single_turn
-        group, self.num_generations = self.num_generations, 1  # a vLLM server samples a group from its first prompt
+        sizes = self.num_generations, self.num_generations_eval
+        self.num_generations = self.num_generations_eval = 1  # a vLLM server samples a group from its first prompt
         groups = {"num_generations": 1} if "num_generations" in inspect.signature(sample).parameters else {}
         try:
             return self._generate_single_turn(prompts, None, {}, **groups)[0]
         finally:
-            self.num_generations = group
+            self.num_generations, self.num_generations_eval = sizes
 
     # TRL's seams
 
