@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SGSD: the whole step by hand from raw logits; polarity, dead zone, weights and the tokens that are left out."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from groups import ids_of, reward_boxed
+from pages import MOMENT, assert_same_step, raw_logits, student_of, token_log_probs, whole_step
+
+from trl_opsd.losses import bounded_square
+from trl_opsd.methods.base import RowFacts
+from trl_opsd.methods.sgsd import judged_loss, skill_contexts, tokens_of_form
+from trl_opsd.teacher.contexts import Rollout
+from trl_opsd.trainers.sgsd import SGSDConfig, SGSDTrainer
+
+TEXTS = ("1+2=3", "so \\boxed{3}\n\n", "wait,\n 10 it is", "it is \\boxed{10} then")
+SKILLS = [
+    (["Add in pairs.", "Do not guess."], [0.5, 2.0]),
+    (["Count up.", "Carry.", "Check twice."], None),
+    (["Use a sum formula."], None),
+    ([], None),
+]
+
+
+@pytest.fixture
+def rows(dataset):
+    columns = [{"skills": skills, "skill_scores": scores} for skills, scores in SKILLS]
+    return Dataset.from_list([{**row, **columns[index % 4]} for index, row in enumerate(dataset)])
+
+
+@pytest.fixture
+def build(build_group, rows):
+    def build(**settings):
+        return build_group(SGSDTrainer, TEXTS, rows, max_completion_length=40, **settings)
+
+    return build
+
+
+def by_hand(trainer, rows):
+    """Loss and gradients of a step over four rows, the last of which has no skill."""
+    model, args = student_of(trainer), trainer.args
+    completions = trainer._generate_single_turn([None] * 4)[0]
+    left_out = tokens_of_form(trainer.tokenizer, args)
+    losses = []
+    for row, completion in list(zip(rows, completions, strict=True))[:3]:
+        student = ids_of(trainer, row["prompt"], **args.chat_template_kwargs)
+        own = token_log_probs(raw_logits(model, student, completion), completion)
+        counts = torch.tensor([token not in left_out for token in completion])
+        reward = float("boxed" in trainer.tokenizer.decode(completion))
+        outcome = 1 if reward >= args.reward_threshold else -1
+        scores = row["skill_scores"] or [0.0] * len(row["skills"])
+        weights = torch.tensor(scores, dtype=torch.float64).softmax(0)
+        for skill, weight in zip(row["skills"], weights, strict=True):
+            text = args.skill_prompt_template.replace("{skill}", skill)
+            prompt = [{"role": "user", "content": text.replace("{prompt}", row["prompt"][-1]["content"])}]
+            teacher = ids_of(trainer, prompt, **args.teacher_chat_template_kwargs)
+            seen = token_log_probs(raw_logits(model, teacher, completion), completion).detach()
+            d = (seen - own)[counts]
+            s = d.detach().clamp(-3, 3).mean().item()
+            polarity = 0 if abs(s) <= 0.05 else outcome * math.copysign(1, s)
+            losses.append(weight * polarity * (math.log(2) - torch.log1p((-(d**2) / 2).exp())).mean())
+    loss = sum(losses) / 3
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("settings", [{}, {"reward_threshold": 2.0}], ids=["some right", "all wrong"])
+def test_a_step_equals_its_formula_from_raw_logits(build, rows, settings):
+    trainer = build(**settings)
+    chosen = [rows[index] for index in range(4)]
+    got = whole_step(trainer, chosen)
+    wanted = by_hand(trainer, chosen)
+    assert_same_step(got, wanted)
+    assert abs(wanted[0]) > 1e-3
+
+
+def test_two_micro_batches_of_two_are_one_of_four(build, rows):
+    chosen = [rows[index] for index in range(4)]
+    whole = whole_step(build(), chosen)
+    parts = whole_step(build(per_device_train_batch_size=2, gradient_accumulation_steps=2), chosen)
+    assert_same_step(parts, whole)
+
+
+def facts_of(log_prob, views, reward, weights=None):
+    log_prob, views = torch.tensor(log_prob, dtype=torch.float64), torch.tensor(views, dtype=torch.float64)
+    weights = torch.ones_like(views) if weights is None else torch.tensor(weights).view(-1, 1, 1).expand_as(views)
+    given = {
+        "mask": torch.ones_like(log_prob),
+        "reward": torch.full_like(log_prob, reward),
+        "view_log_probs": views,
+        "view_weights": weights,
+    }
+    empty = torch.zeros_like(log_prob)
+    return RowFacts(log_prob.requires_grad_(), None, empty, None, None, None, given=given)
+
+
+@pytest.fixture
+def settings(make_args):
+    return make_args(SGSDConfig)
+
+
+def test_the_slope_is_zero_at_no_difference_peaks_at_1_216_and_fades(settings):
+    differences = torch.linspace(-8, 8, 3201, dtype=torch.float64)
+    q = (-differences).clone().requires_grad_()
+    bounded_square(0.0 - q).sum().backward()
+    slope = -torch.sigmoid(-(differences**2) / 2) * differences
+    assert torch.allclose(q.grad, slope) and slope[1600].abs() < 1e-15
+    assert differences[slope.abs().argmax()].abs().item() == pytest.approx(1.216, abs=5e-3)
+    assert slope.abs().max().item() == pytest.approx(0.393, abs=1e-3)
+    assert slope[-1].abs() < 1e-10
+
+
+def test_another_outcome_turns_the_loss_and_its_gradient_around(settings):
+    gradients = []
+    for reward in (1.0, 0.0):
+        facts = facts_of([[-1.0, -2.0]], [[[-0.3, -1.0]]], reward)
+        (loss,) = judged_loss(facts, settings, MOMENT)
+        gradients.append((loss.item(), torch.autograd.grad(loss, facts.log_prob)[0]))
+    assert gradients[0][0] == -gradients[1][0] != 0
+    assert torch.equal(gradients[0][1], -gradients[1][1])
+    assert (gradients[0][1] < 0).all()  # a right rollout that the teacher finds likelier is made likelier
+
+
+@pytest.mark.parametrize(("support", "counts"), [(0.05, False), (0.0501, True), (-0.05, False), (-0.0501, True)])
+def test_a_teacher_without_an_opinion_gives_nothing(settings, support, counts):
+    facts = facts_of([[0.0, 0.0]], [[[support, support]]], 1.0)
+    (loss,) = judged_loss(facts, settings, MOMENT)
+    assert (loss.item() != 0) == counts
+    assert (torch.autograd.grad(loss, facts.log_prob)[0] != 0).any() == counts
+
+
+def test_a_single_wild_token_is_cut_where_a_teacher_is_judged(settings):
+    facts = facts_of([[0.0, 0.0]], [[[100.0, -3.5]]], 1.0)  # 3 - 3: no opinion
+    assert judged_loss(facts, settings, MOMENT).item() == 0
+
+
+def test_views_are_the_skills_weighted_by_their_scores_and_capped(make_args):
+    rollout = Rollout("x", None, "y", 1.0, columns={"skills": ["a", "b", "c"], "skill_scores": [0.0, 2.0, 1.0]})
+    (views,) = skill_contexts([rollout], make_args(SGSDConfig, max_skills=2), MOMENT)
+    assert [view.texts for view in views] == [(("skill", "b"),), (("skill", "c"),)]
+    assert [view.read for view in views] == pytest.approx(torch.tensor([2.0, 1.0]).softmax(0).tolist())
+    (views,) = skill_contexts(
+        [Rollout("x", None, "y", 1.0, columns={"skills": ["a", "b"]})], make_args(SGSDConfig), MOMENT
+    )
+    assert [view.read for view in views] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "rollout",
+    [
+        Rollout("x", None, "y", None, columns={"skills": ["a"]}),
+        Rollout("x", None, "y", 1.0),
+        Rollout("x", None, "y", 1.0, columns={"skills": []}),
+    ],
+    ids=["no reward", "no column", "no skill"],
+)
+def test_a_rollout_that_cannot_be_judged_is_not_trained_on(settings, rollout):
+    assert skill_contexts([rollout], settings, MOMENT) == [()]
+
+
+def test_as_many_scores_as_skills_are_asked_for(settings):
+    rollout = Rollout("x", None, "y", 1.0, columns={"skills": ["a", "b"], "skill_scores": [1.0]})
+    with pytest.raises(ValueError, match="`skill_scores` has 1 numbers for 2 texts"):
+        skill_contexts([rollout], settings, MOMENT)
+
+
+def test_control_tokens_marks_of_thinking_and_newlines_are_left_out_of_the_step(build, rows):
+    trainer = build()
+    left_out = tokens_of_form(trainer.tokenizer, trainer.args)
+    assert trainer.tokenizer.eos_token_id in left_out
+    assert {trainer.tokenizer.convert_tokens_to_ids(text) for text in ("<think>", "</think>")} <= left_out
+    whole_step(trainer, [rows[index] for index in range(4)])
+    (batch,) = trainer._buffered_inputs
+    kept = batch["completion_ids"][batch["distillation_mask"].bool()]
+    assert not set(kept.tolist()) & left_out and "\n" not in trainer.tokenizer.decode(kept)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"max_skills": 0}, "max_skills=0"),
+        ({"support_clip": 0.0}, "support_clip=0.0"),
+        ({"support_threshold": -1.0}, "support_threshold=-1.0"),
+        ({"skill_prompt_template": "{prompt}"}, "does not contain {skill}"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(make_args, bad, message):
+    with pytest.raises(ValueError, match=message):
+        make_args(SGSDConfig, **bad)
+
+
+def test_training_moves_the_student_and_says_what_the_teachers_found(build):
+    trainer = build(learning_rate=0.05, max_steps=2, reward=reward_boxed)
+    start = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    trainer.train()
+    assert any(not torch.equal(p, s) for p, s in zip(trainer.model.parameters(), start, strict=True))
+    assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
