@@ -103,7 +103,8 @@ class StepLoss:
         if rule is not None:
 
             def weight_of(facts: Facts) -> torch.Tensor:
-                return rule(facts, self.settings, moment)
+                given = {"old_log_prob": facts.log_prob, **facts.given}  # as in `LossColumns.by_row`
+                return rule(replace(facts, given=given), self.settings, moment)
 
             settings = settings | {"token_ids": columns.token_ids, "given": columns.given(), "weight_of": weight_of}
         return fused_divergence(states, head, target, token_weights=columns.weights, **settings)
