@@ -33,6 +33,10 @@ def _no_templates(settings: Any) -> Mapping[str, str]:
     return {}
 
 
+def _no_owners(settings: Any) -> tuple[str, ...]:
+    return ()
+
+
 @dataclass(frozen=True)
 class RowFacts(Facts):
     """Facts of rollouts, each (B, D), and in `given` what is known beside them.
@@ -114,7 +118,7 @@ class Method:
         reads_views: some context is read. The facts then hold `view_log_probs`, `view_entropies` and `view_weights`
             (K, B, D), whose weight is 0 where a rollout has fewer views.
         reads_old: `old_log_prob` is that of the policy that sampled, not the student's own at the first step on a batch.
-        owners: whose weights contexts ask for beside "teacher": "base", "live".
+        owners: from settings to whose weights contexts ask for beside "teacher": "base", "live".
         templates: from settings to the prompt templates of the method's own, by the name that contexts use.
         columns: of the dataset, that `Rollout.columns` holds.
         ignored_tokens: from (tokenizer, settings) to the ids of tokens that are never trained on.
@@ -139,7 +143,7 @@ class Method:
     has_target: bool = True
     reads_views: bool = False
     reads_old: bool = False
-    owners: tuple[str, ...] = ()
+    owners: Callable[[Any], tuple[str, ...]] = _no_owners
     templates: Callable[[Any], Mapping[str, str]] = _no_templates
     columns: tuple[str, ...] = ()
     ignored_tokens: Callable[[Any, Any], Collection[int]] | None = None

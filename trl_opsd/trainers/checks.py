@@ -153,16 +153,16 @@ def check_capped_head(method: Method, args: Any, jobs: Sequence[ScoringJob] = ()
         )
 
 
-def check_owners(method: Method, model: torch.nn.Module) -> None:
+def check_owners(method: Method, args: Any, model: torch.nn.Module) -> None:
     """Check that hidden states under several weights are never added up where each would need a head of its own.
 
     Raises:
         ValueError: the output head trains, and a target's views are read by more than one owner's weights.
     """
-    head = causal_lm(model).get_output_embeddings()
-    if method.owners and method.has_target and any(parameter.requires_grad for parameter in head.parameters()):
+    head, owners = causal_lm(model).get_output_embeddings(), method.owners(args)
+    if owners and method.has_target and any(parameter.requires_grad for parameter in head.parameters()):
         raise ValueError(
-            f"model: its output head trains, and {method.name} adds up views under the weights of {method.owners} and of the "
+            f"model: its output head trains, and {method.name} adds up views under the weights of {owners} and of the "
             "teacher, which only one head can read. Train LoRA without the head (peft_config)."
         )
 

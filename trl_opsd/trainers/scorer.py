@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The teacher with all that it is run with, whichever of TRL's trainers holds it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -81,10 +81,15 @@ class Scorer:
         settings, kind = self.settings, self.settings.teacher_model_kind
         self.teacher = Teacher(kind, self.model, update_rate=settings.teacher_update_rate, **self._new_teacher)
         self._owners = {"teacher": self.teacher}
-        for name in self.method.owners:
+        for name in self.method.owners(settings):
             same = name == kind
             self._owners[name] = self.teacher if same else Teacher(name, self.model, **self._new_teacher)
-        check_owners(self.method, self.model)
+        check_owners(self.method, settings, self.model)
+
+    @property
+    def first_values(self) -> Mapping[str, torch.Tensor]:
+        """The trained parameters as they were at the start, which a checkpoint does not hold; empty where none reads them."""
+        return next((owner.values for owner in self._owners.values() if owner.kind == "base"), {})
 
     # What the teacher reads
 
@@ -133,7 +138,7 @@ class Scorer:
         if jobs:
             raise ValueError(
                 f"{self.method.name}: contexts ask for {sorted(jobs)} (weights, read), but the method's owners="
-                f"{self.method.owners}, has_target={self.method.has_target} and reads_views={self.method.reads_views} do not "
+                f"{self.method.owners(self.settings)}, has_target={self.method.has_target} and reads_views={self.method.reads_views} do not "
                 "say so. Every rank has to know it: set them."
             )
         self.heads[mode] = self.teacher.head

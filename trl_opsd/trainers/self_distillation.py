@@ -121,7 +121,7 @@ class SelfDistillationTrainer(RolloutTrainer):
         if warning is not None:
             self.run.tell(warning)
         self.scorer.make_teacher()
-        self.run.remember_weights(self.model, self.teacher.values if self.teacher.kind == "base" else ())
+        self.run.remember_weights(self.model, self.scorer.first_values)
         self.method_loss = StepLoss(self.model, self.method, args, self.scorer.num_tokens)
         self._start_logs()
 
