@@ -12,14 +12,9 @@ from .settings import option, require
 
 
 @dataclass
-class RCSDConfig(OPSDConfig):
-    """Settings of `RCSDTrainer`: those of `OPSDConfig` with the paper's defaults, and the ones below."""
+class RCSDSettings:
+    """What RCSD alone reads."""
 
-    chat_template_kwargs: dict | str | None = option(
-        {"enable_thinking": True}, "Keyword arguments of the chat template for the student's prompt."
-    )
-    max_completion_length: int | None = option(4096, "Longest rollout, and longest analysis, in tokens.")
-    temperature: float = option(1.2, "Sampling temperature of the rollouts, and of the loss.")
     support_size: int | None = option(
         20, "Tokens that are compared, the teacher's likeliest, both sides renormalised; None for all."
     )
@@ -31,18 +26,36 @@ class RCSDConfig(OPSDConfig):
         GUIDED_PROMPT_TEMPLATE, "The teacher's last user message; holds `{prompt}`, `{solution}` and `{guidance}`."
     )
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raise a ValueError that names a field outside its range."""
         require(self.support_size is None or self.support_size >= 1, self, "support_size", "1 or more, or None")
-        super().__post_init__()
         for name in ("analysis_prompt_template", "guided_prompt_template"):
             check_template(name, getattr(self, name), "{prompt}", "{solution}", "{guidance}")
 
-    def loss_divergence(self) -> Divergence:
-        """As in `OPSDConfig`, over the teacher's likeliest tokens."""
-        rule = super().loss_divergence()
+    def restricted(self, divergence: Divergence) -> Divergence:
+        """`divergence` over the teacher's likeliest tokens."""
         if self.support_size is None:
-            return rule
-        return replace(rule, support=Support(self.support_size, of="target", remainder="renormalise"))
+            return divergence
+        return replace(divergence, support=Support(self.support_size, of="target", remainder="renormalise"))
+
+
+@dataclass
+class RCSDConfig(RCSDSettings, OPSDConfig):
+    """Settings of `RCSDTrainer`: those of `OPSDConfig` with the paper's defaults, and those of `RCSDSettings`."""
+
+    chat_template_kwargs: dict | str | None = option(
+        {"enable_thinking": True}, "Keyword arguments of the chat template for the student's prompt."
+    )
+    max_completion_length: int | None = option(4096, "Longest rollout, and longest analysis, in tokens.")
+    temperature: float = option(1.2, "Sampling temperature of the rollouts, and of the loss.")
+
+    def __post_init__(self):
+        self.check()
+        super().__post_init__()
+
+    def loss_divergence(self) -> Divergence:
+        """The divergence of the loss over its support, with its temperature and clip."""
+        return self.restricted(super().loss_divergence())
 
 
 class RCSDTrainer(SelfDistillationTrainer):

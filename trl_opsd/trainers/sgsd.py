@@ -11,12 +11,9 @@ from .settings import option, require
 
 
 @dataclass
-class SGSDConfig(OPSDConfig):
-    """Settings of `SGSDTrainer`: those of `OPSDConfig` with the paper's defaults, and the ones below."""
+class SGSDSettings:
+    """What SGSD alone reads."""
 
-    teacher_model_kind: str = option("live", "Whose weights the teacher has: `live`, `base` or `ema`.")
-    loss_temperature: float | None = option(1.0, "Divides both models' logits in the loss.")
-    max_steps: int = option(200, "Optimizer steps.")
     reward_threshold: float = option(0.5, "A rollout is right if its reward is at least this.")
     max_skills: int = option(
         8, "Most skills of a row that are read, the best scored ones, or the first without scores."
@@ -27,12 +24,25 @@ class SGSDConfig(OPSDConfig):
         SKILL_PROMPT_TEMPLATE, "The teacher's last user message; holds `{skill}` and `{prompt}`."
     )
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check(self) -> None:
+        """Raise a ValueError that names a field outside its range."""
         require(self.max_skills >= 1, self, "max_skills", "1 or more")
         require(self.support_clip > 0, self, "support_clip", "a number above 0")
         require(self.support_threshold >= 0, self, "support_threshold", "0 or more")
         check_template("skill_prompt_template", self.skill_prompt_template, "{skill}", "{prompt}")
+
+
+@dataclass
+class SGSDConfig(SGSDSettings, OPSDConfig):
+    """Settings of `SGSDTrainer`: those of `OPSDConfig` with the paper's defaults, and those of `SGSDSettings`."""
+
+    teacher_model_kind: str = option("live", "Whose weights the teacher has: `live`, `base` or `ema`.")
+    loss_temperature: float | None = option(1.0, "Divides both models' logits in the loss.")
+    max_steps: int = option(200, "Optimizer steps.")
+
+    def __post_init__(self):
+        self.check()
+        super().__post_init__()
 
 
 class SGSDTrainer(SelfDistillationTrainer):
