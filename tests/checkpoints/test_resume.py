@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 
 from trl_opsd import OGLSSDTrainer, OPSDTrainer
@@ -17,6 +18,10 @@ from trl_opsd.checkpoints.manifest import (
     writing_checkpoint,
 )
 from trl_opsd.checkpoints.resumption import CheckpointSearch
+from trl_opsd.trainers.pbsd import PBSDTrainer
+from trl_opsd.trainers.rcsd import RCSDTrainer
+from trl_opsd.trainers.sdpo import SDPOTrainer
+from trl_opsd.trainers.sgsd import SGSDTrainer
 
 STEPS = 6
 TIMES = ("time/", "step_time", "train_runtime", "per_second", "train_loss", "total_flos")
@@ -110,6 +115,30 @@ def test_settings_that_keep_more_between_steps_resume_exactly_too(build, tmp_pat
 
 def test_a_streamed_dataset_resumes_where_it_stopped(build, tmp_path, dataset):
     check_every_resume(build, tmp_path, steps=(1, 2), max_steps=4, train_dataset=dataset.to_iterable_dataset())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"trainer_class": SGSDTrainer},
+        {"trainer_class": PBSDTrainer},
+        {"trainer_class": RCSDTrainer},
+        {"trainer_class": SDPOTrainer, "num_generations": 2},
+        {
+            "trainer_class": SDPOTrainer,
+            "num_generations": 2,
+            "lora": True,
+            "teacher_model_kind": "base",
+            "live_share": 0.4,
+        },
+    ],
+    ids=("several views", "pairs", "written texts", "a moving average of peers", "mixed weights"),
+)
+def test_methods_that_write_or_mix_resume_exactly_too(build, tmp_path, dataset, settings):
+    columns = [{"skills": ["add", "carry"][: index % 3], "rubric": ["adds"]} for index in range(8)]
+    rows = Dataset.from_list([{**row, **own} for row, own in zip(dataset, columns, strict=True)])
+    settings = {"max_completion_length": 8, **settings}
+    check_every_resume(build, tmp_path, steps=(1, 2), max_steps=4, train_dataset=rows, **settings)
 
 
 def trained(build, **settings):

@@ -203,41 +203,6 @@ def dpo_trainer(make_model, tokenizer, tmp_path, beta):
     )
 
 
-def test_a_run_with_pairs_resumed_in_the_middle_of_a_batch_is_the_uninterrupted_one(
-    make_model, make_args, dataset, tokenizer, tmp_path
-):
-    def run(folder, **arguments):
-        trainer = PBSDTrainer(
-            model=make_model(attention_dropout=0.1),
-            args=make_args(
-                PBSDConfig,
-                output_dir=str(tmp_path / folder),
-                max_steps=4,
-                save_strategy="steps",
-                save_steps=1,
-                learning_rate=1e-2,
-                max_grad_norm=1.0,
-                per_device_train_batch_size=1,
-                gradient_accumulation_steps=2,
-                steps_per_generation=4,
-            ),
-            train_dataset=dataset,
-            processing_class=copy.deepcopy(tokenizer),
-        )
-        trainer.train(**arguments)
-        return trainer
-
-    whole = run("run")
-    for step in (1, 2):
-        torch.manual_seed(99)
-        resumed = run("again", resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
-        for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
-            assert torch.equal(a, b), (step, name)
-        losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (whole, resumed)]
-        assert losses[0] == losses[1]
-    assert any(entry.get("written/tokens", 0) > 0 for entry in whole.state.log_history)
-
-
 def test_an_evaluation_pairs_too_and_leaves_the_pending_batch(build, dataset):
     trainer = build(num_generations_eval=2, per_device_eval_batch_size=4)
     trainer.eval_dataset = dataset.select(range(4))

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pages that ask the model, read several views or mix weights take on two ranks the steps they take on one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import run
+
+WORKER = str(Path(__file__).parents[1] / "support" / "page_worker.py")
+PAGES = ("sgsd", "pbsd", "rcsd", "sdpo", "sdpo-mix")
+
+
+def run_alone(folder, *options):
+    folder.mkdir(parents=True)
+    command = [sys.executable, WORKER, "--output", str(folder), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=folder)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads((folder / "numbers.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_two_ranks_take_the_steps_of_one_process(tmp_path, page):
+    alone = run_alone(tmp_path / "one", "--page", page)
+    ranks = run("ddp", tmp_path / "two", "--page", page, worker=WORKER)
+    assert (alone["world"], ranks["world"]) == (1, 2)
+    assert ranks["losses"] == pytest.approx(alone["losses"], rel=1e-3, abs=1e-6)
+    assert ranks["norms"] == pytest.approx(alone["norms"], rel=5e-3, abs=1e-6)
+    assert ranks["weights"] == pytest.approx(alone["weights"], rel=1e-4)
+    assert all(norm > 0 for norm in alone["norms"])
