@@ -22,6 +22,7 @@ from trl_opsd.trainers.pbsd import PBSDTrainer
 from trl_opsd.trainers.rcsd import RCSDTrainer
 from trl_opsd.trainers.sdpo import SDPOTrainer
 from trl_opsd.trainers.sgsd import SGSDTrainer
+from trl_opsd.trainers.sort import SORTTrainer
 
 STEPS = 6
 TIMES = ("time/", "step_time", "train_runtime", "per_second", "train_loss", "total_flos")
@@ -131,11 +132,12 @@ def test_a_streamed_dataset_resumes_where_it_stopped(build, tmp_path, dataset):
             "teacher_model_kind": "base",
             "live_share": 0.4,
         },
+        {"trainer_class": SORTTrainer, "num_generations": 2, "learning_rate": 1e-2},
     ],
-    ids=("several views", "pairs", "written texts", "a moving average of peers", "mixed weights"),
+    ids=("several views", "pairs", "written texts", "a moving average of peers", "mixed weights", "references"),
 )
 def test_methods_that_write_or_mix_resume_exactly_too(build, tmp_path, dataset, settings):
-    columns = [{"skills": ["add", "carry"][: index % 3], "rubric": ["adds"]} for index in range(8)]
+    columns = [{"skills": ["add", "carry"][: index % 3], "rubric": ["adds"], "plan": "add"} for index in range(8)]
     rows = Dataset.from_list([{**row, **own} for row, own in zip(dataset, columns, strict=True)])
     settings = {"max_completion_length": 8, **settings}
     check_every_resume(build, tmp_path, steps=(1, 2), max_steps=4, train_dataset=rows, **settings)

@@ -22,6 +22,7 @@ from trl_opsd.trainers.pbsd import PBSDTrainer
 from trl_opsd.trainers.rcsd import RCSDTrainer
 from trl_opsd.trainers.sdpo import SDPOTrainer
 from trl_opsd.trainers.sgsd import SGSDTrainer
+from trl_opsd.trainers.sort import SORTTrainer
 
 MIX = {"teacher_model_kind": "base", "live_share": 0.4}
 GROUP = {"num_generations": GLOBAL_BATCH, "support_size": 20}
@@ -31,6 +32,7 @@ PAGES = {
     "rcsd": (RCSDTrainer, {}),
     "sdpo": (SDPOTrainer, GROUP),
     "sdpo-mix": (SDPOTrainer, GROUP | MIX),
+    "sort": (SORTTrainer, {"num_generations": 2, "repair_weight": 0.5}),
 }
 TEXTS = ("1+2=3", "so 4", "wait, 10 it is", "a", "it is 3 then")
 
@@ -58,7 +60,7 @@ def reward_short(completions, **columns):
 def rows_of_pages():
     """Only every second row has skills, and no two as many, so that ranks read other numbers of views."""
     skills = (["add"], [], ["carry", "look twice", "count"], [])
-    columns = [{"skills": skills[index % 4], "rubric": ["adds"] * (index % 3)} for index in range(8)]
+    columns = [{"skills": skills[index % 4], "rubric": ["adds"] * (index % 3), "plan": "add"} for index in range(8)]
     return Dataset.from_list([{**row, **own} for row, own in zip(make_rows(), columns, strict=False)])
 
 
