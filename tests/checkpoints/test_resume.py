@@ -107,6 +107,7 @@ def test_a_run_resumed_from_any_step_is_the_uninterrupted_one(build, tmp_path, k
         ),
         ({"reward_weight": 0.5, "num_generations": 2}, (1, 2)),
         ({"teacher_model_kind": "ema", "teacher_sync_steps": 2}, (1, 2)),
+        ({"trainer_class": DemoPSDTrainer, "num_generations": 4, "max_completion_length": 8}, (1, 2, 3)),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
