@@ -76,17 +76,25 @@ class Seen(NamedTuple):
     view_entropies: Sequence[torch.Tensor]
 
     @classmethod
-    def gathered(cls, rollouts: Sequence[Rollout], numbers: torch.Tensor | None, lengths: Sequence[int]):
+    def gathered(
+        cls,
+        rollouts: Sequence[Rollout],
+        numbers: torch.Tensor | None,
+        weights: torch.Tensor | None,
+        lengths: Sequence[int],
+    ):
         """What all ranks see of a batch; a collective.
 
         Args:
             rollouts: of this rank.
             numbers: (B or more, K, D, 2), see `TargetStates`, or None.
+            weights: (B or more, K) of the views, 0 where a rollout has fewer, or None.
             lengths: of the rollouts.
         """
         if numbers is None:
-            numbers = torch.zeros(len(rollouts), 0, max(lengths, default=0), 2)
-        own = [row[:, :length].tolist() for row, length in zip(numbers.double(), lengths, strict=False)]
+            numbers, weights = torch.zeros(len(rollouts), 0, max(lengths, default=0), 2), torch.zeros(len(rollouts), 0)
+        rows = zip(numbers.double(), weights, lengths, strict=False)
+        own = [row[used != 0, :length].tolist() for row, used, length in rows]
         views = [
             torch.tensor(row, dtype=torch.float64).reshape(len(row), len(row[0]) if row else 0, 2)
             for row in gather_object(own)
