@@ -81,6 +81,7 @@ def check_every_resume(build, tmp_path, steps=range(1, STEPS), **settings):
             assert torch.equal(a, b), (step, name)
         for name, value in whole.teacher.values.items():
             assert torch.equal(value, resumed.teacher.values[name]), (step, name)
+        assert resumed.memory == whole.memory, step
 
 
 @pytest.mark.parametrize("kind", ["base", "live", "ema"])
@@ -108,6 +109,16 @@ def test_a_run_resumed_from_any_step_is_the_uninterrupted_one(build, tmp_path, k
         ({"reward_weight": 0.5, "num_generations": 2}, (1, 2)),
         ({"teacher_model_kind": "ema", "teacher_sync_steps": 2}, (1, 2)),
         ({"trainer_class": DemoPSDTrainer, "num_generations": 4, "max_completion_length": 8}, (1, 2, 3)),
+        (
+            {
+                "trainer_class": AntiSDTrainer,
+                "num_generations": 2,
+                "max_completion_length": 8,
+                "gate_warmup_batches": 1,
+                "gate_closes_below": 0.0,
+            },
+            (1, 3, 4, 5),
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
