@@ -41,8 +41,9 @@ def _no_owners(settings: Any) -> tuple[str, ...]:
 class RowFacts(Facts):
     """Facts of rollouts, each (B, D), and in `given` what is known beside them.
 
-    `given` holds, (B, D): `mask` (nonzero where a token is trained on), `advantage` (TRL's), `reward` (NaN without one) and
-    `old_log_prob`; and where views are read, (K, B, D): `view_log_probs`, `view_entropies`, `view_weights`.
+    `given` holds, (B, D): `mask` (nonzero where a token is trained on), `advantage` (TRL's), `reward` (NaN without one),
+    `length` (tokens of the whole rollout) and `old_log_prob`; and where views are read, (K, B, D): `view_log_probs`,
+    `view_entropies`, `view_weights`.
 
     Attributes:
         extra: facts of the sequences beside the rollouts, (B, E), with `mask` and the views in their `given`; None without.
