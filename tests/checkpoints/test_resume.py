@@ -119,6 +119,7 @@ def test_a_run_resumed_from_any_step_is_the_uninterrupted_one(build, tmp_path, k
             },
             (1, 3, 4, 5),
         ),
+        ({"trainer_class": EGRSDTrainer, "max_completion_length": 8}, (1, 3, 4)),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

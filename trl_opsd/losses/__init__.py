@@ -26,6 +26,7 @@ from .shapes import BoundedShape, LinearShape, MixtureShape, Shape, purified_log
 from .support import REMAINDERS, SUPPORTS, Support
 from .target import Target
 from .weights import REDUCTIONS, token_weights, weighted_sum
+from .whitening import RunningMoments
 
 __all__ = [
     "CLIPS",
@@ -40,6 +41,7 @@ __all__ = [
     "LinearShape",
     "MixtureShape",
     "OutputHead",
+    "RunningMoments",
     "Shape",
     "SignalDecomposition",
     "Support",
