@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from groups import EXACT, TEXTS, bare, ids_of, logits_of, privileged
-from pages import assert_same_gradients, moved, prepared, raw_logits, weights_after_steps
+from page_steps import assert_same_gradients, moved, prepared, raw_logits, weights_after_steps
 
 from trl_opsd.methods.demopsd import peer_contexts
 from trl_opsd.teacher.contexts import Moment, Rollout

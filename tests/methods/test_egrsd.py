@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 from groups import EXACT, bare, ids_of, logits_of, privileged, reward_boxed
-from pages import assert_same_gradients, moved, prepared, raw_logits, weights_after_steps
+from page_steps import assert_same_gradients, moved, prepared, raw_logits, weights_after_steps
 
 from trl_opsd.methods import Seen
 from trl_opsd.methods.egrsd import remember_scale, solution_read

@@ -26,6 +26,17 @@ from trl_opsd.demo.tokenizer import build_tokenizer
 from trl_opsd.evaluation.callback import EvaluationCallback
 from trl_opsd.losses import tiles
 from trl_opsd.model.sharding import local_part, release, whole_shape
+from trl_opsd.trainers.antisd import AntiSDTrainer
+from trl_opsd.trainers.demopsd import DemoPSDTrainer
+from trl_opsd.trainers.egrsd import EGRSDTrainer
+
+IN_GROUPS = {"num_generations": GLOBAL_BATCH, "distillation_length": None}
+SETTINGS = {
+    "ogls-sd": IN_GROUPS,
+    "antisd": {**IN_GROUPS, "gate_warmup_batches": 1, "gate_closes_below": 0.0, "ascent_strength": 2.0},
+    "demopsd": IN_GROUPS,
+}
+PAGES = {"antisd": AntiSDTrainer, "demopsd": DemoPSDTrainer, "egrsd": EGRSDTrainer}
 
 LOGGED = ("loss", "grad_norm", "divergence", "student_entropy", "target_entropy")
 
@@ -63,10 +74,9 @@ def engine_of(trainer):
 
 def make_trainer(cell, run, folder, **settings):
     world = int(os.environ.get("WORLD_SIZE", 1))
-    trainer_class = TRAINERS[cell["method"]]
-    group = {"num_generations": GLOBAL_BATCH, "distillation_length": None} if cell["method"] == "ogls-sd" else {}
+    trainer_class = {**TRAINERS, **PAGES}[cell["method"]]
     args = trainer_class.config_class(
-        **group,
+        **SETTINGS.get(cell["method"], {}),
         output_dir=str(folder / "out"),
         per_device_train_batch_size=GLOBAL_BATCH // world // 2,
         gradient_accumulation_steps=2,
@@ -207,6 +217,7 @@ def run_cell(cell, run, folder):
         "engine": engine_of(trainer),
         "world": trainer.accelerator.num_processes,
         "history": history_of(trainer),
+        "memory": trainer.memory,
         "head_gathers": counter.count,
         "targets_with_graph": sum(targets),
         "empty_groups": groups.count(0),
