@@ -9,7 +9,18 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from trl_opsd import OGLSSDTrainer, OPSDTrainer
+from trl_opsd import (
+    AntiSDTrainer,
+    DemoPSDTrainer,
+    EGRSDTrainer,
+    OGLSSDTrainer,
+    OPSDTrainer,
+    PBSDTrainer,
+    RCSDTrainer,
+    SDPOTrainer,
+    SGSDTrainer,
+    SORTTrainer,
+)
 from trl_opsd.checkpoints.manifest import (
     MARKER,
     checkpoint_state,
@@ -18,11 +29,6 @@ from trl_opsd.checkpoints.manifest import (
     writing_checkpoint,
 )
 from trl_opsd.checkpoints.resumption import CheckpointSearch
-from trl_opsd.trainers.pbsd import PBSDTrainer
-from trl_opsd.trainers.rcsd import RCSDTrainer
-from trl_opsd.trainers.sdpo import SDPOTrainer
-from trl_opsd.trainers.sgsd import SGSDTrainer
-from trl_opsd.trainers.sort import SORTTrainer
 
 STEPS = 6
 TIMES = ("time/", "step_time", "train_runtime", "per_second", "train_loss", "total_flos")

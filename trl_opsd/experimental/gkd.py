@@ -184,7 +184,7 @@ class OPSDGKDTrainer(CheckedTrainer, NamedByMethod, GKDTrainer):
         )
         self.scorer.make_teacher()
         self.data_collator = MessagesCollator(self.scorer.collator, args.prompt_template, args.max_length)
-        self.run.remember_weights(self.model, self.teacher.values if self.teacher.kind == "base" else ())
+        self.run.remember_weights(self.model, self.scorer.first_values)
         self.method_loss = StepLoss(self.model, self.method, args, self.scorer.num_tokens)
         self.diagnostics = {"train": Diagnostics(), "eval": Diagnostics()}
         self.add_callback(_TeacherHooks(self))

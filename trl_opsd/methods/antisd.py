@@ -25,18 +25,6 @@ from .ogls_sd import split_by_reward
 
 VERDICTS = {True: "correct", False: "incorrect"}
 
-VERDICT_PROMPT_TEMPLATE = """{prompt}
-
-A verified solution to this problem stands between the two marks.
-
-=== Verified solution begins ===
-{solution}
-=== Verified solution ends ===
-
-The answer you are about to give has been checked already: it is {verdict}.
-
-Solve the problem step by step and put the final answer in \\boxed{}."""
-
 
 def verdict_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
     """One view that is read: a verified solution, and the verdict on the rollout itself.

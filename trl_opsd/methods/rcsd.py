@@ -18,26 +18,6 @@ from ..rows.texts import is_missing
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 from .base import Method
 
-ANALYSIS_PROMPT_TEMPLATE = """{prompt}
-
-An answer to this problem that may be incomplete stands between the two marks.
-
-=== Answer begins ===
-{solution}
-=== Answer ends ==={guidance}
-
-Say briefly what a good solution has to do: requirements, limits, and the steps of reasoning that must not be missing. Do not solve the problem."""
-
-GUIDED_PROMPT_TEMPLATE = """{prompt}
-
-An answer to this problem that may be incomplete stands between the two marks.
-
-=== Answer begins ===
-{solution}
-=== Answer ends ==={guidance}
-
-All of this is for you alone. Solve the problem afresh, from its statement and by your own reasoning, and reach the result only where the reasoning does. Mention neither the answer, nor requirements, nor notes, nor that you were given any. Put the final answer in \\boxed{}."""
-
 _RUBRIC = "\n\nWhat a good solution fulfils:\n"
 _NOTES = "\n\nNotes on what is required:\n"
 

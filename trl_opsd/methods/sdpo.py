@@ -23,16 +23,6 @@ from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 from .base import Method
 from .ogls_sd import group_label, split_by_reward
 
-PEER_PROMPT_TEMPLATE = """{prompt}
-
-A solution that was found right stands between the two marks.
-
-=== Solution begins ===
-{solution}
-=== Solution ends ===
-
-Solve the problem."""
-
 
 def peer_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
     """The first right rollout but one's own, under the weights of the teacher or under both that are mixed.

@@ -25,14 +25,6 @@ from ..losses import bounded_square
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 from .base import Method, RowFacts
 
-SKILL_PROMPT_TEMPLATE = """Advice from earlier problems that may or may not fit this one:
-
-{skill}
-
-The problem:
-
-{prompt}"""
-
 _MOST_NEWLINES = 8  # of a run, as in the official code
 
 

@@ -23,12 +23,6 @@ from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 from .base import Extra, Method, RowFacts
 from .ogls_sd import group_label, split_by_reward
 
-PLAN_PROMPT_TEMPLATE = """{prompt}
-
-A plan for this problem:
-
-{plan}"""
-
 
 def no_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
     """The teacher reads no rollout."""

@@ -60,6 +60,7 @@ class LossColumns:
             "mask": mask.float(),
             "advantage": given_advantages(batch, settings)[:, : mask.size(1)].expand(mask.shape),
             "reward": batch["rollout_reward"].unsqueeze(1).expand(mask.shape),
+            "length": batch["rollout_length"].unsqueeze(1).expand(mask.shape),
         }
         if reads_old and batch.get("old_per_token_logps") is not None:
             known["old_log_prob"] = batch["old_per_token_logps"][:, : mask.size(1)]

@@ -4,85 +4,24 @@
 from dataclasses import dataclass, replace
 
 from ..losses import Divergence, Support
-from ..methods.sdpo import PEER_PROMPT_TEMPLATE, SDPO
-from ..rows.texts import check_template
+from ..methods.sdpo import SDPO
+from ..settings.sdpo import SDPOSettings
 from .config import OPSDConfig
 from .self_distillation import SelfDistillationTrainer
-from .settings import option, require
 
 
 @dataclass
-class SDPOSettings:
-    """What SDPO alone reads."""
+class SDPOConfig(SDPOSettings, OPSDConfig):
+    """Settings of `SDPOTrainer`: those of `OPSDConfig`, with the paper's defaults and its own from `SDPOSettings`."""
 
-    reward_threshold: float = option(0.5, "A rollout is right if its reward is at least this.")
-    live_share: float | None = option(
-        None,
-        "r of the trust region, in [0, 1]: the teacher's logits are (1 - r) of the initial weights' and r of the student's; "
-        "needs `teacher_model_kind` `base` and a head that does not train. None for no mix.",
-    )
-    support_size: int | None = option(
-        100,
-        "The divergence is over so many of the student's likeliest tokens and one entry for the rest; None for all.",
-    )
-    importance_cap: float = option(2.0, "Largest ratio of the student to the policy that sampled, above 0.")
-    max_rollout_context_length: int | None = option(None, "Budget of the peer that the teacher reads, in tokens.")
-    peer_prompt_template: str = option(
-        PEER_PROMPT_TEMPLATE, "The teacher's last user message; holds `{prompt}` and, for the peer, `{solution}`."
-    )
-
-    def check(self) -> None:
-        """Raise a ValueError that names a field outside its range."""
-        share, kind, length = self.live_share, self.teacher_model_kind, self.max_rollout_context_length
-        require(share is None or 0 <= share <= 1, self, "live_share", "a number in [0, 1], or None")
-        if share is not None and kind != "base":
-            raise ValueError(
-                f"live_share={share} with teacher_model_kind={kind!r}: the mix has weights of its own. Set "
-                "teacher_model_kind='base', or live_share=None."
-            )
-        require(self.support_size is None or self.support_size >= 1, self, "support_size", "1 or more, or None")
-        require(self.importance_cap > 0, self, "importance_cap", "a number above 0")
-        require(length is None or length >= 1, self, "max_rollout_context_length", "1 or more, or None")
-        check_template("peer_prompt_template", self.peer_prompt_template, "{prompt}", "{solution}")
+    def loss_divergence(self) -> Divergence:
+        """The divergence of the loss over its support, with its temperature and clip."""
+        return self.restricted(super().loss_divergence())
 
     def restricted(self, divergence: Divergence) -> Divergence:
         """`divergence` over the student's likeliest tokens and the rest."""
         support = None if self.support_size is None else Support(self.support_size)
         return replace(divergence, support=support)
-
-
-@dataclass
-class SDPOConfig(SDPOSettings, OPSDConfig):
-    """Settings of `SDPOTrainer`: those of `OPSDConfig` with the paper's defaults without feedback, and of `SDPOSettings`.
-
-    The gradient's norm and unrestricted sampling are ours.
-    """
-
-    learning_rate: float = option(1e-5, "Initial learning rate of AdamW.")
-    max_grad_norm: float = option(1.0, "Largest gradient norm; larger ones are scaled down.")
-    num_generations: int | None = option(8, "Rollouts per prompt, at least 2.")
-    max_completion_length: int | None = option(8192, "Longest rollout in tokens.")
-    temperature: float = option(1.0, "Sampling temperature of the rollouts.")
-    top_p: float = option(1.0, "Nucleus sampling: probability mass kept, in (0, 1].")
-    top_k: int = option(0, "Sampling among the k likeliest tokens; 0 for all.")
-    teacher_model_kind: str = option(
-        "ema", "Whose weights the teacher has: `base` the initial ones, `live` the student's, `ema` a moving average."
-    )
-    teacher_update_rate: float = option(0.05, "Share of the student in each update of the `ema` teacher, in (0, 1].")
-    teacher_chat_template_kwargs: dict | str | None = option(
-        {"enable_thinking": False}, "Keyword arguments of the chat template for the teacher's prompt."
-    )
-    divergence: str = option("jsd", "What is measured between teacher and student.")
-    clip: str | None = option(None, "`upper`, `symmetric`, `token` or `none`.")
-
-    def __post_init__(self):
-        self.check()
-        super().__post_init__()
-        require(self.num_generations >= 2, self, "num_generations", "2 or more: the teacher reads a peer")
-
-    def loss_divergence(self) -> Divergence:
-        """The divergence of the loss over its support, with its temperature and clip."""
-        return self.restricted(super().loss_divergence())
 
 
 class SDPOTrainer(SelfDistillationTrainer):

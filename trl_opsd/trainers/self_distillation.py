@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from .._trl.rollouts import RolloutTrainer, student_inputs
@@ -272,6 +271,9 @@ class SelfDistillationTrainer(RolloutTrainer):
             self.add_metrics({"distillation_length": float(length)})
         mask = mask[:, :length]
         mask[:, : self.args.num_loss_tokens_to_skip] = 0
+        if self.method.ignored_tokens is not None:
+            ignored = sorted(self.method.ignored_tokens(self.tokenizer, self.args))
+            mask[torch.isin(batch["completion_ids"][:, :length], torch.tensor(ignored, device=mask.device))] = 0
         mask[torch.tensor([not views for views in self._batch.contexts], device=mask.device)] = 0
         return mask
 
@@ -488,12 +490,6 @@ class SelfDistillationTrainer(RolloutTrainer):
         begin = partial(super().push_to_hub, commit_message, blocking=False, token=token, revision=revision, **kwargs)
         upload = begin()
         return self.publisher.finish(upload, begin) if blocking and upload is not None else upload
-
-
-def _trained(contexts: list[Contexts], extras: list[Extra | None], mask: torch.Tensor) -> torch.Tensor:
-    """(B,) of rows with a loss: a token of the rollout counts, or an extra stands beside one that no view reads."""
-    alone = [not views and extra is not None for views, extra in zip(contexts, extras, strict=True)]
-    return mask.any(dim=1) | torch.tensor(alone, device=mask.device)
 
 
 class _StepHooks(TrainerCallback):

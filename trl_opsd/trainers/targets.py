@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 from ..methods import Extra, Seen
 from ..rows.checks import check_rows, without_special_tokens
@@ -129,6 +130,8 @@ class TargetMaker:
     def _ask(self, batch: RolloutBatch) -> None:
         """Give the rollouts what the model writes to the contexts that the method asks; a collective."""
         asked = [self.method.asks(rollout, self.settings) for rollout in batch.rollouts]
+        if not any(gather_object([any(view is not None for view in asked)])):
+            return
         prompts = [
             self.scorer.encode(
                 row["prompt"] if view is None else prompt, view or _PLAIN, f"generation batch row {index}"
@@ -179,13 +182,16 @@ class TargetMaker:
         threshold, device = getattr(self.settings, "reward_threshold", 0.5), mask.device
         rewards = [rollout.reward for rollout in batch.rollouts]
         outcomes = [-1 if reward is None else int(reward >= threshold) for reward in rewards]
-        trained = [bool(views) or extra is not None for views, extra in zip(batch.contexts, batch.extras, strict=True)]
+        # A row has a loss where a token of its rollout counts, or where an extra stands beside one that no view reads.
+        alone = [not views and extra is not None for views, extra in zip(batch.contexts, batch.extras, strict=True)]
+        lengths = [float(rollout.num_tokens) for rollout in batch.rollouts]
         columns = {
             "distillation_mask": mask,
             "rollout_outcome": torch.tensor(outcomes, device=device),
             "rollout_reward": torch.tensor([float("nan") if r is None else float(r) for r in rewards], device=device),
             "rollout_index": torch.arange(first, first + len(rewards), device=device),
-            "rollout_trained": torch.tensor(trained, device=device),
+            "rollout_length": torch.tensor(lengths, device=device),
+            "rollout_trained": mask.any(dim=1) | torch.tensor(alone, device=device),
         }
         return batch.target.columns() | columns | self._extra_columns(batch, mask)
 
@@ -200,7 +206,8 @@ class TargetMaker:
 
     def seen(self, batch: RolloutBatch) -> Seen:
         """The batch of all ranks, for `Method.remember`; a collective."""
-        return Seen.gathered(batch.rollouts, batch.target.numbers, [len(ids) for ids in batch.ids])
+        target = batch.target
+        return Seen.gathered(batch.rollouts, target.numbers, target.weights, [len(ids) for ids in batch.ids])
 
     def sum_signals(self, batch: RolloutBatch, length: int, most: int) -> torch.Tensor:
         """`Scorer.sum_signals` of the first `most` rollouts that have a solution; a collective."""
