@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole optimizer step of a page and its second derivation: loss and the gradient of every parameter."""
+
+import random
+
+import pytest
+import torch
+from groups import EXACT, bare
+
+from trl_opsd.teacher.contexts import Moment
+
+MOMENT = Moment(random.Random(0))
+
+
+def whole_step(trainer, rows):
+    """Loss of an optimizer step over `rows` and the gradient of every trained parameter by name."""
+    trainer._buffered_inputs, trainer._step = None, 0
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    trainer.model.train()
+    trainer.model.zero_grad()
+    trainer._prepare_inputs(list(rows))
+    total = 0.0
+    for batch in trainer._buffered_inputs:
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        total += loss.item()
+    return total, gradients_of(trainer.model)
+
+
+def gradients_of(model):
+    """Of every parameter that trains, zeros where there is none."""
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def student_of(trainer):
+    """A copy of the trained model without the trainer's patch, in float64 and without gradients."""
+    model = bare(trainer)
+    model.zero_grad()
+    return model.eval()
+
+
+def moved(trainer, size=0.05):
+    """Move the student away from where it started, so that it differs from a frozen teacher."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+def assert_same_step(got, wanted, rel=1e-5, **tolerance):
+    """Two results of `whole_step`, or of one and a derivation by hand, are equal; the gradients by their norm."""
+    assert got[0] == pytest.approx(wanted[0], **{**EXACT, **tolerance})
+    assert got[1].keys() == wanted[1].keys()
+    scale = max(gradient.norm() for gradient in wanted[1].values())
+    assert scale > 0
+    for name, gradient in wanted[1].items():
+        assert (got[1][name] - gradient).norm() <= rel * scale, name
+
+
+def token_log_probs(logits, tokens, temperature=1.0):
+    """log p(y_t) (T,) from raw logits (T, V)."""
+    return (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(tokens).unsqueeze(-1)).squeeze(-1)
+
+
+def raw_logits(model, context, completion):
+    """(T, V) that predict `completion`, with gradient, by a plain forward of one row."""
+    return model(input_ids=torch.tensor([context + completion]), use_cache=False).logits[0, len(context) - 1 : -1]
