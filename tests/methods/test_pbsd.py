@@ -203,12 +203,20 @@ def dpo_trainer(make_model, tokenizer, tmp_path, beta):
     )
 
 
-def test_an_evaluation_pairs_too_and_leaves_the_pending_batch(build, dataset):
+def test_an_evaluation_pairs_too_and_writes_one_answer_a_rollout(build, dataset, monkeypatch):
     trainer = build(num_generations_eval=2, per_device_eval_batch_size=4)
     trainer.eval_dataset = dataset.select(range(4))
     sizes = trainer.num_generations, trainer.num_generations_eval
+    sample, seen = trainer._generate_single_turn, []
+
+    def recorded(prompts, *args, **kwargs):
+        seen.append(trainer.num_generations_eval)
+        return sample(prompts, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "_generate_single_turn", recorded)
     metrics = trainer.evaluate(trainer.eval_dataset)
     assert math.isfinite(metrics["eval_loss"]) and (trainer.num_generations, trainer.num_generations_eval) == sizes
+    assert seen == [2, 1] * (len(seen) // 2) and seen
 
 
 def test_bad_settings_are_refused_by_name(make_args):

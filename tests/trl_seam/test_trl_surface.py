@@ -47,6 +47,7 @@ def test_the_wrapped_names_are_a_frozen_set():
         "_tokenizer",
         "max_completion_length",
         "num_generations",
+        "num_generations_eval",
         "use_vllm",
     }
 

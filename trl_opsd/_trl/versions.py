@@ -40,6 +40,7 @@ ATTRIBUTES = (
     "_tokenizer",
     "max_completion_length",
     "num_generations",
+    "num_generations_eval",
     "use_vllm",
 )
 # Of a trainer that trains, or samples in one of two ways: checked by the code of its class, which must name them.
