@@ -366,7 +366,7 @@ class SelfDistillationTrainer(RolloutTrainer):
     def _advantages(self, batch: dict[str, Any], columns: LossColumns, facts: Facts) -> torch.Tensor:
         """(B, T): the method's where it has some, TRL's times `reward_weight` elsewhere."""
         whole = given_advantages(batch, self.args).expand(batch["completion_ids"].shape).clone()
-        own = self.method.advantages(columns.by_row(facts), self.args, self._moment())
+        own = self.method.advantages(columns.by_row(facts), self.args, self._moment()).detach()
         part = whole[:, : columns.shape[1]]
         part.copy_(torch.where(columns.rows["mask"] != 0, own.to(part.dtype), part))
         return whole

@@ -95,7 +95,7 @@ class StepLoss:
             return loss, log_values(stats) | numbers
         settings |= {"token_ids": columns.token_ids, "given": columns.given()}
         loss, stats, facts = self._of_facts(states, head, target, columns, moment, settings)
-        numbers |= {"facts": facts} if self.method.loss is None else {}
+        numbers |= {"facts": facts} if self.method.advantages is not None else {}
         return loss, log_values(stats) | ({} if target is not None else columns.view_values(facts)) | numbers
 
     def _weighed(self, states, head, target, columns, moment, settings):
