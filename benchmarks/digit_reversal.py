@@ -238,9 +238,10 @@ def train(run: Run, base: str, folder: Path, seed: int, overrides: dict[str, Any
             "teacher_chat_template_kwargs": kwargs,
             "clip": None,
             "teacher_prompt_template": TEACHER_PROMPT_TEMPLATE,
-            "reference_prompt_template": REFERENCE_ONLY_TEMPLATE,
         }
         trainer_class = trainer_on(run.part) if run.part else TRAINERS[run.kind]
+        if "reference_prompt_template" in trainer_class.config_class.__dataclass_fields__:
+            teacher["reference_prompt_template"] = REFERENCE_ONLY_TEMPLATE
         settings = {**common, **teacher, **run.settings, **overrides}
         trainer = trainer_class(model=base, args=trainer_class.config_class(**settings), train_dataset=dataset)
     trainer.train()

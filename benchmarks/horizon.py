@@ -15,14 +15,12 @@ from pathlib import Path
 
 from miniature import TEACHER, Run, measure, slug, train
 
-SHORT = {"sample_distilled_only": True}
-GROWING = {**SHORT, "distillation_length_start": 8, "distillation_length": 40, "distillation_length_steps": 45}
 HORIZONS = {
     "whole rollouts": {},
     "first 8 distilled, whole sampled": {"distillation_length": 8},
-    "first 8 sampled (TOPD)": {"distillation_length": 8, **SHORT},
-    "first 16 sampled (TOPD)": {"distillation_length": 16, **SHORT},
-    "8 growing to 40 in 45 steps (POPD)": GROWING,
+    "first 8 sampled (TOPD)": {"max_completion_length": 8},
+    "first 16 sampled (TOPD)": {"max_completion_length": 16},
+    "8 growing to 40 in 45 steps (POPD)": {"distillation_length": "8..40 in 45"},
 }
 
 

@@ -12,7 +12,7 @@ Contenders run in turn within each repeat, so that a busy machine slows all alik
   top-100   TRL's `compute_topk_self_distillation_loss` (SDFT) on logits of the whole batch: another loss by design, so
             its errors say how far from the full one
   ours      `trl_opsd.losses.fused_divergence`
-  compiled  the same with its elementwise work fused by torch.compile (`compile_loss`); only where `--backends` names it
+  compiled  the same with its elementwise work fused by torch.compile; only where `--backends` names it
 "clip" is OPSD's upper clip. The nine contexts of OGLS-SD are one direction when the loss begins. Errors are those of the gradient (largest difference over the largest
 entry, of hidden states and head) and of the loss (nats) against float64 from the same inputs, in blocks of positions.
 A contender that has no such loss, does not run here or runs out of memory gets a row with a `note`.

@@ -124,7 +124,8 @@ def _rollout_trainer(kind: str, settings: dict[str, Any], dataset):
         )
     trainer_class = _without_reference() if kind == "purified-without-reference" else TRAINERS[kind]
     settings["teacher_prompt_template"] = TEACHER_PROMPT_TEMPLATE
-    settings["reference_prompt_template"] = REFERENCE_ONLY_TEMPLATE
+    if kind.startswith("purified"):
+        settings["reference_prompt_template"] = REFERENCE_ONLY_TEMPLATE
     return trainer_class(model=model_path(), args=trainer_class.config_class(**settings), train_dataset=dataset)
 
 

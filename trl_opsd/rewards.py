@@ -12,7 +12,6 @@ from torch import nn
 
 from .verification import Verdict, check_verifier, start_verifying
 
-REWARD_ERRORS = ("raise", "skip")
 _RAN_OUT = (
     "Verifying a rollout ran out of time (5 seconds, less where many of a batch do), so it has no reward. The log has the "
     "share of such rollouts as rewards/unscored."
@@ -83,26 +82,41 @@ def no_reward(completions: list, **kwargs: Any) -> list[float]:
     return [0.0] * len(completions)
 
 
-def guard_rewards(rewards: Any, on_error: str, errors: Counter) -> Any:
+def skip_errors(reward: Callable) -> Callable:
+    """A reward function whose rows have no reward where it raises, instead of ending the run; the log counts them.
+
+    Args:
+        reward: a function in TRL's form; give the result to a trainer as one of `reward_funcs`.
+    """
+    skipping = functools.partial(reward)
+    skipping._skips_errors = True
+    return skipping
+
+
+def skips_errors(reward: Any) -> bool:
+    """Whether `skip_errors` made a reward function."""
+    return getattr(reward, "_skips_errors", False)
+
+
+def guard_rewards(rewards: Any, errors: Counter) -> Any:
     """Wrap reward functions so that one that raises is named, or its rows skipped; names and `async` are kept.
 
-    A function that raises on a whole batch is called again row by row.
+    A function that raises on a whole batch is called again row by row. Its exception is raised with a note that names it and the
+    first row that raises; where `skip_errors` made it, such rows have no reward instead.
 
     Args:
         rewards: what a GRPO trainer takes; models and their names are not wrapped.
-        on_error: "raise" raises the function's exception with a note that names it and the first row that raises;
-            "skip" gives such rows no reward.
         errors: gains, under the function's name, the number of rows skipped.
     """
     if isinstance(rewards, list):
-        return [guard_rewards(reward, on_error, errors) for reward in rewards]
+        return [guard_rewards(reward, errors) for reward in rewards]
     if not callable(rewards) or isinstance(rewards, nn.Module):
         return rewards
     inner = rewards
     while isinstance(inner, functools.partial):
         inner = inner.func
     name = getattr(inner, "__name__", type(inner).__name__)
-    attempts = functools.partial(_attempts, name, on_error == "skip", errors)
+    attempts = functools.partial(_attempts, name, skips_errors(rewards), errors)
     is_async = inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(inner.__call__)
     guard = (_guard_async if is_async else _guard)(rewards, attempts)
     guard.__name__ = name
@@ -166,8 +180,8 @@ def _attempts(name: str, skip: bool, errors: Counter, columns: dict) -> Generato
     if not skip:
         batch = next(iter(raised.values()), batch)
         batch.add_note(
-            f"Raised by the reward function {name!r} on {_place(raised, columns, size)}. reward_errors='skip' would give "
-            "such rows no reward and count them."
+            f"Raised by the reward function {name!r} on {_place(raised, columns, size)}. "
+            "trl_opsd.rewards.skip_errors(function) gives such rows no reward and counts them."
         )
         raise batch
     if raised:

@@ -12,6 +12,7 @@ import torch
 
 from trl_opsd import OGLSSDTrainer, OPSDTrainer
 from trl_opsd.checkpoints.manifest import checkpoint_state, complete_steps
+from trl_opsd.rewards import accuracy_reward, skip_errors
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_a_reward_that_raises_stops_the_run_by_default_and_is_named(build, rewar
 
 @pytest.mark.parametrize("reward", [raises_on_even_prompts, raises_later])
 def test_skipped_rewards_are_counted_in_the_log_and_the_run_goes_on(build, reward):
-    trainer = build(reward_funcs=[reward], reward_errors="skip", max_steps=2)
+    trainer = build(reward_funcs=[skip_errors(reward)], max_steps=2)
     with pytest.warns(UserWarning, match=f"{reward.__name__}' raised KeyError"):
         trainer.train()
     counts = [entry[f"rewards/{reward.__name__}/errors"] for entry in trainer.state.log_history[:2]]
@@ -103,7 +104,7 @@ def test_skipped_rewards_are_counted_in_the_log_and_the_run_goes_on(build, rewar
 
 
 def test_a_run_without_errors_logs_zero_of_them(build):
-    trainer = build(reward_errors="skip")
+    trainer = build(reward_funcs=skip_errors(accuracy_reward))
     trainer.train()
     assert trainer.state.log_history[0]["rewards/accuracy_reward/errors"] == 0
 
@@ -118,7 +119,7 @@ def test_a_rollout_whose_reward_raised_is_neither_right_nor_wrong(build):
         return [float(calls["all"] % 2)]
 
     calls = Counter()
-    settings = {"num_generations": 4, "distillation_length": None, "reward_errors": "skip"}
+    settings = {"num_generations": 4, "distillation_length": None}
     groups, contexts = [], OGLSSDTrainer.method.contexts
 
     class Recorded(OGLSSDTrainer):
@@ -126,7 +127,7 @@ def test_a_rollout_whose_reward_raised_is_neither_right_nor_wrong(build):
             OGLSSDTrainer.method, contexts=lambda group, *rest: groups.append(group) or contexts(group, *rest)
         )
 
-    trainer = build(Recorded, reward_funcs=reward, **settings)
+    trainer = build(Recorded, reward_funcs=skip_errors(reward), **settings)
     with pytest.warns(UserWarning, match="the first of each group"):
         trainer.train()
     assert [[rollout.reward for rollout in group] for group in groups] == [[None, 0.0, 1.0, 0.0]]

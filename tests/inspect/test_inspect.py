@@ -22,9 +22,9 @@ from trl_opsd.teacher.contexts import Rollout, TeacherContext
 
 TEMPLATES = {
     "teacher_prompt_template": "{prompt}\n[reference]\n{solution}\n[end]",
-    "reference_prompt_template": "[reference]\n{solution}\n[end]",
     "teacher_chat_template_kwargs": {"enable_thinking": False},
 }
+REFERENCE = "[reference]\n{solution}\n[end]"  # the teacher's without the problem, as other methods make it themselves
 PROMPT = [{"role": "user", "content": "1+2=?"}]
 
 
@@ -33,7 +33,8 @@ def make_inspector(make_model, make_args, tokenizer):
     """A function that makes an inspector of two small random models."""
 
     def make(method, config_class=OPSDConfig, step=0, **settings):
-        args = make_args(config_class, **(TEMPLATES | settings))
+        own = {} if config_class is not PurifiedOPSDConfig else {"reference_prompt_template": REFERENCE}
+        args = make_args(config_class, **(TEMPLATES | own | settings))
         return Inspector(make_model(seed=1).eval(), make_model(seed=0).eval(), tokenizer, method, args, step)
 
     return make

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss with its elementwise work compiled: the same numbers."""
 
-import itertools
 import shutil
 
 import pytest
 import torch
-from steps import loss_of_rows
 from test_fact_loss import fused, trace
 from test_facts import COLUMNS, TOKENS, signed
 from test_fused import RULES, Problem, assert_equal_runs
@@ -49,18 +47,3 @@ def test_compiled_equals_eager_with_a_support_a_weight_and_a_loss_of_facts(suppo
     assert_equal_runs(compiled, eager, rtol=0, atol=1e-9)
     eager, compiled = (fused(problem, trace, compiled=flag) for flag in (False, True))
     assert_equal_runs(compiled, eager, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("asked", [False, True])
-def test_a_trainer_compiles_where_it_is_asked_to(build, dataset, monkeypatch, asked):
-    calls = itertools.count()
-
-    def watched(*args, **kwargs):
-        next(calls)
-        return tiles.sweep(*args, **kwargs)
-
-    monkeypatch.setattr(tiles, "_compiled_sweep", lambda: watched)
-    loss, _ = loss_of_rows(build(compile_loss=asked), dataset.select(range(4)))
-    plain, _ = loss_of_rows(build(), dataset.select(range(4)))
-    torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0.0)
-    assert (next(calls) > 0) is asked

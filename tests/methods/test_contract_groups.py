@@ -110,12 +110,13 @@ def test_purified_equals_purified_logits_by_hand(build, dataset, tokenizer):
     assert total > 0.01 and batch["num_loss_items"] == count
 
 
-@pytest.mark.parametrize("trainer_class", [PurifiedOPSDTrainer, OPSDTrainer])
+@pytest.mark.parametrize("real", [True, False])
 @pytest.mark.parametrize("kind", ["base", "live"])
-def test_the_logged_decomposition_equals_its_formula_from_raw_logits(build, dataset, tokenizer, trainer_class, kind):
-    heat, real = 1.3, trainer_class is PurifiedOPSDTrainer
+def test_the_logged_decomposition_equals_its_formula_from_raw_logits(build, dataset, tokenizer, real, kind):
+    heat = 1.3
     trainer = build(
-        trainer_class,
+        PurifiedOPSDTrainer,
+        real_tokens_only=real,
         num_generations=1,
         temperature=heat,
         decomposition_steps=2,

@@ -137,10 +137,7 @@ def test_rollouts_of_a_step_are_counted_as_they_are_sampled(make_args, settings,
         ({"guard": "off"}, []),
         (
             {
-                "distillation_length": 8,
-                "distillation_length_start": 2,
-                "distillation_length_steps": 2,
-                "sample_distilled_only": True,
+                "distillation_length": "2..8 in 2",
             },
             [("warn", False)],
         ),

@@ -99,12 +99,11 @@ def whole_length(made, solution):
     return len(made.encode(PROMPT, teacher(solution)).ids)
 
 
-@pytest.mark.parametrize("where", ["middle", "end"])
 @pytest.mark.parametrize("solution", [SOLUTION, UNICODE, "a" * 200], ids=["text", "unicode", "run"])
 @pytest.mark.parametrize("missing", [1, 5, 20, 40])
-def test_a_long_solution_is_shortened_to_the_budget_and_the_template_stays(any_tokenizer, where, solution, missing):
+def test_a_long_solution_is_shortened_to_the_budget_and_the_template_stays(any_tokenizer, solution, missing):
     whole = whole_length(collator(any_tokenizer), solution)
-    made = collator(any_tokenizer, max_length=whole - missing, shorten=where)
+    made = collator(any_tokenizer, max_length=whole - missing)
     encoded = made.encode(PROMPT, teacher(solution))
     assert encoded.shortened and len(encoded.ids) <= whole - missing
     empty = fill_template(TEMPLATES["teacher"], prompt="2+3=?", solution="\0")
@@ -119,18 +118,17 @@ def test_a_long_solution_is_shortened_to_the_budget_and_the_template_stays(any_t
     reread = any_tokenizer.decode(any_tokenizer(solution, add_special_tokens=False)["input_ids"])
     assert "\ufffd" not in kept  # what half a character decodes to
     assert reread.startswith(head) and reread.endswith(tail)
-    assert head and (tail == "" if where == "end" else tail != "")
+    assert head and tail
 
 
-@pytest.mark.parametrize("where", ["middle", "end"])
 @pytest.mark.parametrize("solution", [SOLUTION, UNICODE, "a" * 200], ids=["text", "unicode", "run"])
-def test_as_much_of_the_solution_stays_as_fits(any_tokenizer, where, solution):
+def test_as_much_of_the_solution_stays_as_fits(any_tokenizer, solution):
     whole = whole_length(collator(any_tokenizer), solution)
     ends = token_ends(any_tokenizer, solution)
     for limit in range(whole - 30, whole, 7):
-        made = collator(any_tokenizer, max_length=limit, shorten=where)
+        made = collator(any_tokenizer, max_length=limit)
         lengths = {
-            len(made._privileged_ids(PROMPT, "teacher", shorten_text(solution, ends, kept, where)))
+            len(made._privileged_ids(PROMPT, "teacher", shorten_text(solution, ends, kept)))
             for kept in range(len(ends) + 1)
         }
         best = max(length for length in lengths if length <= limit)
@@ -185,14 +183,13 @@ def test_both_renders_are_checked(byte_tokenizer):
 
 
 @pytest.mark.parametrize("text", ["abcdefgh", "añb數c🙂d", ""])
-@pytest.mark.parametrize("where", ["middle", "end"])
-def test_a_cut_falls_between_the_tokens_that_are_kept(text, where):
+def test_a_cut_falls_between_the_tokens_that_are_kept(text):
     ends = list(range(1, len(text) + 1))
     for kept in range(len(text) + 1):
-        head, tail = shorten_text(text, ends, kept, where).split(CUT)
+        head, tail = shorten_text(text, ends, kept).split(CUT)
         assert len(head) + len(tail) == kept
         assert text.startswith(head) and text.endswith(tail)
-        assert len(tail) == (0 if where == "end" else kept // 2)
+        assert len(tail) == kept // 2
 
 
 def test_a_slow_tokenizer_is_cut_between_characters():

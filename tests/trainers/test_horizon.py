@@ -5,26 +5,26 @@ import pytest
 import torch
 from steps import loss_of_rows, make_trainer
 
-from trl_opsd import OGLSSDConfig, OGLSSDTrainer
+from trl_opsd import OGLSSDTrainer
 
-GROWING = {"distillation_length_start": 2, "distillation_length_steps": 4}
+GROWING = {"distillation_length": "2..8 in 4"}
 
 
 def test_the_length_grows_linearly_and_then_stays(make_args):
-    args = make_args(**GROWING, distillation_length=6)
+    args = make_args(distillation_length="2..6 in 4")
     assert [args.distillation_length_at(step) for step in range(7)] == [2, 3, 4, 5, 6, 6, 6]
+    assert args.distillation_length_at(None) == 6
 
 
-@pytest.mark.parametrize("settings, end", [({}, 8), ({"distillation_length": 5}, 5)])
-def test_without_a_distilled_length_it_grows_to_the_longest_rollout(make_args, settings, end):
-    args = make_args(**GROWING, **settings)
-    assert args.distillation_length_at(4) == end == args.distillation_length_at(10**6)
+def test_it_grows_to_the_longest_rollout_at_most(make_args):
+    args = make_args(distillation_length="2..1000 in 4", max_completion_length=8)
+    assert [args.distillation_length_at(step) for step in (0, 2, 4, 10**6, None)] == [2, 5, 8, 8, 8]
 
 
-@pytest.mark.parametrize("length", [None, 3])
+@pytest.mark.parametrize("length", [None, 3, "3"])
 def test_without_a_start_it_is_the_same_at_every_step(make_args, length):
     args = make_args(distillation_length=length)
-    assert {args.distillation_length_at(step) for step in (0, 1, 100)} == {length}
+    assert {args.distillation_length_at(step) for step in (0, 1, 100, None)} == {length and int(length)}
 
 
 @pytest.mark.parametrize("step, length", [(0, 2), (2, 5), (4, 8)])
@@ -40,7 +40,7 @@ def test_a_growing_length_is_the_constant_one_of_its_step(build, dataset, step, 
 
 
 def test_evaluation_takes_the_length_that_training_ends_with(build, dataset):
-    trainer = build(**GROWING, distillation_length=6, eval_dataset=dataset)
+    trainer = build(distillation_length="2..6 in 4", eval_dataset=dataset)
     losses = []
     for step in (0, 4):
         trainer.state.global_step = step
@@ -61,7 +61,7 @@ def lengths_sampled(trainer, monkeypatch):
 
 
 def test_sampling_stops_where_distillation_does(build, dataset, monkeypatch):
-    settings = {**GROWING, "max_steps": 6, "sample_distilled_only": True, "max_completion_length": 10}
+    settings = {"distillation_length": "2..10 in 4", "max_steps": 6, "max_completion_length": 10}
     trainer = build(given=False, **settings, eval_dataset=dataset, eval_strategy="steps", eval_steps=2)
     limits = lengths_sampled(trainer, monkeypatch)
     trainer.train()
@@ -71,14 +71,15 @@ def test_sampling_stops_where_distillation_does(build, dataset, monkeypatch):
     assert lengths == [2, 4, 6, 8, 10, 10]
 
 
-def test_a_run_stopped_short_has_the_loss_of_its_first_tokens(build, dataset):
-    rows, losses = dataset.select(range(4)), []
-    for settings in ({"distillation_length": 3, "sample_distilled_only": True}, {"max_completion_length": 3}):
-        trainer = build(given=False, temperature=1e-4, loss_temperature=1.0, **settings)  # greedy in effect
-        loss, batch = loss_of_rows(trainer, rows)
-        assert batch["completion_ids"].shape[1] == 3
-        losses.append(loss)
-    torch.testing.assert_close(*losses)
+def test_whole_rollouts_are_sampled_where_their_end_decides_what_is_trained(
+    make_model, make_args, dataset, tokenizer, build
+):
+    group = {"num_generations": 4, **GROWING}
+    trainer = make_trainer(make_model, make_args, dataset, tokenizer, OGLSSDTrainer, **group)
+    assert not trainer._samples_distilled_only() and trainer.distilled_length() == 2
+    for settings in ({"reward_weight": 0.5, "num_generations": 2}, {"mask_truncated_completions": True}):
+        assert not build(**GROWING, **settings)._samples_distilled_only()
+    assert not build(distillation_length=4)._samples_distilled_only() and build(**GROWING)._samples_distilled_only()
 
 
 def test_a_guard_leaves_out_what_grows_by_plan(build):
@@ -88,13 +89,5 @@ def test_a_guard_leaves_out_what_grows_by_plan(build):
         return {limit.key for limit in guard.limits}
 
     everything = watched()
-    assert everything - watched(**GROWING) == {"divergence", "student_entropy"}
-    moved = everything - watched(**GROWING, sample_distilled_only=True)
-    assert moved == {"divergence", "student_entropy", "completions/mean_length"}
-
-
-def test_a_method_that_reads_the_answer_samples_whole_rollouts(make_model, make_args, dataset, tokenizer):
-    settings = {"num_generations": 4, "distillation_length": 4, "sample_distilled_only": True}
-    with pytest.raises(ValueError, match=r"sample_distilled_only=True, but OGLS-SD .* distillation_length alone"):
-        make_trainer(make_model, make_args, dataset, tokenizer, OGLSSDTrainer, **settings)
-    assert OGLSSDConfig.__dataclass_fields__["sample_distilled_only"].default is False
+    assert everything - watched(**GROWING, mask_truncated_completions=True) == {"divergence", "student_entropy"}
+    assert everything - watched(**GROWING) == {"divergence", "student_entropy", "completions/mean_length"}

@@ -94,11 +94,12 @@ def build(make_model, make_args, dataset, tokenizer, monkeypatch):
             "max_completion_length": LONGEST,
             "distillation_length": None,
             "teacher_prompt_template": "{prompt} {solution}",
-            "reference_prompt_template": "{solution}",
             "max_steps": 2,
             "learning_rate": 1e-2,
             "max_grad_norm": 1.0,
         }
+        if trainer_class is PurifiedOPSDTrainer:
+            defaults["reference_prompt_template"] = "{solution}"
         trainer = trainer_class(
             model=make_model(),
             reward_funcs=reward_boxed,

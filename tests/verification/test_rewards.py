@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 from torch import nn
 
-from trl_opsd.rewards import accuracy_reward, guard_rewards, no_reward
+from trl_opsd.rewards import accuracy_reward, guard_rewards, no_reward, skip_errors
 from trl_opsd.verification import verifies, verify
 
 SOLUTION = "2 and 3 make \\boxed{5}"
@@ -139,18 +139,18 @@ def call(reward, answers, **more):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_guarded_reward_keeps_its_name_its_kind_and_its_values(form):
     reward, name = FORMS[form]
-    guarded = guard_rewards(reward, "raise", Counter())
+    guarded = guard_rewards(reward, Counter())
     assert guarded.__name__ == name and inspect.iscoroutinefunction(guarded) == ("async" in form)
     assert call(guarded, ["1", "2.5"]) == [1.0, 2.5]
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_reward_that_raises_is_named_with_the_first_row_that_raises(form):
-    guarded = guard_rewards(FORMS[form][0], "raise", Counter())
+    guarded = guard_rewards(FORMS[form][0], Counter())
     with pytest.raises(ValueError, match="could not convert") as raised:
         call(guarded, ["1", "x", "y"])
     (note,) = raised.value.__notes__
-    for text in (FORMS[form][1], "on row 1", "'p1'", "'c1'", "reward_errors='skip'"):
+    for text in (FORMS[form][1], "on row 1", "'p1'", "'c1'", "skip_errors(function)"):
         assert text in note
 
 
@@ -158,7 +158,7 @@ def test_a_reward_that_raises_is_named_with_the_first_row_that_raises(form):
 def test_skipped_rows_have_no_reward_and_are_counted_and_told(form):
     reward, name = FORMS[form]
     errors = Counter()
-    guarded = guard_rewards(reward, "skip", errors)
+    guarded = guard_rewards(skip_errors(reward), errors)
     told = rf"'{name}' raised ValueError.* on row 1 .*2 of 4 rows.*rewards/{name}/errors"
     with pytest.warns(UserWarning, match=told):
         assert call(guarded, ["1", "x", "3", None]) == [1.0, None, 3.0, None]
@@ -178,7 +178,7 @@ def test_a_skipped_row_leaves_what_the_others_log_in_its_place():
     def log_extra(name, values):
         logged.setdefault(name, []).extend(values)
 
-    guarded = guard_rewards(reward, "skip", Counter())
+    guarded = guard_rewards(skip_errors(reward), Counter())
     with pytest.warns(UserWarning, match="row 0"):
         call(guarded, ["x", "2", "y", "4"], log_extra=log_extra, log_metric=lambda *pair: metrics.append(pair))
     assert logged == {"answer": [None, 2.0, None, 4.0], "text": [None, "c1", None, "c3"]}
@@ -192,15 +192,15 @@ def test_a_reward_that_raises_on_a_batch_but_on_no_row_says_so_or_is_taken_row_b
         return [7.0]
 
     with pytest.raises(RuntimeError, match="one at a time") as raised:
-        call(guard_rewards(reward, "raise", Counter()), ["1", "2"])
+        call(guard_rewards(reward, Counter()), ["1", "2"])
     assert "on no row alone" in raised.value.__notes__[0]
     errors = Counter()
-    assert call(guard_rewards(reward, "skip", errors), ["1", "2"]) == [7.0, 7.0] and not errors
+    assert call(guard_rewards(skip_errors(reward), errors), ["1", "2"]) == [7.0, 7.0] and not errors
 
 
 def test_reward_models_and_their_names_are_not_wrapped():
     model = nn.Linear(1, 1)
-    wrapped = guard_rewards([model, "org/model", fragile], "skip", Counter())
+    wrapped = guard_rewards([model, "org/model", fragile], Counter())
     assert wrapped[:2] == [model, "org/model"] and wrapped[2].__wrapped__ is fragile
 
 
@@ -209,4 +209,4 @@ def test_an_interrupt_is_no_error_of_a_row():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        call(guard_rewards(reward, "skip", Counter()), ["1"])
+        call(guard_rewards(skip_errors(reward), Counter()), ["1"])

@@ -45,7 +45,6 @@ def build(engine, monkeypatch, tmp_path):
             "lr_scheduler_type": "constant",
             "max_grad_norm": 1.0,
             "teacher_prompt_template": TEACHER_PROMPT_TEMPLATE,
-            "reference_prompt_template": REFERENCE_ONLY_TEMPLATE,
             "teacher_chat_template_kwargs": {"enable_thinking": False},
             "logging_steps": 1,
             "save_strategy": "no",
@@ -55,6 +54,8 @@ def build(engine, monkeypatch, tmp_path):
             "report_to": [],
             "disable_tqdm": True,
         }
+        if "reference_prompt_template" in trainer_class.config_class.__dataclass_fields__:
+            defaults["reference_prompt_template"] = REFERENCE_ONLY_TEMPLATE
         trainer = trainer_class(
             model=model_path(),
             args=trainer_class.config_class(**{**defaults, **settings}),

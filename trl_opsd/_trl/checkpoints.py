@@ -84,7 +84,6 @@ class CheckedTrainer(Trainer):
                 wait=self.accelerator.wait_for_everyone,
                 run=self.run.id,
                 initial_weights=self.run.initial_weights,
-                hashes=self.run.hashes,
             ):
                 super()._save_checkpoint(model, trial)
                 self.save_extra_state(str(folder))

@@ -82,9 +82,9 @@ The student's and the teacher's last user message stand below; `{{prompt}}` is t
         fenced(args.prompt_template or "{prompt}"),
         "Teacher:",
         fenced(args.teacher_prompt_template),
-        "Teacher without the problem, where the method or a diagnosis has one:",
-        fenced(args.reference_prompt_template),
     ]
+    for name, template in method.templates(args).items():
+        parts += [f"Teacher, as `{name}`:", fenced(template)]
     return "\n\n".join(parts)
 
 

@@ -13,19 +13,16 @@ from ..model.sharding import gathered, plain_name, whole
 _CHUNK = 2**26  # values copied to the host at once
 
 
-def hash_initial_weights(
-    model: nn.Module, taught: Collection[str], *, hashes: bool, counts: bool = True
-) -> dict[str, str] | None:
+def hash_initial_weights(model: nn.Module, taught: Collection[str], *, counts: bool = True) -> dict[str, str] | None:
     """Hash what has to be the run's initial model; a collective where an engine shards it.
 
     Args:
         model: as it was given, before the first step.
         taught: names of the trained parameters whose initial values the teacher has.
-        hashes: of all values; otherwise of about 256 of each tensor alone.
         counts: this rank hashes; others only help to gather.
 
     Returns:
-        "sample" and, with `hashes`, "sha256"; the same for every engine and number of ranks. None on other ranks.
+        "sha256" of all values and "sample" of about 256 of each tensor; the same for every engine and number of ranks. None on other ranks.
     """
     sample, full = hashlib.sha256(), hashlib.sha256()
     for name, value in _initial_values(model, taught):
@@ -35,11 +32,11 @@ def hash_initial_weights(
             sample.update(label)
             sample.update(_bytes(flat[:: max(1, flat.numel() // 256)]))
             full.update(label)
-            for chunk in flat.split(_CHUNK) if hashes and flat.numel() else ():
+            for chunk in flat.split(_CHUNK) if flat.numel() else ():
                 full.update(_bytes(chunk))
     if not counts:
         return None
-    return {"sample": sample.hexdigest()} | ({"sha256": full.hexdigest()} if hashes else {})
+    return {"sample": sample.hexdigest(), "sha256": full.hexdigest()}
 
 
 def check_initial_weights(own: Mapping[str, str], of_run: Mapping[str, str]) -> None:

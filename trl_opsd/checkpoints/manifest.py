@@ -60,7 +60,6 @@ def writing_checkpoint(
     wait: Callable[[], None],
     run: str | None = None,
     initial_weights: dict[str, str] | None = None,
-    hashes: bool = True,
 ) -> Iterator[None]:
     """Within the context every rank writes its files into `folder`; the folder is marked before and after.
 
@@ -70,7 +69,6 @@ def writing_checkpoint(
         wait: waits for all ranks.
         run: id of the run.
         initial_weights: hashes that the run's start has to have when it is resumed.
-        hashes: list the SHA-256 of each file, which reads all of them, beside its size.
 
     Raises:
         Exception: what the writing raised, with a note that names the folder and the space left.
@@ -84,7 +82,7 @@ def writing_checkpoint(
         yield
         wait()
         if marks:
-            _mark(folder, complete=True, **facts, files=_list_files(folder, hashes))
+            _mark(folder, complete=True, **facts, files=_list_files(folder))
     except Exception as error:
         error.add_note(_describe_failure(folder))
         raise
@@ -126,12 +124,11 @@ def latest_complete_checkpoint(output_dir: str | Path) -> str | None:
     return next((str(each.folder) for each in reversed(read_checkpoints(output_dir)) if each.can_resume), None)
 
 
-def find_faults(checkpoint: Checkpoint, *, hashes: bool = True) -> list[str]:
+def find_faults(checkpoint: Checkpoint) -> list[str]:
     """What keeps a run from going on from a checkpoint, a sentence for each file; nothing where it is whole.
 
     Args:
         checkpoint: to look at. Without a list of files it is only seen whether each of them can be opened.
-        hashes: read the files and compare their hashes where there are some, beside the sizes.
     """
     if checkpoint.unread:
         return [checkpoint.unread]
@@ -141,7 +138,7 @@ def find_faults(checkpoint: Checkpoint, *, hashes: bool = True) -> list[str]:
         look = [partial(_fault_of_opening, path) for path in sorted(checkpoint.folder.rglob("*")) if path.is_file()]
     else:
         look = [
-            partial(_fault_of_file, checkpoint.folder / name, size, digest if hashes else None)
+            partial(_fault_of_file, checkpoint.folder / name, size, digest)
             for name, (size, digest) in checkpoint.files.items()
         ]
     with ThreadPoolExecutor(_READERS) as pool:
@@ -166,12 +163,12 @@ def _mark(folder: Path, **values: Any) -> None:
     os.replace(unfinished, folder / MARKER)  # never half a marker
 
 
-def _list_files(folder: Path, hashes: bool) -> dict[str, tuple[int, str | None]]:
+def _list_files(folder: Path) -> dict[str, tuple[int, str]]:
     """Of every file that a resume may read; cards are left out, as they are written again later."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     paths = [path for path in paths if path.suffix != ".md" and not path.name.startswith(MARKER)]
     with ThreadPoolExecutor(_READERS) as pool:
-        digests = list(pool.map(_digest if hashes else lambda path: None, paths))
+        digests = list(pool.map(_digest, paths))
     return {
         path.relative_to(folder).as_posix(): (path.stat().st_size, digest)
         for path, digest in zip(paths, digests, strict=True)

@@ -20,13 +20,11 @@ class CheckpointSearch:
         tell: is given a sentence about what is passed over or cannot be checked.
         of_all: from a rank's value, the list of all ranks' values, the first rank's first; a collective.
         reads: this rank looks at the files, once a machine.
-        hashes: compare hashes, beside sizes.
     """
 
     tell: Callable[[str], None] = lambda text: None
     of_all: Callable[[Any], list] = lambda value: [value]
     reads: bool = True
-    hashes: bool = True
 
     def resolve(self, wanted: str | bool | None, output_dir: str | Path) -> str | None:
         """The folder to resume from, from what a user gave as `resume_from_checkpoint`.
@@ -71,7 +69,7 @@ class CheckpointSearch:
         return None, faults
 
     def _faults(self, checkpoint: Checkpoint) -> list[str]:
-        own = find_faults(checkpoint, hashes=self.hashes) if self.reads else []
+        own = find_faults(checkpoint) if self.reads else []
         return list(dict.fromkeys(chain.from_iterable(self.of_all(own))))
 
     def _newest_of(self, output_dir: str | Path) -> str:

@@ -20,21 +20,19 @@ class Run:
     """What a trainer holds of its run.
 
     Args:
-        args: training arguments with `checkpoint_hashes` and `overwrite_output_dir`.
+        args: training arguments.
         accelerator: of the trainer.
 
     Attributes:
         id: of the run that goes on; empty before it starts.
         own_ids: one for each start.
         initial_weights: hashes of what a checkpoint does not hold of the model as it was given, or None.
-        hashes: whether files and weights are compared by their SHA-256.
     """
 
     def __init__(self, args: Any, accelerator: Any):
         self._args, self._accelerator = args, accelerator
         self.id, self.own_ids = "", frozenset()
         self.initial_weights: dict[str, str] | None = None
-        self.hashes: bool = args.checkpoint_hashes
 
     def remember_weights(self, model: torch.nn.Module, taught: Collection[str]) -> None:
         """Hash what a checkpoint does not hold of the model as it was given; a collective.
@@ -44,7 +42,7 @@ class Run:
             taught: names of the trained parameters whose first values the teacher keeps.
         """
         counts = self._accelerator.is_main_process
-        self.initial_weights = _of_all(hash_initial_weights(model, taught, hashes=self.hashes, counts=counts))[0]
+        self.initial_weights = _of_all(hash_initial_weights(model, taught, counts=counts))[0]
 
     @contextmanager
     def started(self, resume_from_checkpoint: str | bool | None) -> Iterator[str | None]:
@@ -57,7 +55,7 @@ class Run:
         takes = self._accelerator.is_main_process
         with only_run_in(self._args.output_dir, takes=takes, of_all=_of_all, tell=self.tell):
             reads = self._accelerator.is_local_main_process
-            search = CheckpointSearch(tell=self.tell, of_all=_of_all, reads=reads, hashes=self.hashes)
+            search = CheckpointSearch(tell=self.tell, of_all=_of_all, reads=reads)
             folder = search.resolve(resume_from_checkpoint, self._args.output_dir)
             self._identify(folder)
             yield folder
@@ -78,12 +76,12 @@ class Run:
         found = [each for each in read_checkpoints(folder) if each.can_resume]
         found = _of_all([(each.folder.name, each.run) for each in found])[0]
         others = [name for name, run in found if run not in self.own_ids]
-        if others and not self._args.overwrite_output_dir:
+        if others:
             raise ValueError(
                 f"output_dir={folder!r} holds checkpoints of another run ({', '.join(others)}), and this one "
                 "starts from the beginning: the two would be mixed. To go on from them call "
                 "train(resume_from_checkpoint=True) (--resume_from_checkpoint true); otherwise set another output_dir, "
-                "move them away, or set overwrite_output_dir=True, which leaves them until a step of the same number is saved."
+                "or move or delete them."
             )
         if found:
             self.tell(

@@ -184,8 +184,6 @@ def _changes(run: Planned, engine: str, num_gpus: int) -> list[tuple[str, Planne
     if args.teacher_tokens_per_forward > 8192:
         fewer = run.changed(teacher_tokens_per_forward=8192)
         found.append(("teacher_tokens_per_forward=8192", fewer, engine, num_gpus))
-    if not args.offload_targets:
-        found.append(("offload_targets=True", run.changed(offload_targets=True), engine, num_gpus))
     if not args.use_vllm:
         found.append(("a vLLM server", run.changed(use_vllm=True, vllm_mode="server"), engine, num_gpus))
     for other in ("zero2", "zero3"):

@@ -246,9 +246,7 @@ class OPSDGKDTrainer(CheckedTrainer, NamedByMethod, GKDTrainer):
         the rollouts' ids; both masks select the same tokens in the same order."""
         own = inputs["labels"] != IGNORED
         args = self.args
-        length = (
-            args.distillation_length_at(self.state.global_step) if self.mode == "train" else args.distillation_length
-        )
+        length = args.distillation_length_at(self.state.global_step if self.mode == "train" else None)
         skipped = args.num_loss_tokens_to_skip
         completions = [ids[is_own].tolist()[:length] for ids, is_own in zip(inputs["input_ids"], own, strict=True)]
         place = own.cumsum(dim=1) - 1

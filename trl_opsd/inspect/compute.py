@@ -8,6 +8,7 @@ fused loss is not used. Any `Method` can be inspected, since a method is a rule 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,10 +50,15 @@ class Inspector:
     step: int = 0
     num_top: int = 5
 
+    @cached_property
+    def _collator(self) -> TeacherCollator:
+        templates = self.method.templates(self.settings)
+        return TeacherCollator.from_settings(self.tokenizer, self.settings, templates=templates)
+
     def encode(self, rollout: Rollout, context: TeacherContext) -> list[int]:
         """Token ids of what a view reads before the rollout."""
         prompt = student_prompt(rollout.prompt, self.settings) if context.template == "plain" else rollout.prompt
-        return TeacherCollator.from_settings(self.tokenizer, self.settings).encode(prompt, context).ids
+        return self._collator.encode(prompt, context).ids
 
     def inspect_group(self, group: Sequence[SampledRollout]) -> list[RolloutRecord]:
         """Records of a prompt's rollouts; those that the method does not distil are left out.
@@ -67,7 +73,7 @@ class Inspector:
 
     @torch.no_grad()
     def _inspect(self, rollout: Rollout, ids: list[int], contexts: Sequence[TeacherContext]) -> RolloutRecord:
-        ids = ids[: self.settings.distillation_length]
+        ids = ids[: self.settings.distillation_length_at(None)]
         views = self._score(rollout, ids, contexts)
         shape = self.method.shape(self.settings, self.step)
         strengths = [share * shape.strength for share in _STRENGTHS] if isinstance(shape, LinearShape) else []
@@ -90,7 +96,7 @@ class Inspector:
             for name, numbers in measured.items():
                 values.setdefault(name, []).extend(numbers.tolist())
         texts = token_texts(self.tokenizer, ids)
-        markers = marker_flags(texts, self.settings.reflection_markers)
+        markers = marker_flags(texts)
         return RolloutRecord(rollout, ids, texts, markers, shown, values, strengths)
 
     def _score(self, rollout: Rollout, ids: list[int], contexts: Sequence[TeacherContext]) -> Views:

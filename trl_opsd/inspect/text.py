@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from ..monitoring.markers import find_markers
+from ..monitoring.markers import REFLECTION_MARKERS, find_markers
 
 _INCOMPLETE = "\ufffd"
 _WINDOW = 32
@@ -34,7 +34,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return texts
 
 
-def marker_flags(texts: Sequence[str], markers: Sequence[str]) -> list[bool]:
+def marker_flags(texts: Sequence[str], markers: Sequence[str] = REFLECTION_MARKERS) -> list[bool]:
     """Whether each token holds a character of a reflection marker."""
     whole = "".join(texts)
     inside = bytearray(len(whole))  # 1 on a marker's characters

@@ -29,6 +29,10 @@ def no_shape(settings: Any, step: int) -> Shape:
     return Shape()
 
 
+def _never(settings: Any) -> int:
+    return 0
+
+
 def _no_templates(settings: Any) -> Mapping[str, str]:
     return {}
 
@@ -129,6 +133,8 @@ class Method:
         reads_old: `old_log_prob` is that of the policy that sampled, not the student's own at the first step on a batch.
         owners: from settings to whose weights contexts ask for beside "teacher": "base", "live".
         templates: from settings to the prompt templates of the method's own, by the name that contexts use.
+        decomposition_steps: from settings to the optimizer steps between two measurements of how much of the teacher's signal
+            the solution alone explains; 0 for none.
         columns: of the dataset, that `Rollout.columns` holds.
         ignored_tokens: from (tokenizer, settings) to the ids of tokens that are never trained on.
         remember: from (memory, [`Seen`], settings) to the memory from the next loss on, as JSON; called once a
@@ -154,6 +160,7 @@ class Method:
     reads_old: bool = False
     owners: Callable[[Any], tuple[str, ...]] = _no_owners
     templates: Callable[[Any], Mapping[str, str]] = _no_templates
+    decomposition_steps: Callable[[Any], int] = _never
     columns: tuple[str, ...] = ()
     ignored_tokens: Callable[[Any, Any], Collection[int]] | None = None
     remember: Callable[[Mapping[str, Any], Seen, Any], Mapping[str, Any]] | None = None

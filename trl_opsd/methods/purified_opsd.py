@@ -34,6 +34,8 @@ PURIFIED_OPSD = Method(
     name="Purified OPSD",
     contexts=purified_contexts,
     shape=bounded_shape,
+    templates=lambda settings: {"reference": settings.reference_prompt_template},
+    decomposition_steps=lambda settings: settings.decomposition_steps,
     paper={
         "title": "Purified OPSD: On-Policy Self-Distillation Without Losing How to Think",
         "id": "2607.02234",

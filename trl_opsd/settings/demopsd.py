@@ -11,7 +11,8 @@ class DemoPSDSettings:
     """Defaults of the paper that differ from OPSD's, and what DemoPSD alone reads.
 
     The paper gives neither the threshold of a right rollout nor the temperature and the gradient's norm: 0.5, 1 and 1 are
-    ours. It is silent on whether a rollout may be its own peer: here it may not.
+    ours. It is silent on whether a rollout may be its own peer: here it may not. A too long peer
+    loses its middle, where the paper cuts its end.
     """
 
     learning_rate: float = option(1e-6, "Initial learning rate of AdamW.")
@@ -30,7 +31,6 @@ class DemoPSDSettings:
     teacher_chat_template_kwargs: dict | str | None = option(
         {"enable_thinking": False}, "Keyword arguments of the chat template for the teacher's prompt."
     )
-    solution_shortening: str = option("end", "Where a too long peer loses text: `middle` or `end`.")
     divergence: str = option("reverse_kl", "What is measured between teacher and student.")
     clip: str | None = option(None, "`upper`, `symmetric`, `token` or `none`.")
     largest_plain_share: float = option(0.15, "a_max: largest share of the plain view in the target, in [0, 1].")

@@ -19,7 +19,7 @@ class OGLSSDSettings:
     clip: str | None = option("symmetric", "`upper`, `symmetric`, `token` or `none`.")
     num_generations: int | None = option(8, "Rollouts per prompt, at least 2.")
     max_completion_length: int | None = option(8192, "Longest rollout in tokens: long enough to reach an answer.")
-    distillation_length: int | None = option(1024, "Only the first so many tokens of a rollout are distilled.")
+    distillation_length: int | str | None = option(1024, "As in `OPSDConfig`; whole rollouts are sampled.")
     reward_threshold: float = option(0.5, "A rollout is right if its reward is at least this.")
     steering_strength: float = option(3.0, "lambda at the end of its ramp, 0 or more.")
     steering_warmup_steps: int = option(50, "Optimizer steps over which lambda grows linearly; 0 for none.")

@@ -3,7 +3,6 @@
 
 from dataclasses import dataclass
 
-from ..monitoring.markers import REFLECTION_MARKERS
 from .fields import option, require
 from .shared import AnswerSettings, SelfDistillationSettings
 
@@ -31,34 +30,10 @@ class OPSDSettings(SelfDistillationSettings, AnswerSettings):
         False,
         "Leave losses that are not finite out of the logged mean. Off: they stop the run, and asking waits for the GPU.",
     )
-    sample_distilled_only: bool = option(
-        False,
-        "Sampling stops where distillation does, so that no token is sampled in vain; rewards then see rollouts without "
-        "their end. For methods and rewards that read the answer: off.",
-    )
-
-    # Scoring and rewards.
-    offload_targets: bool = option(
-        False,
-        "Keep the targets' hidden states in host memory until their micro-batch. Changes no number; worth it where many "
-        "long rollouts wait on a GPU.",
-    )
+    # Rewards and diagnostics.
     reward_weight: float = option(
         0.0, "Weight of TRL's policy-gradient loss beside the distillation; 0 leaves rewards to the log."
     )
-    reward_errors: str = option(
-        "raise",
-        "When a reward function raises: `raise` stops the run and names the row, `skip` leaves such rows without a "
-        "reward and counts them in the log as `rewards/NAME/errors`.",
-    )
-
-    # Diagnostics.
-    decomposition_steps: int = option(
-        0,
-        "Optimizer steps between two measurements of how much of the teacher's signal the solution alone explains; 0 "
-        "for none. Each scores three views of a few rollouts.",
-    )
-    reflection_markers: list[str] = option(list(REFLECTION_MARKERS), "Whole words counted per 1,000 tokens of rollout.")
     guard: str = option(
         "warn",
         "When length, entropy, divergence, markers or repetition leave the range of the start: `warn`, `stop` or `off`.",
@@ -67,37 +42,17 @@ class OPSDSettings(SelfDistillationSettings, AnswerSettings):
     def check(self) -> None:
         """Raise a ValueError for a setting of rollouts, rewards or diagnostics outside its range."""
         from ..monitoring.guard import GUARDS
-        from ..rewards import REWARD_ERRORS
 
         require(self.guard in GUARDS, self, "guard", f"one of {GUARDS}")
         require(self.reward_weight >= 0, self, "reward_weight", "0 or more")
-        require(self.reward_errors in REWARD_ERRORS, self, "reward_errors", f"one of {REWARD_ERRORS}")
-        require(self.decomposition_steps >= 0, self, "decomposition_steps", "0 or more")
         if self.reward_weight > 0 and self.num_generations < 2:
             raise ValueError(
                 f"num_generations={self.num_generations} with reward_weight={self.reward_weight}: TRL's advantages "
                 "need at least 2 rollouts a prompt. Set num_generations to 2 or more, or reward_weight to 0."
             )
-        if self.sample_distilled_only:
-            self._check_short_rollouts()
         if self.steps_per_generation % self.gradient_accumulation_steps:
             raise ValueError(
                 f"steps_per_generation={self.steps_per_generation} is not a multiple of gradient_accumulation_steps="
                 f"{self.gradient_accumulation_steps}: the loss is a mean over the tokens of a whole optimizer step, "
                 "so they must be known when it starts. Set steps_per_generation to a multiple, or leave it unset."
             )
-
-    def _check_short_rollouts(self) -> None:
-        if self.distillation_length is None and self.distillation_length_start is None:
-            raise ValueError(
-                "sample_distilled_only=True has no length to stop at: set distillation_length, or distillation_length_start "
-                "and distillation_length_steps; or lower max_completion_length alone."
-            )
-        for name, why in {
-            "reward_weight": "a reward in the loss reads whole rollouts",
-            "mask_truncated_completions": "it would leave out every rollout that is stopped",
-        }.items():
-            if getattr(self, name):
-                raise ValueError(
-                    f"sample_distilled_only=True with {name}={getattr(self, name)!r}: {why}. Leave one of them out."
-                )

@@ -3,6 +3,8 @@
 
 from dataclasses import dataclass
 
+from ..rows.texts import check_template
+from ..teacher.contexts import REFERENCE_PROMPT_TEMPLATE
 from .fields import option, require
 
 
@@ -18,7 +20,14 @@ class PurifiedOPSDSettings:
     max_steps: int = option(200, "Optimizer steps.")
     tanh_bound: float = option(10.0, "c: no token moves by more than so many nats before the division, above 0.")
     conservativeness: float = option(1.0, "beta: divides the shift; larger stays closer to the base, above 0.")
-    decomposition_steps: int = option(10, "As in `OPSDConfig`; the paper's diagnosis, so on by default.")
+    reference_prompt_template: str = option(
+        REFERENCE_PROMPT_TEMPLATE, "The user message of the teacher that sees the solution but not the problem."
+    )
+    decomposition_steps: int = option(
+        10,
+        "Optimizer steps between two measurements of how much of the teacher's signal the solution alone explains; 0 "
+        "for none. Each scores three views of a few rollouts.",
+    )
     real_tokens_only: bool = option(
         True, "Compare the rows of the head that the tokenizer has tokens for, in the mean and in the softmax."
     )
@@ -28,5 +37,7 @@ class PurifiedOPSDSettings:
         from ..losses import BoundedShape
 
         BoundedShape(self.tanh_bound, self.conservativeness)
+        require(self.decomposition_steps >= 0, self, "decomposition_steps", "0 or more")
+        check_template("reference_prompt_template", self.reference_prompt_template, "{solution}")
         no_prompt = "{prompt}" not in self.reference_prompt_template
         require(no_prompt, self, "reference_prompt_template", "a text without {prompt}")

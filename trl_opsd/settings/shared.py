@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..rows.texts import check_template
-from ..teacher.contexts import REFERENCE_PROMPT_TEMPLATE, SHORTEN_CHOICES, TEACHER_KINDS, TEACHER_PROMPT_TEMPLATE
+from ..teacher.contexts import TEACHER_KINDS, TEACHER_PROMPT_TEMPLATE
 from .fields import option, require
+from .horizon import Horizon, read_length
 
 if TYPE_CHECKING:
     from ..losses import Divergence
@@ -77,9 +78,6 @@ class SelfDistillationSettings(StudentPrompt):
         TEACHER_PROMPT_TEMPLATE,
         "The teacher's last user message; holds `{solution}` and, for a privileged teacher, `{prompt}`.",
     )
-    reference_prompt_template: str = option(
-        REFERENCE_PROMPT_TEMPLATE, "The user message of a teacher that sees the solution but not the problem."
-    )
     teacher_chat_template_kwargs: dict | str | None = option(
         {"enable_thinking": True}, "Keyword arguments of the chat template for the teacher's prompt."
     )
@@ -89,7 +87,6 @@ class SelfDistillationSettings(StudentPrompt):
     max_teacher_prompt_length: int | None = option(
         None, "Longest teacher prompt in tokens; a longer one has its solution shortened. None for no limit."
     )
-    solution_shortening: str = option("middle", "Where a too long solution loses text: `middle` or `end`.")
     teacher_tokens_per_forward: int = option(
         32_768, "Tokens, padding and cached ones included, that one teacher forward may hold."
     )
@@ -112,33 +109,12 @@ class SelfDistillationSettings(StudentPrompt):
     loss_reduction: str = option(
         "token", "`token`: mean over all tokens of the optimizer step; `sequence`: mean of each rollout's mean."
     )
-    compile_loss: bool = option(
-        False,
-        "Fuse the loss's elementwise work with torch.compile: faster after a minute of compiling; needs Triton on a GPU, "
-        "a C++ compiler on a CPU.",
-    )
-    distillation_length: int | None = option(
-        None, "Only the first so many tokens of a rollout are distilled. None for all."
-    )
-    distillation_length_start: int | None = option(
+    distillation_length: int | str | None = option(
         None,
-        "So many at the first step, then linearly more up to `distillation_length`, or to the longest rollout. None for "
-        "the same at every step.",
+        "Only the first so many tokens of a rollout are distilled; None for all. `256..1024 in 50` grows from 256 to 1024 over "
+        "50 optimizer steps, and sampling then stops there too where nothing trains on rewards.",
     )
-    distillation_length_steps: int = option(0, "Optimizer steps that `distillation_length_start` takes to grow.")
     num_loss_tokens_to_skip: int = option(0, "So many first tokens of a rollout are not distilled.")
-
-    # Checkpoints.
-    checkpoint_hashes: bool = option(
-        True,
-        "List the SHA-256 of a checkpoint's files and of the initial weights, and compare them when a run is resumed: each "
-        "reads everything once. Off for very large models; sizes are always compared.",
-    )
-    overwrite_output_dir: bool = option(
-        False,
-        "Start from the beginning in a folder that holds another run's checkpoints, which is refused otherwise. Each stays "
-        "until a step of its number is saved.",
-    )
 
     def read_texts(self) -> None:
         """Settle what the command line writes as text; before the checks of TRL's config."""
@@ -171,14 +147,19 @@ class SelfDistillationSettings(StudentPrompt):
             clip_value=self.clip_value,
         )
 
-    def distillation_length_at(self, step: int) -> int | None:
-        """Tokens of a rollout that are distilled after `step` optimizer steps; None for all."""
-        start, end = self.distillation_length_start, self.distillation_length
-        if start is None:
-            return end
-        longest = getattr(self, self._rollout_limit)
-        end = longest if end is None else min(end, longest or end)
-        return round(start + (end - start) * min(1.0, step / self.distillation_length_steps))
+    def horizon(self) -> Horizon | None:
+        """How the distilled length grows; None where it is the same at every step."""
+        length = read_length(self.distillation_length)
+        return length if isinstance(length, Horizon) else None
+
+    def distillation_length_at(self, step: int | None) -> int | None:
+        """Tokens of a rollout that are distilled after `step` optimizer steps, None for what the run ends with; None for all."""
+        horizon, longest = self.horizon(), getattr(self, self._rollout_limit)
+        if horizon is None:
+            return self.distillation_length
+        if longest is not None:
+            horizon = horizon._replace(end=min(horizon.end, longest))
+        return horizon.end if step is None else horizon.at(step)
 
     def check(self) -> None:
         """Raise a ValueError for a setting of the teacher or the loss outside its range."""
@@ -193,11 +174,18 @@ class SelfDistillationSettings(StudentPrompt):
         self.loss_divergence()
         require(self.loss_reduction in ("token", "sequence"), self, "loss_reduction", "'token' or 'sequence'")
         require(self.num_loss_tokens_to_skip >= 0, self, "num_loss_tokens_to_skip", "0 or more")
-        length, longest = self.distillation_length, getattr(self, self._rollout_limit)
-        require(length is None or length > 0, self, "distillation_length", "a positive number of tokens, or None")
-        self._check_growth()
-        for name in ("distillation_length_start", "distillation_length", self._rollout_limit):
-            limit = getattr(self, name)
+        self._check_lengths()
+
+    def _check_lengths(self) -> None:
+        self.distillation_length = self.distillation_length if self.horizon() else read_length(self.distillation_length)
+        horizon, length, longest = self.horizon(), self.distillation_length_at(None), getattr(self, self._rollout_limit)
+        if horizon is not None and longest is not None and horizon.start >= longest:
+            raise ValueError(
+                f"distillation_length={self.distillation_length!r} has nowhere to grow to: {self._rollout_limit}={longest}. "
+                "Start lower, or set one number."
+            )
+        first = length if horizon is None else horizon.start
+        for name, limit in (("distillation_length", first), (self._rollout_limit, longest)):
             if limit is not None and self.num_loss_tokens_to_skip >= limit:
                 raise ValueError(
                     f"num_loss_tokens_to_skip={self.num_loss_tokens_to_skip} leaves nothing of {name}={limit}. Skip "
@@ -208,35 +196,17 @@ class SelfDistillationSettings(StudentPrompt):
             warnings.warn(
                 f"distillation_length={length} is above {self._rollout_limit}={longest}; "
                 "every token of a rollout is distilled.",
-                stacklevel=6,
-            )
-
-    def _check_growth(self) -> None:
-        start, steps = self.distillation_length_start, self.distillation_length_steps
-        require(start is None or start > 0, self, "distillation_length_start", "a positive number of tokens, or None")
-        require(steps >= 0, self, "distillation_length_steps", "0 or more")
-        if (start is None) != (steps == 0):
-            raise ValueError(
-                f"distillation_length_start={start} with distillation_length_steps={steps}: set both to have the distilled "
-                "length grow, or neither."
-            )
-        length, longest = self.distillation_length, getattr(self, self._rollout_limit)
-        if start is not None and start >= min((end for end in (length, longest) if end is not None), default=0):
-            raise ValueError(
-                f"distillation_length_start={start} has nowhere to grow to: distillation_length={length}, "
-                f"{self._rollout_limit}={longest}. Lower it, or leave it unset."
+                stacklevel=7,
             )
 
     def _check_teacher(self) -> None:
         require(self.teacher_model_kind in TEACHER_KINDS, self, "teacher_model_kind", f"one of {TEACHER_KINDS}")
         require(0 < self.teacher_update_rate <= 1, self, "teacher_update_rate", "above 0 and at most 1")
         require(self.teacher_sync_steps >= 1, self, "teacher_sync_steps", "1 or more")
-        require(self.solution_shortening in SHORTEN_CHOICES, self, "solution_shortening", f"one of {SHORTEN_CHOICES}")
         require(self.teacher_tokens_per_forward >= 1, self, "teacher_tokens_per_forward", "1 or more")
         budget = self.max_teacher_prompt_length
         require(budget is None or budget >= 1, self, "max_teacher_prompt_length", "1 or more, or None")
         check_template("teacher_prompt_template", self.teacher_prompt_template, "{prompt}", "{solution}")
-        check_template("reference_prompt_template", self.reference_prompt_template, "{solution}")
 
 
 def _is_json_object(value: Any) -> bool:

@@ -13,7 +13,6 @@ from typing import Any
 
 from ..rows.texts import Prompt
 
-SHORTEN_CHOICES = ("middle", "end")
 TEACHER_KINDS = ("base", "live", "ema")  # whose weights a teacher has
 
 TEACHER_PROMPT_TEMPLATE = """{prompt}
@@ -33,6 +32,13 @@ REFERENCE_PROMPT_TEMPLATE = """A reference solution stands between the two marks
 === Reference solution ends ===
 
 Work through it until every step is clear to you. Then give the solution afresh, by your own reasoning and in your own words rather than by copying, and reach the same result. Put the final answer in \\boxed{}."""
+
+
+def reference_template(teacher_template: str) -> str:
+    """The teacher's template without the problem, for the diagnosis of a method that has no such view of its own."""
+    if teacher_template == TEACHER_PROMPT_TEMPLATE:
+        return REFERENCE_PROMPT_TEMPLATE
+    return teacher_template.replace("{prompt}", "").strip()
 
 
 @dataclass(frozen=True)

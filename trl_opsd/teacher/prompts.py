@@ -13,7 +13,7 @@ import torch
 
 from ..rows.checks import check_no_special_token
 from ..rows.texts import Prompt, as_text_turns, fill_template, rewrite_last_turn
-from .contexts import TeacherContext
+from .contexts import TeacherContext, reference_template
 
 _CUT = " [...] "
 
@@ -37,7 +37,6 @@ class TeacherCollator:
         teacher_kwargs: chat-template arguments of every other context.
         prefix: text that opens the teacher's turn after the generation prompt.
         max_length: budget of a privileged prompt in tokens; the slot's text is shortened to it, the template never.
-        shorten: where the slot's text is cut, "middle" or "end".
         render_kwargs: passed to `apply_chat_template` for every context (tools, another chat template).
         max_positions: tokens that the model has positions for; None for no limit.
     """
@@ -48,7 +47,6 @@ class TeacherCollator:
     teacher_kwargs: dict[str, Any] = field(default_factory=dict)
     prefix: str | None = None
     max_length: int | None = None
-    shorten: str = "middle"
     render_kwargs: dict[str, Any] = field(default_factory=dict)
     max_positions: int | None = None
 
@@ -68,7 +66,10 @@ class TeacherCollator:
         **limits: int | None,
     ):
         """The collator that an `OPSDConfig` describes, with the method's own `templates` and `limits` of the model."""
-        own = {"teacher": settings.teacher_prompt_template, "reference": settings.reference_prompt_template}
+        own = {
+            "teacher": settings.teacher_prompt_template,
+            "reference": reference_template(settings.teacher_prompt_template),
+        }
         return cls(
             tokenizer=tokenizer,
             templates={**own, **(templates or {})},
@@ -76,7 +77,6 @@ class TeacherCollator:
             teacher_kwargs=settings.teacher_chat_template_kwargs or {},
             prefix=settings.teacher_prefix,
             max_length=settings.max_teacher_prompt_length,
-            shorten=settings.solution_shortening,
             render_kwargs=render_kwargs or {},
             **limits,
         )
@@ -106,7 +106,7 @@ class TeacherCollator:
         ends = token_ends(self.tokenizer, context.slot)
         if len(ends) <= context.slot_tokens:
             return context.slot, False
-        return shorten_text(context.slot, ends, context.slot_tokens, self.shorten), True
+        return shorten_text(context.slot, ends, context.slot_tokens), True
 
     def _within_positions(self, ids: list[int]) -> list[int]:
         if self.max_positions is not None and len(ids) > self.max_positions:
@@ -197,7 +197,7 @@ class TeacherCollator:
         low, high, best = 0, min(len(ends), self.max_length), None
         while low <= high:
             kept = (low + high) // 2
-            text = shorten_text(context.slot, ends, kept, self.shorten)
+            text = shorten_text(context.slot, ends, kept)
             ids = self._privileged_ids(prompt, context.template, text, context.texts)
             if len(ids) <= self.max_length:
                 best, low = ids, kept + 1
@@ -215,16 +215,15 @@ def token_ends(tokenizer: Any, text: str) -> list[int]:
     return list(range(1, len(text) + 1))
 
 
-def shorten_text(text: str, ends: Sequence[int], kept: int, where: str) -> str:
-    """`text` with only `kept` of its tokens, cut at the end or in the middle, and a mark at the cut.
+def shorten_text(text: str, ends: Sequence[int], kept: int) -> str:
+    """`text` with only `kept` of its tokens: head and tail, where the answer usually stands, and a mark at the cut between.
 
     Args:
         text: the text.
         ends: character offset behind each of its tokens.
         kept: number of tokens to keep, at most `len(ends)`.
-        where: "end" keeps the head; "middle" keeps head and tail, where the answer usually stands.
     """
-    head = kept if where == "end" else (kept + 1) // 2
+    head = (kept + 1) // 2
     tail = kept - head
     start = text[: ends[head - 1]] if head else ""
     return start + _CUT + (text[ends[len(ends) - tail - 1] :] if tail else "")

@@ -10,6 +10,7 @@ import torch
 from ..losses import OutputHead, Shape, Target
 from .jobs import ScoringJob
 
+DEVICE_BYTES = 2**30  # of hidden states that wait on a GPU; more of them wait in host memory
 _HIDDEN = ("anchor_hidden", "direction_hidden")
 _NUMBERS = ("view_log_probs", "view_entropies")
 
@@ -100,9 +101,22 @@ class TargetStates:
         return columns
 
 
-def offload_states(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """A micro-batch's hidden states in host memory, from which a GPU can copy them without waiting."""
-    states = {name: batch[name].cpu() for name in _HIDDEN if name in batch}
+def waits_in_host_memory(num_bytes: int) -> bool:
+    """Whether the hidden states of a generation batch, `num_bytes` in all, wait for their micro-batches in host memory."""
+    return num_bytes > DEVICE_BYTES
+
+
+def offload_states(batch: dict[str, Any], num_batches: int) -> dict[str, torch.Tensor]:
+    """A micro-batch's hidden states in host memory, from which a GPU can copy them without waiting; nothing if they may stay.
+
+    Args:
+        batch: one of a generation batch's `num_batches`.
+        num_batches: alike, that wait together.
+    """
+    states = {name: batch[name] for name in _HIDDEN if name in batch}
+    if not waits_in_host_memory(num_batches * sum(hidden.nbytes for hidden in states.values())):
+        return {}
+    states = {name: hidden.cpu() for name, hidden in states.items()}
     return {name: hidden.pin_memory() for name, hidden in states.items()} if torch.cuda.is_available() else states
 
 

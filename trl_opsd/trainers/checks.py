@@ -36,11 +36,6 @@ def check_inputs(
             f"args is a {type(args).__name__}; {method.name} needs {config_class.__name__}, which takes the "
             "same fields and more."
         )
-    if args.sample_distilled_only and method.needs_reward:
-        raise ValueError(
-            f"sample_distilled_only=True, but {method.name} has to see which rollouts end right. Leave it out; "
-            "distillation_length alone saves the rest."
-        )
     if train_dataset is None:
         raise ValueError("train_dataset is None; give a dataset with the columns `prompt` and `solution`.")
     if isinstance(train_dataset, Mapping):

@@ -16,7 +16,6 @@ def measure_rollouts(
     texts: Sequence[str],
     shortened: Sequence[bool],
     num_teacher_tokens: int,
-    settings: Any,
     accelerator: Any,
 ) -> tuple[dict[str, float], list[int]]:
     """Means over the rollouts of all ranks, and the reflection markers in each of this rank's; a collective.
@@ -26,10 +25,9 @@ def measure_rollouts(
         texts: of each.
         shortened: of each, whether a text in its contexts was.
         num_teacher_tokens: that the teacher computed.
-        settings: reads `reflection_markers`.
         accelerator: of the trainer.
     """
-    markers = [count_markers(text, settings.reflection_markers) for text in texts]
+    markers = [count_markers(text) for text in texts]
     repeated = count_repeated(rollout_ids)
     sums = [sum(markers), sum(map(len, rollout_ids)), sum(shortened), len(texts), num_teacher_tokens, *repeated]
     sums = torch.tensor(sums, dtype=torch.float64)

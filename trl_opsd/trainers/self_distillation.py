@@ -24,7 +24,7 @@ from ..model.heads import head_function
 from ..monitoring.accuracy_guard import AccuracyGuard
 from ..monitoring.diagnostics import Diagnostics
 from ..monitoring.guard import LIMITS, ClipWarning, CollapseGuard, TeacherWarning
-from ..rewards import guard_rewards
+from ..rewards import guard_rewards, skips_errors
 from ..teacher.contexts import Moment
 from ..teacher.states import offload_states, read_target
 from .checks import (
@@ -90,7 +90,7 @@ class SelfDistillationTrainer(RolloutTrainer):
         rewards = choose_reward(self.method, reward_funcs, train_dataset, args.verifier)
         super().__init__(
             model=model,
-            reward_funcs=guard_rewards(rewards, args.reward_errors, self._reward_errors),
+            reward_funcs=guard_rewards(rewards, self._reward_errors),
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -165,9 +165,9 @@ class SelfDistillationTrainer(RolloutTrainer):
         args, planned = self.args, set()
         if self.method.shape(args, 0) != self.method.shape(args, args.max_steps):  # OGLS-SD's lambda
             planned.add("divergence")
-        if args.distillation_length_start is not None:
+        if args.horizon() is not None:
             planned |= {"divergence", "student_entropy"}  # of other positions
-            planned |= {"completions/mean_length", "reward"} if args.sample_distilled_only else set()
+            planned |= {"completions/mean_length", "reward"} if self._samples_distilled_only() else set()
         return planned
 
     def _updates_per_generation(self) -> int:
@@ -180,8 +180,12 @@ class SelfDistillationTrainer(RolloutTrainer):
 
     def distilled_length(self) -> int | None:
         """Tokens of a rollout that are distilled now, None for all; evaluation takes what training ends with."""
-        args = self.args
-        return args.distillation_length_at(self.state.global_step) if self.mode == "train" else args.distillation_length
+        return self.args.distillation_length_at(self.state.global_step if self.mode == "train" else None)
+
+    def _samples_distilled_only(self) -> bool:
+        """Whether sampling stops where a growing distillation does: not where the end of a rollout decides what is trained."""
+        reads_ends = self.method.needs_reward or self._has_policy_loss() or self.args.mask_truncated_completions
+        return self.args.horizon() is not None and not reads_ends
 
     # Hooks of CheckedTrainer
 
@@ -205,7 +209,7 @@ class SelfDistillationTrainer(RolloutTrainer):
 
     def prepare_rows(self, rows: list[dict]) -> list[dict]:
         self._batch = self.targets.prepare(rows, self.mode)
-        if self.args.sample_distilled_only:
+        if self._samples_distilled_only():
             self.limit_rollouts(self.distilled_length() if self.mode == "train" else None)
         return self._batch.rows
 
@@ -267,7 +271,7 @@ class SelfDistillationTrainer(RolloutTrainer):
         mask = batch["completion_mask"]
         mask = mask * batch["tool_mask"] if "tool_mask" in batch else mask.clone()
         length = self.distilled_length()
-        if self.mode == "train" and self.args.distillation_length_start is not None:
+        if self.mode == "train" and self.args.horizon() is not None:
             self.add_metrics({"distillation_length": float(length)})
         mask = mask[:, :length]
         mask[:, : self.args.num_loss_tokens_to_skip] = 0
@@ -290,9 +294,8 @@ class SelfDistillationTrainer(RolloutTrainer):
         mask = batch["distillation_mask"].flatten()
         if "extra_mask" in batch:
             mask = torch.cat([mask, batch["extra_mask"].flatten()])
-        return {"distilled_positions": nonzero_positions(mask)} | (
-            offload_states(batch) if self.args.offload_targets else {}
-        )
+        waiting = self.args.steps_per_generation if self.mode == "train" else 1
+        return {"distilled_positions": nonzero_positions(mask)} | offload_states(batch, waiting)
 
     def count_loss_items(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         mask = batch["distillation_mask"]
@@ -409,16 +412,17 @@ class SelfDistillationTrainer(RolloutTrainer):
     # Logs and files
 
     def _log_reward_errors(self) -> None:
-        if self.args.reward_errors != "skip":
+        pairs = zip(self.reward_func_names, self.reward_funcs, strict=True)
+        names = [name for name, reward in pairs if skips_errors(reward)]
+        if not names:
             return
-        counts = torch.tensor([float(self._reward_errors[name]) for name in self.reward_func_names])
+        counts = torch.tensor([float(self._reward_errors[name]) for name in names])
         counts = self.accelerator.reduce(counts.to(self.accelerator.device), reduction="sum").tolist()
-        names = [f"rewards/{name}/errors" for name in self.reward_func_names]
-        self.add_metrics(dict(zip(names, counts, strict=True)))
+        self.add_metrics({f"rewards/{name}/errors": count for name, count in zip(names, counts, strict=True)})
         self._reward_errors.clear()
 
     def _decomposition_is_due(self) -> bool:
-        interval, step = self.args.decomposition_steps, self.state.global_step
+        interval, step = self.method.decomposition_steps(self.args), self.state.global_step
         before = step - self._updates_per_generation()
         return self.mode == "train" and interval > 0 and step // interval > before // interval
 

@@ -89,7 +89,6 @@ class StepLoss:
             numbers["clip_products"] = clip_gradient_products(
                 states, head, last, token_weights=columns.weights, **settings
             )
-        settings["compiled"] = self.settings.compile_loss
         if self.method.loss is None and self.method.advantages is None:
             loss, stats = self._weighed(states, head, target, columns, moment, settings)
             return loss, log_values(stats) | numbers

@@ -12,7 +12,7 @@ from ..methods import Extra, Seen
 from ..rows.checks import check_rows, without_special_tokens
 from ..rows.texts import Prompt, as_text_turns, fill_template, is_missing, rewrite_last_turn
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Written
-from ..teacher.states import TargetStates
+from ..teacher.states import TargetStates, waits_in_host_memory
 from .groups import GroupReader
 from .scorer import Scorer
 
@@ -164,11 +164,16 @@ class TargetMaker:
         if self.method.extras is not None:
             contexts += [() if extra is None else extra.contexts for extra in batch.extras]
             prompts, sequences = prompts * 2, sequences + batch.extra_ids
-        host = torch.device("cpu") if self.settings.offload_targets else None
+        host = torch.device("cpu") if self._wait_on_host(len(batch.rows), length) else None
         batch.target, shortened = self.scorer.score(
             contexts, prompts, sequences, (len(batch.rows), length), mode=batch.mode, result_device=host
         )
         batch.shortened = shortened[: len(batch.rows)]
+
+    def _wait_on_host(self, num_rows: int, length: int) -> bool:
+        states = self.method.has_target * (1 + self.method.shape(self.settings, 0).uses_direction)
+        width = torch.promote_types(self.scorer.model.dtype, torch.float32).itemsize
+        return waits_in_host_memory(num_rows * length * self.scorer.hidden_size * states * width)
 
     def columns(self, batch: RolloutBatch, mask: torch.Tensor, first: int) -> dict[str, torch.Tensor]:
         """Columns of a scored batch, for `LossColumns.of_batch` and the log.

@@ -43,10 +43,9 @@ def run_facts(args: Any, processes: int, dataset_size: int | None) -> list[tuple
         epochs = args.max_steps * step / args.num_generations / dataset_size
         steps += f", {epochs:.2g} epochs of {dataset_size} rows"
     clip = f"clip {args.clip} {args.clip_value}" if args.clip else "no clip"
-    distilled = str(args.distillation_length or args.max_completion_length)
-    if args.distillation_length_start is not None:
-        distilled = f"{args.distillation_length_start} to {distilled} (over {args.distillation_length_steps} steps)"
-    end = "; sampling stops there" if args.sample_distilled_only else ""
+    distilled, horizon = str(args.distillation_length_at(None) or args.max_completion_length), args.horizon()
+    if horizon is not None:
+        distilled = f"{horizon.start} to {distilled} (over {horizon.steps} steps)"
     return [
         (
             "thinking",
@@ -61,7 +60,7 @@ def run_facts(args: Any, processes: int, dataset_size: int | None) -> list[tuple
         ("steps", steps),
         (
             "rollouts",
-            f"up to {args.max_completion_length} tokens at temperature {args.temperature}; first {distilled} distilled{end}",
+            f"up to {args.max_completion_length} tokens at temperature {args.temperature}; first {distilled} distilled",
         ),
         ("loss", f"{args.divergence}, {clip}, temperature {args.loss_temperature}; teacher {args.teacher_model_kind}"),
     ]

@@ -14,6 +14,7 @@ from ...losses.projection import WIDENED_ROWS
 from ...losses.tiles import BLOCK_BYTES, MIN_TILE_TOKENS, TILE_BYTES
 from ...methods import Method
 from ...teacher.contexts import Moment, Rollout
+from ...teacher.states import waits_in_host_memory
 from ...trainers.self_distillation import DECOMPOSED_ROLLOUTS
 from .footprint import Footprint
 from .workload import ENGINES, Workload
@@ -133,7 +134,7 @@ class _Run:
     @property
     def distilled(self) -> int:
         longest = self.args.max_completion_length
-        return min(self.args.distillation_length or longest, longest)
+        return min(self.args.distillation_length_at(None) or longest, longest)
 
     @property
     def head_entries(self) -> int:
@@ -180,8 +181,9 @@ class _Run:
         moments = 2 if "8bit" in self.args.optim else 2 * self.trained_bytes
         per_parameter = moments if not self.deepspeed else 12  # float32 weights and both moments
         shards = 1 if self.engine in ("single", "ddp") else self.num_gpus
-        on_device = 0 if self.args.offload_targets and self.device == "cuda" else self.rows
-        states = on_device * self.distilled * model.head[1] * 4 * self.num_states
+        states = self.rows * self.distilled * model.head[1] * 4 * self.num_states
+        if self.device == "cuda" and waits_in_host_memory(states):
+            states = 0
         colocated = self.args.use_vllm and self.args.vllm_mode == "colocate"
         return [
             Part("weights", "always", weights),
@@ -230,7 +232,7 @@ class _Run:
         forward = model.running.at(tokens / job, self.distilled if shared else job, job)
         if shared:
             forward = max(forward, model.running.at(1, self.context))
-        decomposed = 3 * min(DECOMPOSED_ROLLOUTS, self.rows) if self.args.decomposition_steps else 0
+        decomposed = 3 * min(DECOMPOSED_ROLLOUTS, self.rows) if self.method.decomposition_steps(self.args) else 0
         cast = 2 * model.trainable if self._casts_teacher() else 0
         return [
             Part("gathered weights", "scoring", self._gathered()),
