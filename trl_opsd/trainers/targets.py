@@ -144,7 +144,7 @@ class TargetMaker:
         accelerator = self.scorer.accelerator
         sums = torch.tensor([len(used), sum(len(ids) for _, ids in used)], dtype=torch.float64)
         count, tokens = accelerator.reduce(sums.to(accelerator.device), reduction="sum").tolist()
-        self.log({"written/texts": count, "written/mean_length": tokens / max(count, 1)})
+        self.log({"written/texts": count, "written/tokens": tokens})
         for place, ids in used:
             text = without_special_tokens(texts[place], self.scorer.collator.special_tokens)
             batch.rollouts[place] = replace(batch.rollouts[place], written=Written(text, ids))
