@@ -1,72 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole optimizer step of a page and its second derivation: loss and the gradient of every parameter."""
+"""What the tests of several methods' pages share: steps of given groups and their gradients by hand."""
 
-import random
-
-import pytest
 import torch
-from groups import EXACT, bare
-
-from trl_opsd.teacher.contexts import Moment
-
-MOMENT = Moment(random.Random(0))
 
 
-def whole_step(trainer, rows):
-    """Loss of an optimizer step over `rows` and the gradient of every trained parameter by name."""
-    trainer._buffered_inputs, trainer._step = None, 0
-    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
-    trainer.model.train()
-    trainer.model.zero_grad()
-    trainer._prepare_inputs(list(rows))
-    total = 0.0
-    for batch in trainer._buffered_inputs:
-        loss = trainer.compute_loss(trainer.model, batch)
-        loss.backward()
-        total += loss.item()
-    return total, gradients_of(trainer.model)
-
-
-def gradients_of(model):
-    """Of every parameter that trains, zeros where there is none."""
-    return {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
-
-
-def student_of(trainer):
-    """A copy of the trained model without the trainer's patch, in float64 and without gradients."""
-    model = bare(trainer)
-    model.zero_grad()
-    return model.eval()
-
-
-def moved(trainer, size=0.05):
-    """Move the student away from where it started, so that it differs from a frozen teacher."""
-    generator = torch.Generator().manual_seed(3)
+def moved(trainer, scale=0.02, seed=3):
+    """Move the student's weights, so that the teacher's, where it has its own, lag behind."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(size * torch.randn(parameter.shape, generator=generator).to(parameter))
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
 
 
-def assert_same_step(got, wanted, rel=1e-5, **tolerance):
-    """Two results of `whole_step`, or of one and a derivation by hand, are equal; the gradients by their norm."""
-    assert got[0] == pytest.approx(wanted[0], **{**EXACT, **tolerance})
-    assert got[1].keys() == wanted[1].keys()
-    scale = max(gradient.norm() for gradient in wanted[1].values())
-    assert scale > 0
-    for name, gradient in wanted[1].items():
-        assert (got[1][name] - gradient).norm() <= rel * scale, name
-
-
-def token_log_probs(logits, tokens, temperature=1.0):
-    """log p(y_t) (T,) from raw logits (T, V)."""
-    return (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(tokens).unsqueeze(-1)).squeeze(-1)
+def prepared(trainer, rows):
+    """The first micro-batch of a generation batch of `rows`."""
+    trainer._buffered_inputs, trainer._step = None, 0
+    return trainer._prepare_inputs(list(rows))
 
 
 def raw_logits(model, context, completion):
-    """(T, V) that predict `completion`, with gradient, by a plain forward of one row."""
-    return model(input_ids=torch.tensor([context + completion]), use_cache=False).logits[0, len(context) - 1 : -1]
+    """(T, V) logits that predict `completion`, with gradient, by one unpadded row of the model's own forward."""
+    ids = torch.tensor([context + completion])
+    return model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 : -1]
+
+
+def assert_same_gradients(ours, hand, rtol=1e-5, least=1e-6):
+    """Gradients of two models agree in every parameter, relative to the largest of that parameter, and none is 0."""
+    for (name, own), (_, other) in zip(ours.named_parameters(), hand.named_parameters(), strict=True):
+        largest = other.grad.abs().max().item()
+        assert largest > least, name
+        torch.testing.assert_close(own.grad, other.grad, rtol=0, atol=rtol * largest, msg=name)
+
+
+def weights_after_steps(build, trainer_class, splits=((8, 1), (4, 2), (2, 4)), **settings):
+    """Flat weights after training with each (per_device_train_batch_size, gradient_accumulation_steps), and the start's."""
+    results, start = [], None
+    for size, steps in splits:
+        trainer = build(
+            trainer_class,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=1e9,
+            **settings,
+        )
+        start = torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()])
+        trainer.train()
+        results.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    return results, start
