@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_opsd import OGLSSDTrainer, OPSDConfig, OPSDGKDConfig, SelfDistillationTrainer, TeacherContext
+from trl_opsd import Method, OGLSSDTrainer, OPSDConfig, OPSDGKDConfig, SelfDistillationTrainer, TeacherContext
 from trl_opsd.methods import OGLS_SD
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,8 @@ def test_commands_of_the_readme_exist():
 
 
 def test_settings_named_in_the_docs_exist():
-    fields = set(OPSDConfig.__dataclass_fields__) | set(OPSDGKDConfig.__dataclass_fields__)
+    owners = (OPSDConfig, OPSDGKDConfig, Method, TeacherContext)
+    fields = {name for owner in owners for name in owner.__dataclass_fields__}
     for page in PAGES:
         for name in re.findall(r"`(\w+)=[^`]*`", page.read_text()):
             assert name in fields or name in {"trl"}, (page.name, name)
