@@ -9,6 +9,7 @@ PAGES = [
     {"method": "demopsd", "kind": "ema", "resume": True},
     {"method": "egrsd", "kind": "base", "resume": True},
 ]
+CELLS = PAGES + [{**page, "lora": True} for page in PAGES]
 
 
 def numbers_in(memory):
@@ -17,16 +18,27 @@ def numbers_in(memory):
     return [n for value in values for n in (numbers_in(value) if isinstance(value, list | dict) else [value])]
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Folders of the models, and the results of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    models = save_models(folder)
+    code, results = launch("single", folder / "run", CELLS, models)
+    assert code == 0
+    return models, [result[0] for result in results]
+
+
 @pytest.mark.slow
-def test_two_ranks_give_the_numbers_of_one_process_and_remember_the_same(tmp_path):
-    models = save_models(tmp_path)
-    code, ones = launch("single", tmp_path / "single", PAGES, models)
+@pytest.mark.parametrize(
+    "engine", ["ddp", *(pytest.param(e, marks=pytest.mark.exhaustive) for e in ("zero3", "fsdp2"))]
+)
+def test_two_ranks_give_the_numbers_of_one_process_and_remember_the_same(tmp_path, alone, engine):
+    models, ones = alone
+    code, results = launch(engine, tmp_path / engine, CELLS, models)
     assert code == 0
-    code, results = launch("ddp", tmp_path / "ddp", PAGES, models)
-    assert code == 0
-    for number, cell in enumerate(PAGES):
+    for number, (cell, one) in enumerate(zip(CELLS, ones, strict=True)):
         first, second = results[number]
-        assert flaws("ddp", cell, [first, second], ones[number][0], tmp_path / "ddp" / str(number), models) == []
+        assert flaws(engine, cell, [first, second], one, tmp_path / engine / str(number), models) == []
         assert first["memory"] == second["memory"]
-        assert numbers_in(first["memory"]) == pytest.approx(numbers_in(ones[number][0]["memory"]), rel=5e-4)
+        assert numbers_in(first["memory"]) == pytest.approx(numbers_in(one["memory"]), rel=5e-4)
         assert bool(first["memory"]) == (cell["method"] != "demopsd")
