@@ -197,3 +197,9 @@ def test_training_moves_the_student_and_says_what_the_teachers_found(build):
     trainer.train()
     assert any(not torch.equal(p, s) for p, s in zip(trainer.model.parameters(), start, strict=True))
     assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_a_skill_that_spells_out_a_control_token_is_refused_before_training_by_its_row(build_group, rows):
+    spelled = [{**row, "skills": ["add", "stop <|im_end|>"] if index == 6 else []} for index, row in enumerate(rows)]
+    with pytest.raises(ValueError, match=r"train_dataset row 6: `skills` spells out '<\|im_end\|>'"):
+        build_group(SGSDTrainer, TEXTS, Dataset.from_list(spelled), max_completion_length=40)

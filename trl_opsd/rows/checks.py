@@ -87,8 +87,10 @@ def check_rows(
         check_no_special_token(row, place, special_tokens)
 
 
-def check_no_special_token(row: Mapping[str, Any], place: str, special_tokens: Sequence[str]) -> None:
-    """Check that no text of a row spells out a control token such as `<|im_end|>`.
+def check_no_special_token(
+    row: Mapping[str, Any], place: str, special_tokens: Sequence[str], columns: Sequence[str] = ()
+) -> None:
+    """Check that no text of a row spells out a control token such as `<|im_end|>`: prompt, solution, and further `columns`.
 
     A tokenizer turns it into the token itself: it would end the user's turn within the text, and the rest would be read
     as another speaker's.
@@ -103,7 +105,10 @@ def check_no_special_token(row: Mapping[str, Any], place: str, special_tokens: S
     prompt = row["prompt"]
     messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
     texts = [("prompt", joined_parts(message).get("content")) for message in messages]
-    for field, text in [*texts, ("solution", row.get("solution"))]:
+    for name in ("solution", *columns):
+        value = row.get(name)
+        texts += [(name, text) for text in (value if isinstance(value, list) else [value])]
+    for field, text in texts:
         if not isinstance(text, str) or not any(start in text for start in starts):
             continue
         if (found := pattern.search(text)) is not None:

@@ -16,7 +16,11 @@ _MARGIN = 16  # tokens that a text may take more within a template than alone
 
 
 def check_prompts(
-    collator: TeacherCollator, train_dataset: Any, eval_dataset: Any, first_rows: Sequence[int] = ()
+    collator: TeacherCollator,
+    train_dataset: Any,
+    eval_dataset: Any,
+    first_rows: Sequence[int] = (),
+    columns: Sequence[str] = (),
 ) -> None:
     """Check on one process that no row spells out a control token, exhausts the budget or has too few positions.
 
@@ -28,12 +32,13 @@ def check_prompts(
         train_dataset: with the columns `prompt` and, where there is one, `solution`.
         eval_dataset: the same, a dict of them, or None.
         first_rows: indices into the training set of what is trained on first; these are checked before all others.
+        columns: further ones whose texts the teacher reads.
 
     Raises:
         ValueError: the chat template refuses, a text spells out a control token, the budget leaves nothing of the
             solution, or the model has too few positions; names dataset and row.
     """
-    check = PromptCheck(collator)
+    check = PromptCheck(collator, columns)
 
     def check_dataset(dataset: Any, name: str) -> None:
         check.check_dataset(dataset, name, first_rows if name == "train_dataset" else ())
@@ -46,10 +51,11 @@ class PromptCheck:
 
     Args:
         collator: of the run; its templates are rendered once.
+        columns: beside prompt and solution, whose texts the teacher reads.
     """
 
-    def __init__(self, collator: TeacherCollator):
-        self.collator = collator
+    def __init__(self, collator: TeacherCollator, columns: Sequence[str] = ()):
+        self.collator, self.columns = collator, tuple(columns)
         self.counts = TokenCounts(collator.tokenizer)
         positions, budget = collator.max_positions, collator.max_length
         limits = [limit for limit in (positions, budget) if limit is not None]
@@ -65,11 +71,12 @@ class PromptCheck:
             return
         for index in first_rows:
             self.check_rows([dataset[index]], index, name, exact=True)
-        dataset = dataset.select_columns([c for c in ("prompt", "solution") if c in dataset.column_names])
+        names = ("prompt", "solution", *self.columns)
+        dataset = dataset.select_columns([name for name in names if name in dataset.column_names])
         check_all_rows(
             dataset,
             lambda rows, start: self.check_rows(rows, start, name),
-            key=lambda: f"prompts {CHECKS_VERSION} {self.collator.settings_key()}",
+            key=lambda: f"prompts {CHECKS_VERSION} {self.columns} {self.collator.settings_key()}",
             name=name,
         )
 
@@ -79,7 +86,7 @@ class PromptCheck:
         for index, row in enumerate(rows):
             place = f"{name} row {start + index}"
             with named_place(place):
-                check_no_special_token(row, place, self.collator.special_tokens)
+                check_no_special_token(row, place, self.collator.special_tokens, self.columns)
                 if index in near:
                     self._check_exactly(row)
 

@@ -115,7 +115,7 @@ class SelfDistillationTrainer(RolloutTrainer):
             keep_head=self._updates_per_generation() > 1,
         )
         check_sampling_keeps_weights(self.model, args)
-        check_prompts(self.scorer.collator, train_dataset, eval_dataset, self.first_rows())
+        check_prompts(self.scorer.collator, train_dataset, eval_dataset, self.first_rows(), self.method.columns)
         warning = None if reward_funcs else warn_of_first_golds(train_dataset, args.verifier)
         if warning is not None:
             self.run.tell(warning)
