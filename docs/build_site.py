@@ -22,7 +22,12 @@ from pdoc.render_helpers import to_html
 import trl_opsd
 
 ROOT = Path(__file__).parent.parent
-IN_THE_BAR = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+IN_THE_BAR = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+]
 PAGES = IN_THE_BAR + sorted(
     str(path.relative_to(ROOT)) for folder in ("benchmarks", "recipes") for path in (ROOT / folder).rglob("README.md")
 )
