@@ -37,13 +37,29 @@ if TYPE_CHECKING:  # for editors and type checkers, to which `X as X` says that 
     from .rewards import accuracy_reward as accuracy_reward
     from .teacher.contexts import Rollout as Rollout
     from .teacher.contexts import TeacherContext as TeacherContext
+    from .trainers.antisd import AntiSDConfig as AntiSDConfig
+    from .trainers.antisd import AntiSDTrainer as AntiSDTrainer
+    from .trainers.demopsd import DemoPSDConfig as DemoPSDConfig
+    from .trainers.demopsd import DemoPSDTrainer as DemoPSDTrainer
+    from .trainers.egrsd import EGRSDConfig as EGRSDConfig
+    from .trainers.egrsd import EGRSDTrainer as EGRSDTrainer
     from .trainers.ogls_sd import OGLSSDConfig as OGLSSDConfig
     from .trainers.ogls_sd import OGLSSDTrainer as OGLSSDTrainer
     from .trainers.opsd import OPSDConfig as OPSDConfig
     from .trainers.opsd import OPSDTrainer as OPSDTrainer
+    from .trainers.pbsd import PBSDConfig as PBSDConfig
+    from .trainers.pbsd import PBSDTrainer as PBSDTrainer
     from .trainers.purified_opsd import PurifiedOPSDConfig as PurifiedOPSDConfig
     from .trainers.purified_opsd import PurifiedOPSDTrainer as PurifiedOPSDTrainer
+    from .trainers.rcsd import RCSDConfig as RCSDConfig
+    from .trainers.rcsd import RCSDTrainer as RCSDTrainer
+    from .trainers.sdpo import SDPOConfig as SDPOConfig
+    from .trainers.sdpo import SDPOTrainer as SDPOTrainer
     from .trainers.self_distillation import SelfDistillationTrainer as SelfDistillationTrainer
+    from .trainers.sgsd import SGSDConfig as SGSDConfig
+    from .trainers.sgsd import SGSDTrainer as SGSDTrainer
+    from .trainers.sort import SORTConfig as SORTConfig
+    from .trainers.sort import SORTTrainer as SORTTrainer
 
 
 def __getattr__(name: str):

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from groups import reward_boxed
 
 from trl_opsd import Method, OGLSSDTrainer, OPSDConfig, OPSDGKDConfig, SelfDistillationTrainer, TeacherContext
 from trl_opsd.methods import OGLS_SD
+from trl_opsd.rewards import skip_errors
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -137,7 +139,11 @@ def matches(row_name, logged):
 
 def test_the_table_of_diagnostics_and_the_log_have_the_same_names(build_group, monkeypatch):
     """Of a run in which everything that is logged by us is due, its names go through one function."""
-    asks = replace(OGLS_SD, asks=lambda rollout, settings: TeacherContext("teacher", rollout.solution))
+    asks = replace(
+        OGLS_SD,
+        asks=lambda rollout, settings: TeacherContext("teacher", rollout.solution),
+        decomposition_steps=lambda settings: 1,
+    )
     logged, add = set(), SelfDistillationTrainer.add_metrics
 
     def recorded(self, metrics):
@@ -145,10 +151,10 @@ def test_the_table_of_diagnostics_and_the_log_have_the_same_names(build_group, m
         add(self, metrics)
 
     monkeypatch.setattr(SelfDistillationTrainer, "add_metrics", recorded)
-    settings = {"num_generations": 4, "per_device_train_batch_size": 8, "max_steps": 1, "decomposition_steps": 1}
-    settings |= {"distillation_length_start": 2, "distillation_length_steps": 4, "teacher_model_kind": "ema"}
+    settings = {"num_generations": 4, "per_device_train_batch_size": 8, "max_steps": 1}
+    settings |= {"distillation_length": "2..6 in 4", "teacher_model_kind": "ema"}
     monkeypatch.setattr(OGLSSDTrainer, "method", asks)
-    build_group(reward_errors="skip", **settings).train()
+    build_group(reward=skip_errors(reward_boxed), **settings).train()
     rows = list(diagnostics_rows())
     undocumented = {name for name in logged if not any(matches(own, name) for row in rows for own in row)}
     assert not undocumented

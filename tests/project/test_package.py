@@ -41,6 +41,22 @@ def test_dir_lists_the_public_names_before_they_are_loaded():
 
 def test_the_public_names_are_a_frozen_set():
     assert set(trl_opsd.__all__) == {
+        "AntiSDConfig",
+        "AntiSDTrainer",
+        "DemoPSDConfig",
+        "DemoPSDTrainer",
+        "EGRSDConfig",
+        "EGRSDTrainer",
+        "PBSDConfig",
+        "PBSDTrainer",
+        "RCSDConfig",
+        "RCSDTrainer",
+        "SDPOConfig",
+        "SDPOTrainer",
+        "SGSDConfig",
+        "SGSDTrainer",
+        "SORTConfig",
+        "SORTTrainer",
         "OGLSSDConfig",
         "OGLSSDTrainer",
         "CollapseGuard",

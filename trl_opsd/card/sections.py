@@ -38,10 +38,11 @@ _SHOWN_APART = {"prompt_template", "teacher_prompt_template", "reference_prompt_
 def introduction(trainer: Any, name: str, base: str) -> str:
     """Title, and what was made of what."""
     paper, step, steps = trainer.method.paper, trainer.state.global_step, trainer.state.max_steps
+    cited = f" ([{paper['title']}](https://arxiv.org/abs/{paper['id']}))" if paper else ""
     progress = f"{step} of {steps}" if steps > step else f"{step}"
     return f"""# {escaped(name)}
 
-Base: {base}. It was distilled from itself on its own rollouts by {trainer.method.name} ([{paper["title"]}](https://arxiv.org/abs/{paper["id"]})) with [trl_opsd](https://pypi.org/project/trl-opsd/): the teacher is the same model, which also reads privileged text. Optimizer steps: {progress}."""
+Base: {base}. It was distilled from itself on its own rollouts by {trainer.method.name}{cited} with [trl_opsd](https://pypi.org/project/trl-opsd/): the teacher is the same model, which also reads privileged text. Optimizer steps: {progress}."""
 
 
 def loading(args: Any, hub_id: str | None, is_adapter: bool) -> str:

@@ -66,7 +66,6 @@ class OPSDGKDConfig(SelfDistillationSettings, GKDConfig):
     save_steps: float = option(25, "Steps between checkpoints.")
     per_device_train_batch_size: int = option(4, "Rollouts per device and micro-batch.")
     gradient_accumulation_steps: int = option(8, "Micro-batches per optimizer step.")
-    temperature: float = option(1.1, "Sampling temperature of the rollouts.")
     max_new_tokens: int = option(1024, "Longest rollout in tokens.")
     max_length: int | None = option(
         None, "Tokens of prompt and answer of a row that is not sampled; the answer loses its end. None for all."

@@ -99,11 +99,8 @@ class Seen(NamedTuple):
         if numbers is None:
             numbers, weights = torch.zeros(len(rollouts), 0, max(lengths, default=0), 2), torch.zeros(len(rollouts), 0)
         rows = zip(numbers.double(), weights, lengths, strict=False)
-        own = [row[used != 0, :length].tolist() for row, used, length in rows]
-        views = [
-            torch.tensor(row, dtype=torch.float64).reshape(len(row), len(row[0]) if row else 0, 2)
-            for row in gather_object(own)
-        ]
+        own = [row[used != 0, :length].clone().cpu() for row, used, length in rows]  # a slice would be sent whole
+        views = gather_object(own)
         return cls(gather_object(list(rollouts)), [view[..., 0] for view in views], [view[..., 1] for view in views])
 
 

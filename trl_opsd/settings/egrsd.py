@@ -34,9 +34,3 @@ class EGRSDSettings:
         require(0 <= self.entropy_gate_floor <= 1, self, "entropy_gate_floor", "a number in [0, 1]")
         require(self.lookahead_tokens >= 0, self, "lookahead_tokens", "0 or more")
         require(self.brevity_bonus >= 0, self, "brevity_bonus", "0 or more")
-        require(
-            self.max_completion_length is not None,
-            self,
-            "max_completion_length",
-            "a number: the reward is shaped by it",
-        )

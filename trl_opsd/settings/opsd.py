@@ -20,7 +20,6 @@ class OPSDSettings(SelfDistillationSettings, AnswerSettings):
     gradient_accumulation_steps: int = option(8, "Micro-batches per optimizer step.")
     num_generations: int | None = option(1, "Rollouts per prompt. 1 is allowed unless a reward enters the loss.")
     max_completion_length: int | None = option(1024, "Longest rollout in tokens.")
-    temperature: float = option(1.1, "Sampling temperature of the rollouts.")
     top_p: float = option(0.95, "Nucleus sampling: probability mass kept, in (0, 1].")
     top_k: int = option(20, "Sampling among the k likeliest tokens; 0 for all.")
     logging_first_step: bool = option(
@@ -49,10 +48,4 @@ class OPSDSettings(SelfDistillationSettings, AnswerSettings):
             raise ValueError(
                 f"num_generations={self.num_generations} with reward_weight={self.reward_weight}: TRL's advantages "
                 "need at least 2 rollouts a prompt. Set num_generations to 2 or more, or reward_weight to 0."
-            )
-        if self.steps_per_generation % self.gradient_accumulation_steps:
-            raise ValueError(
-                f"steps_per_generation={self.steps_per_generation} is not a multiple of gradient_accumulation_steps="
-                f"{self.gradient_accumulation_steps}: the loss is a mean over the tokens of a whole optimizer step, "
-                "so they must be known when it starts. Set steps_per_generation to a multiple, or leave it unset."
             )

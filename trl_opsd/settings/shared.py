@@ -52,7 +52,7 @@ class AnswerSettings:
 
 @dataclass
 class SelfDistillationSettings(StudentPrompt):
-    """The teacher, its prompt and the loss; a mixin in front of one of TRL's configs, which has `temperature`.
+    """The teacher, its prompt and the loss; a mixin in front of one of TRL's configs.
 
     Raises:
         ValueError: a field outside its range; the message names the field, its value and what to set instead.
@@ -90,6 +90,8 @@ class SelfDistillationSettings(StudentPrompt):
     teacher_tokens_per_forward: int = option(
         32_768, "Tokens, padding and cached ones included, that one teacher forward may hold."
     )
+
+    temperature: float = option(1.1, "Sampling temperature of the rollouts.")
 
     # The loss.
     divergence: str = option(

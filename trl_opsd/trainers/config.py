@@ -70,7 +70,16 @@ class OPSDConfig(OPSDSettings, GRPOConfig):
         with allow_single_rollout(self):
             super().__post_init__()
         check_settings(self)
+        self._check_steps()
         self._warn_unused()
+
+    def _check_steps(self) -> None:
+        if self.steps_per_generation % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"steps_per_generation={self.steps_per_generation} is not a multiple of gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps}: the loss is a mean over the tokens of a whole optimizer step, "
+                "so they must be known when it starts. Set steps_per_generation to a multiple, or leave it unset."
+            )
 
     def _warn_unused(self) -> None:
         if self.reward_weight > 0:

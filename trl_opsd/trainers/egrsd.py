@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..methods.egrsd import EGRSD
 from ..settings.egrsd import EGRSDSettings
+from ..settings.fields import require
 from .config import OPSDConfig
 from .self_distillation import SelfDistillationTrainer
 
@@ -12,6 +13,11 @@ from .self_distillation import SelfDistillationTrainer
 @dataclass
 class EGRSDConfig(EGRSDSettings, OPSDConfig):
     """Settings of `EGRSDTrainer`: those of `OPSDConfig`, with the paper's defaults and its own from `EGRSDSettings`."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        limited = self.max_completion_length is not None
+        require(limited, self, "max_completion_length", "a number: the reward is shaped by it")
 
 
 class EGRSDTrainer(SelfDistillationTrainer):

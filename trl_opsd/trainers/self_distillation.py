@@ -264,7 +264,8 @@ class SelfDistillationTrainer(RolloutTrainer):
         """One weighted reward per rollout of the world's batch, None where no function gave one."""
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         total[rewards.isnan().all(dim=1)] = torch.nan
-        return [None if value != value else value for value in total.tolist()]
+        # TRL's rewards are float32: 0.7 would lie below a threshold of 0.7.
+        return [None if value != value else float(f"{value:.7g}") for value in total.tolist()]
 
     def _distilled_mask(self, batch: dict[str, Any]) -> torch.Tensor:
         """(B, D), 1 on the positions of a rollout that are distilled: its own tokens, never a tool's."""
@@ -435,9 +436,7 @@ class SelfDistillationTrainer(RolloutTrainer):
 
     def _log_rollouts(self) -> None:
         own = self._batch
-        metrics, markers = measure_rollouts(
-            own.ids, own.texts, own.shortened, own.target.num_tokens, self.args, self.accelerator
-        )
+        metrics, markers = measure_rollouts(own.ids, own.texts, own.shortened, own.target.num_tokens, self.accelerator)
         self.add_metrics(metrics)
         self.add_table_column("divergence", [float("nan")] * len(markers))
         self.add_table_column("reflection_markers", markers)
