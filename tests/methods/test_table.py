@@ -5,18 +5,49 @@ Two ranks are one in `tests/engines`, whose cells take the same rows.
 """
 
 import copy
+import operator
+import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from groups import reward_boxed
 from steps import EXACT, loss_of_rows
 
 from trl_opsd import OGLSSDTrainer, OPSDTrainer, PurifiedOPSDTrainer
+from trl_opsd.trainers.antisd import AntiSDTrainer
+from trl_opsd.trainers.demopsd import DemoPSDTrainer
+from trl_opsd.trainers.egrsd import EGRSDTrainer
+from trl_opsd.trainers.pbsd import PBSDTrainer
+from trl_opsd.trainers.rcsd import RCSDTrainer
+from trl_opsd.trainers.sdpo import SDPOTrainer
+from trl_opsd.trainers.sgsd import SGSDTrainer
+from trl_opsd.trainers.sort import SORTTrainer
 
 TEXTS = ("so \\boxed{3}", "wait, 10 it is", "a", "it is \\boxed{10} then", "no", "5 or \\boxed{6}")
+MOSTLY_WRONG = ("wait, 10 it is", "a", "so \\boxed{3}", "\\boxed{10}", "no", "5", "b", "it is 6 then")
+SKILLS = (["Add in pairs.", "Do not guess."], ["Carry."], ["Count up.", "Check.", "Box it."])
+RUBRICS = (["adds", "boxes"], [], ["adds"])
+
+
+def no_columns(place: int) -> dict[str, Any]:
+    return {}
+
+
+def trained_tokens(batch) -> float:
+    return batch["num_loss_items"].item()
+
+
+def trained_rollouts(batch) -> float:
+    return batch["num_loss_rows"].item()
+
+
+def sampled_tokens(batch) -> float:
+    return batch["completion_mask"].sum().item()
 
 
 @dataclass
@@ -26,23 +57,85 @@ class Row:
     Attributes:
         trainer: its class.
         settings: of its config, where a tiny step needs others than the paper's.
-        zero_at_equality: a teacher that reads what the student reads gives loss and gradient 0.
+        columns: from a row's place in the dataset to the columns that the method reads beside prompt and solution.
+        texts: that are sampled, four of them in a row by a group.
+        not_zero: why a teacher that reads what the student reads does not give loss and gradient 0; empty where it
+            does.
+        equality: where `not_zero` says that it is not 0: settings of that step, and those by which a step with the
+            method's own contexts is the same; None where no setting takes the teacher out.
+        count: from a micro-batch to the count that its loss is divided by, or a part of it.
+        not_divided: why the loss of a batch is not that of its groups by one count; empty where it is.
+        memory: what the method remembers, held where groups are compared with and without companions, which it also
+            sums up; None where it remembers nothing.
     """
 
     trainer: type
     settings: dict[str, Any] = field(default_factory=dict)
-    zero_at_equality: bool = True
+    columns: Callable[[int], dict[str, Any]] = no_columns
+    texts: tuple[str, ...] = TEXTS
+    not_zero: str = ""
+    equality: tuple[dict[str, Any], dict[str, Any]] | None = None
+    count: Callable[[Any], float] = trained_tokens
+    not_divided: str = ""
+    memory: dict[str, Any] | None = None
 
 
 GROUPS = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 24}
 METHODS = {
     "OPSD": Row(OPSDTrainer, {"clip": None}),
     "OPSD in groups with a reward": Row(
-        OPSDTrainer, {**GROUPS, "clip": None, "reward_weight": 0.5}, zero_at_equality=False
+        OPSDTrainer,
+        {**GROUPS, "clip": None, "reward_weight": 0.5},
+        not_zero="the policy gradient reads no teacher",
     ),
     "OGLS-SD": Row(OGLSSDTrainer, {**GROUPS, "clip": None, "distillation_length": 6, "steering_warmup_steps": 0}),
     "Purified OPSD": Row(PurifiedOPSDTrainer, {"decomposition_steps": 0}),
+    "SDPO": Row(SDPOTrainer, {**GROUPS, "support_size": 20}),
+    "DemoPSD": Row(DemoPSDTrainer, {**GROUPS, "support_size": 20}),
+    "AntiSD": Row(
+        AntiSDTrainer,
+        {**GROUPS, "gate_warmup_batches": 0, "ascent_strength": 2.0},
+        not_zero="it is GRPO where the teacher says nothing",
+        equality=({}, {"ascent_strength": 0.0}),
+        count=sampled_tokens,
+        memory={"warmup": [], "gate": 1.0, "ascends": 1.0},
+    ),
+    "EGRSD": Row(
+        EGRSDTrainer,
+        {"max_completion_length": 24},
+        not_zero="the teacher moves the size of a token's reward, which is there without it",
+        equality=({"entropy_gate_strength": 0.0}, {"entropy_gate_strength": 0.0, "evidence_bound": 0.0}),
+        memory={"rewards": [8, 0.5, 2.0], "largest_entropy": 3.0},
+    ),
+    "SGSD": Row(
+        SGSDTrainer,
+        {"max_completion_length": 24},
+        columns=lambda place: {"skills": SKILLS[place % 3]},
+        count=trained_rollouts,
+    ),
+    "RCSD": Row(RCSDTrainer, columns=lambda place: {"rubric": RUBRICS[place % 3]}),
+    "PBSD": Row(
+        PBSDTrainer,
+        not_zero="a pair without a margin costs log 2 and pulls its sequences apart",
+        count=trained_rollouts,
+    ),
+    "SORT": Row(
+        SORTTrainer,
+        {**GROUPS, "repair_weight": 0.7},
+        columns=lambda place: {"plan": f"add {place} numbers"},
+        texts=MOSTLY_WRONG,
+        not_zero="a solution is learnt whether or not a plan explains it",
+        equality=({}, {"plan_share": 0.0}),
+        count=trained_rollouts,
+        not_divided="GRPO's part is divided by tokens and the repair by repaired groups",
+    ),
 }
+
+
+def of_rows(applies):
+    """Parametrise a test by the methods that a property applies to."""
+    cases = [pytest.param(row, id=name) for name, row in METHODS.items() if applies(row)]
+    return pytest.mark.parametrize("row", cases)
 
 
 @pytest.fixture(params=METHODS.values(), ids=METHODS.keys())
@@ -51,7 +144,13 @@ def row(request):
 
 
 @pytest.fixture
-def make(row, make_model, make_args, dataset, tokenizer, monkeypatch):
+def rows(row, dataset):
+    """The dataset with the columns that the method reads."""
+    return Dataset.from_list([{**own, **row.columns(place)} for place, own in enumerate(dataset)])
+
+
+@pytest.fixture
+def make(row, make_model, make_args, rows, tokenizer, monkeypatch):
     """A function that makes the row's trainer, whose rollouts are a function of prompt and copy alone."""
 
     def make(method=None, **settings):
@@ -60,14 +159,14 @@ def make(row, make_model, make_args, dataset, tokenizer, monkeypatch):
             model=make_model(torch.float64),
             reward_funcs=reward_boxed,
             args=make_args(row.trainer.config_class, **{**row.settings, **settings}),
-            train_dataset=dataset,
+            train_dataset=rows,
             processing_class=copy.deepcopy(tokenizer),
         )
 
         def sample(prompt_ids, *args, **kwargs):
             copies, ids = Counter(), []
             for prompt in map(tuple, prompt_ids):
-                text = TEXTS[(len(prompt) + copies[prompt]) % len(TEXTS)]
+                text = row.texts[(len(prompt) + copies[prompt]) % len(row.texts)]
                 copies[prompt] += 1
                 ids.append([*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
             return [own[: trainer.max_completion_length] for own in ids], None
@@ -79,10 +178,10 @@ def make(row, make_model, make_args, dataset, tokenizer, monkeypatch):
 
 
 @pytest.fixture
-def groups_of(row, dataset):
+def groups_of(row, rows):
     """A function from places in the dataset to the rows of their groups."""
     size = row.settings.get("num_generations", 1)
-    return lambda *places: [dataset[place] for place in places for _ in range(size)]
+    return lambda *places: [rows[place] for place in places for _ in range(size)]
 
 
 def gradients(trainer, rows):
@@ -94,49 +193,85 @@ def gradients(trainer, rows):
 
 
 def on_equal_terms(method):
-    """The method with a teacher that reads the student's own prompt in every view."""
+    """The method with a teacher that reads the student's own prompt in every view, of extras too."""
+
+    def plain(views):
+        return tuple(replace(view, template="plain", slot=None, slot_tokens=None, texts=()) for view in views)
 
     def contexts(*args):
-        return [
-            tuple(replace(view, template="plain", slot=None, slot_tokens=None, texts=()) for view in views)
-            for views in method.contexts(*args)
-        ]
+        return [plain(views) for views in method.contexts(*args)]
 
-    return replace(method, contexts=contexts)
+    def extras(*args):
+        found = method.extras(*args)
+        return [extra and extra._replace(contexts=plain(extra.contexts)) for extra in found]
 
-
-def test_a_step_has_a_gradient(make, groups_of):
-    _, gradient, _ = gradients(make(), groups_of(0, 5))
-    assert gradient.abs().max() > 1e-5
+    return replace(method, contexts=contexts, extras=method.extras and extras)
 
 
+def by_itself(row):
+    """The method where a group decides alone what becomes of it: its draws are its prompt's, and memory is given."""
+    method = row.trainer.method
+
+    def contexts(group, settings, moment):
+        return method.contexts(group, settings, replace(moment, draw=random.Random(str(group[0].prompt))))
+
+    remember = None if row.memory is None else lambda memory, seen, settings: row.memory
+    return replace(method, contexts=contexts, remember=remember)
+
+
+def equal_step(make, method, groups, **settings):
+    """A step with a teacher on equal terms, which is the first weights: a moving average is kept in float32."""
+    return gradients(make(on_equal_terms(method), **{"teacher_model_kind": "base", **settings}), groups)
+
+
+def test_a_step_has_a_gradient(row, make, groups_of):
+    _, gradient, batch = gradients(make(), groups_of(0, 5))
+    assert gradient.abs().max() > 1e-5 and row.count(batch) > 0
+
+
+@of_rows(lambda row: not row.not_zero)
 def test_a_teacher_that_reads_what_the_student_reads_teaches_nothing(row, make, groups_of):
-    if not row.zero_at_equality:
-        return
-    loss, gradient, _ = gradients(make(on_equal_terms(row.trainer.method)), groups_of(0, 5))
+    loss, gradient, _ = equal_step(make, row.trainer.method, groups_of(0, 5))
     assert abs(loss) < 1e-12 and gradient.abs().max() < 1e-10
 
 
-def test_order_changes_nothing(make, groups_of):
-    one, other = (gradients(make(), groups_of(*places)) for places in ((0, 5), (5, 0)))
+@of_rows(lambda row: row.not_zero)
+def test_where_such_a_teacher_still_has_a_loss_something_else_is_learnt(row, make, groups_of):
+    _, gradient, _ = equal_step(make, row.trainer.method, groups_of(0, 5))
+    assert gradient.abs().max() > 1e-5
+
+
+@of_rows(lambda row: row.equality is not None)
+def test_such_a_teacher_leaves_what_the_method_is_without_one(row, make, groups_of):
+    equal, without = row.equality
+    one = equal_step(make, row.trainer.method, groups_of(0, 5), **equal)
+    other = gradients(make(**without), groups_of(0, 5))
     assert one[0] == pytest.approx(other[0], **EXACT)
-    torch.testing.assert_close(one[1], other[1], rtol=1e-6, atol=1e-9)
+    assert_close(one[1], other[1])
 
 
+def assert_close(one, other):
+    """Gradients agree relative to the largest: norms and TRL's advantages are float32."""
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * other.abs().max().item())
+
+
+def test_order_changes_nothing(row, make, groups_of):
+    one, other = (gradients(make(by_itself(row)), groups_of(*places)) for places in ((0, 5), (5, 0)))
+    assert one[0] == pytest.approx(other[0], **EXACT)
+    assert_close(one[1], other[1])
+
+
+@of_rows(lambda row: not row.not_divided)
 def test_padding_and_companions_change_nothing(row, make, groups_of):
-    """The loss of two groups is that of each alone, by the counts that each is divided by."""
-    trainer = make()
-    places = (0, 5)
-    together, _, batch = gradients(trainer, groups_of(*places))
-    if row.settings.get("reward_weight"):  # TRL's own loss has a denominator of its own
-        return
-    counts, alone = [], []
-    for place in places:
-        loss, _, own = gradients(trainer, groups_of(place))
-        counts.append(own["num_loss_items"].item())
-        alone.append(loss * counts[-1])
-    assert batch["num_loss_items"].item() == sum(counts) > 0
-    assert together == pytest.approx(sum(alone) / sum(counts), **EXACT)
+    """Loss and gradient of two groups are those of each alone, by the counts that each is divided by."""
+    trainer = make(by_itself(row))
+    together, gradient, batch = gradients(trainer, groups_of(0, 5))
+    alone = [gradients(trainer, groups_of(place)) for place in (0, 5)]
+    shares = [row.count(own) / row.count(batch) for *_, own in alone]
+    assert sum(shares) == pytest.approx(1) and min(shares) > 0
+    losses, slopes, _ = zip(*alone, strict=True)
+    assert together == pytest.approx(sum(map(operator.mul, shares, losses)), **EXACT)
+    assert_close(gradient, sum(map(operator.mul, shares, slopes)))
 
 
 def test_nothing_that_the_teacher_says_has_a_gradient(make, groups_of):
@@ -179,5 +314,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(row, make, tmp_path):
     whole.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     for (name, one), (_, other) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
-        # A micro-batch that was read back lies elsewhere in memory, which may round a product otherwise: by one bit in float64.
+        # A micro-batch that was read back lies elsewhere in memory, which may round a product otherwise: by one bit in
+        # float64.
         torch.testing.assert_close(one, other, rtol=0, atol=1e-14, msg=name)
