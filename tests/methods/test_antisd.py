@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 from groups import EXACT, bare, ids_of, logits_of
-from page_steps import assert_same_gradients, prepared, raw_logits, weights_after_steps
+from pages import assert_same_gradients, prepared, raw_logits, weights_after_steps
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_opsd.methods import Seen

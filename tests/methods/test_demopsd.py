@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from groups import EXACT, TEXTS, bare, ids_of, logits_of, privileged
-from page_steps import assert_same_gradients, moved, prepared, raw_logits, weights_after_steps
+from pages import assert_same_gradients, moved, prepared, raw_logits, weights_after_steps
 
 from trl_opsd.methods.demopsd import peer_contexts
 from trl_opsd.teacher.contexts import Moment, Rollout
@@ -81,7 +81,7 @@ def test_a_step_with_a_lagging_average_equals_the_formula_from_raw_logits(build,
     settings = {"support_size": K, "target_floor": FLOOR, "largest_plain_share": a_max, "disagreement_sensitivity": 3.0}
     trainer = build(DemoPSDTrainer, **SMALL, **settings, temperature=1.2)
     teacher = bare(trainer)
-    moved(trainer)
+    moved(trainer, size=0.02)
     student, rows = bare(trainer), [dataset[index] for index in (0, 5) for _ in range(4)]
     batch = prepared(trainer, rows)
     shape = batch["completion_ids"].shape

@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 from groups import EXACT, bare, ids_of, logits_of, privileged, reward_boxed
-from page_steps import assert_same_gradients, moved, prepared, raw_logits, weights_after_steps
+from pages import assert_same_gradients, moved, prepared, raw_logits, weights_after_steps
 
 from trl_opsd.methods import Seen
 from trl_opsd.methods.egrsd import remember_scale, solution_read
@@ -69,7 +69,7 @@ def test_a_step_equals_the_formula_from_raw_logits(build, dataset, strength, bou
     settings = {"entropy_gate_strength": strength, "evidence_bound": bound, "lookahead_tokens": window}
     trainer = build(EGRSDTrainer, **SMALL, **settings, brevity_bonus=BONUS)
     teacher = bare(trainer)
-    moved(trainer)
+    moved(trainer, size=0.02)
     student, rows = bare(trainer), [dataset[index] for index in (0, 3, 5, 7)]
     trainer.memory = {"rewards": [3, 0.5, 0.5], "largest_entropy": 99.0}  # 0, 0.5, 1
     loss = trainer.compute_loss(trainer.model, prepared(trainer, rows))
