@@ -15,10 +15,13 @@ from trl_opsd.commands.train import TRAINERS, main, parse
 from trl_opsd.demo import model_path
 from trl_opsd.demo.run import run_demo
 from trl_opsd.errors import UsageError
+from trl_opsd.pages import PAGES, settings_of
 from trl_opsd.trainers.baselines import BASELINES
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+# Rollouts of a step where it is not 32; these recipes stand in no line of the table of sizes but the first.
+LARGE = {"sdpo": 256, "demopsd": 512, "antisd": 256}
 ALL_RECIPES = [ROOT / "trl_opsd" / "demo" / "opsd.yaml", *RECIPES]
 NEUTRAL = ["--use_cpu=true", "--bf16=false", "--dtype=float32", "--report_to=none"]
 LAUNCHERS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -68,7 +71,13 @@ def places(tmp_path, tiny_model):
     """A data file with every column the recipes name, and the arguments that point at it."""
     data = tmp_path / "rows.jsonl"
     rows = [{"problem": f"{n}+1=?", "solution": f"{n}+1={n + 1}, so \\boxed{{{n + 1}}}"} for n in range(16)]
-    data.write_text("\n".join(map(json.dumps, rows)))
+    own = {
+        "skills": ["Count on.", "Check the sum."],
+        "skill_scores": [1.0, 0.5],
+        "rubric": ["adds"],
+        "plan": "Count on.",
+    }
+    data.write_text("\n".join(json.dumps(row | own) for row in rows))
     return [
         f"--model_name_or_path={tiny_model}",
         f"--dataset_name={data}",
@@ -119,7 +128,7 @@ def sizes():
         r"^\| ([\w.-]+) \| ([\w-]+) \| (?:`(--.*)`|none) \|$", table, flags=re.MULTILINE
     ):
         for path in RECIPES:
-            if methods in ("all", path.stem):
+            if methods == path.stem or (methods == "all" and path.stem not in LARGE):
                 words = cell.replace("METHOD", path.stem).split()
                 place = words.index("--vllm_gpu_memory_utilization") if words and path.stem == "sft" else len(words)
                 yield model, path.stem, words[:place] + words[place + 2 :]
@@ -129,10 +138,10 @@ SIZES = list(sizes())
 
 
 def test_every_model_and_method_that_was_promised_has_its_words():
-    assert {path.stem for path in RECIPES} == {"opsd", "ogls-sd", "purified-opsd", *BASELINES}
+    assert {path.stem for path in RECIPES} == {*PAGES, *BASELINES}
     found = {(model, method) for model, method, _ in SIZES}
     for size in ("1.7B", "4B", "8B"):
-        assert {(f"Qwen3-{size}", path.stem) for path in RECIPES} <= found
+        assert {(f"Qwen3-{size}", path.stem) for path in RECIPES if path.stem not in LARGE} <= found
     assert {each for each in found if not each[0].startswith("Qwen3")} == {
         ("DeepSeek-R1-Distill-Qwen-7B", "purified-opsd"),
         ("Olmo-3-7B-Think", "purified-opsd"),
@@ -155,6 +164,13 @@ def test_a_sizes_words_are_read_and_make_the_papers_batch_of_32_on_eight_gpus(mo
     assert args.output_dir == f"outputs/{model}-{method}"
     if "--chat_template_kwargs" in given:
         assert args.chat_template_kwargs == args.teacher_chat_template_kwargs == {}
+
+
+@pytest.mark.parametrize(("method", "rollouts"), LARGE.items())
+def test_a_recipe_of_a_large_batch_makes_it_on_eight_gpus(method, rollouts):
+    recipe = recipe_of(ROOT / "recipes" / f"{method}.yaml")
+    assert recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * 8 == rollouts
+    assert rollouts % recipe["num_generations"] == 0
 
 
 # What the papers print (their sections of docs/methods.md), beside what every recipe has.
@@ -182,15 +198,39 @@ PAPERS = {
         "max_steps": 200,
         "max_completion_length": 1024,
     },
+    "egrsd": {"num_generations": 1, "max_completion_length": 1024, "entropy_gate_floor": 0.1},
+    "pbsd": {"num_generations": 1},
+}
+OTHER_PAPERS = {  # which share less with OPSD
+    "sdpo": {"divergence": "jsd", "support_size": 100, "teacher_update_rate": 0.05, "learning_rate": 1e-5},
+    "demopsd": {"divergence": "reverse_kl", "support_size": 100, "largest_plain_share": 0.15, "num_generations": 8},
+    "antisd": {"ascent_strength": 0.5, "gate_closes_below": 0.93, "max_completion_length": 32768, "max_steps": 200},
+    "sgsd": {"max_skills": 8, "support_clip": 3.0, "support_threshold": 0.05, "max_steps": 200, "temperature": 1.1},
+    "rcsd": {"support_size": 20, "clip_value": 0.05, "temperature": 1.2, "max_completion_length": 4096, "lora_r": 64},
 }
 SHARED = {"lora_r": 64, "lora_alpha": 128, "learning_rate": 5e-6, "temperature": 1.1, "teacher_model_kind": "base"}
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem in PAPERS], ids=name_of)
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem in PAPERS | OTHER_PAPERS], ids=name_of)
 def test_a_recipe_has_the_papers_setting(path):
     recipe = recipe_of(path)
-    for name, value in {**SHARED, **PAPERS[path.stem]}.items():
+    expected = OTHER_PAPERS.get(path.stem) or {**SHARED, **PAPERS[path.stem]}
+    for name, value in expected.items():
         assert recipe[name] == value, name
+
+
+# What a recipe sets beside the method's defaults; `loss_temperature` None is the sampling temperature, which the first ones write.
+BESIDE = {"gradient_accumulation_steps", "prompt_template", "max_teacher_prompt_length", "loss_temperature"}
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem in PAGES], ids=name_of)
+def test_a_recipe_is_its_methods_defaults_but_for_batch_and_prompts(path):
+    defaults = {**vars(settings_of("opsd")()), **vars(settings_of(path.stem)())}
+    beside = BESIDE | ({"per_device_train_batch_size"} if path.stem in LARGE else set())
+    beside |= {"max_completion_length"} if path.stem == "sort" else set()  # as the baseline GRPO's
+    given = {name: None if value == "none" else value for name, value in recipe_of(path).items()}
+    differing = {name for name in given.keys() & defaults.keys() if given[name] != defaults[name]}
+    assert differing <= beside
 
 
 @pytest.mark.slow
