@@ -19,11 +19,11 @@ def require(holds: Any, settings: Any, name: str, wanted: str) -> None:
 
 
 def check_settings(config: Any) -> None:
-    """Run the `check` that each class of a config declares: the shared settings' first, the method's own last.
+    """Run the `check` that each class of a config declares: the method's own first, for the shared ones build on it.
 
     Raises:
         ValueError: a setting is outside its range; names the field, its value and what to set instead.
     """
-    for owner in reversed(type(config).__mro__):
+    for owner in type(config).__mro__:
         if "check" in vars(owner):
             owner.check(config)
