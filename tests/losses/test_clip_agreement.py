@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_fused import CASES, RULES, Problem
+from loss_problem import CASES, RULES, Problem
 
 from trl_opsd.losses import (
     Divergence,

@@ -5,9 +5,7 @@ import shutil
 
 import pytest
 import torch
-from test_fact_loss import fused, trace
-from test_facts import COLUMNS, TOKENS, signed
-from test_fused import RULES, Problem, assert_equal_runs
+from loss_problem import COLUMNS, RULES, TOKENS, Problem, assert_equal_runs, fused, signed, trace
 
 from trl_opsd.losses import BoundedShape, MixtureShape, Support, fused_divergence, tiles
 

@@ -5,8 +5,26 @@ import dataclasses
 
 import pytest
 import torch
-from test_facts import COLUMNS, TOKENS, logits_of
-from test_fused import RULES, SHAPES, VARIANTS, H, LargestTensor, N, Problem, V, assert_equal_runs, draw
+from loss_problem import (
+    COLUMNS,
+    GIVEN,
+    RULES,
+    SHAPES,
+    TOKENS,
+    VARIANTS,
+    H,
+    LargestTensor,
+    N,
+    Problem,
+    V,
+    assert_equal_runs,
+    draw,
+    fused,
+    logits_of,
+    ratio_of,
+    surrogate,
+    trace,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -30,19 +48,7 @@ from trl_opsd.losses import (
     token_divergence,
 )
 
-GIVEN = {**COLUMNS, "old_log_prob": draw(N, seed=21) - 2.5, "pair": torch.tensor([0, 0, 1, 1, 1, 0, 1])}
 GIVEN |= {"polarity": torch.tensor([1.0, -1.0, 1.0])[:, None].expand(3, N), "reference": draw(N, seed=22) - 2.5}
-
-
-def surrogate(facts, advantage, low=0.2, high=0.28):
-    ratio = torch.exp(facts.log_prob - facts.given["old_log_prob"])
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
-
-
-def ratio_of(facts):
-    """u as a constant; against the given reference where there is no target."""
-    target = facts.given["reference"] if facts.target_log_prob is None else facts.target_log_prob
-    return (target - facts.log_prob).detach()
 
 
 def anti_sd(facts):
@@ -72,11 +78,6 @@ def rlsd(facts):
 SAMPLED = [anti_sd, anti_sd_clipped, sgsd, pbsd, rlsd]
 
 
-def trace(facts):
-    """A policy gradient everywhere, and a divergence on some positions."""
-    return surrogate(facts, facts.given["advantage"]) + 0.7 * (facts.given["pair"] == 0) * facts.clipped_divergence
-
-
 def crooked(facts):
     """Derivatives that depend on both, and on each other's positions."""
     return (facts.clipped_divergence.square() * facts.log_prob).sum() + facts.clipped_divergence.sum().tanh()
@@ -87,17 +88,6 @@ def only_divergence(facts):
 
 
 WITH_DIVERGENCE = [trace, crooked, only_divergence]
-
-
-def fused(problem, loss_of, target=True, **extra):
-    """Loss, gradients to the leaves and diagnostics."""
-    head = OutputHead(problem.weight, problem.bias, **problem.logits)
-    goal = Target(problem.anchor, problem.direction, problem.shape, problem.target_head) if target else None
-    settings = {name: problem.settings[name] for name in ("divergence", "num_tokens") if name in problem.settings}
-    call = extra.pop("form", fused_fact_loss)
-    settings |= {"token_ids": TOKENS, "given": GIVEN, **extra}
-    loss, diagnostics = call(problem.hidden, head, goal, loss_of=loss_of, **settings)
-    return loss, torch.autograd.grad(1.7 * loss, problem.leaves, retain_graph=True), diagnostics
 
 
 def by_hand(problem, loss_of, target=True):

@@ -6,7 +6,20 @@ import math
 
 import pytest
 import torch
-from test_fused import RULES, SHAPES, VARIANTS, N, Problem, V, assert_equal_runs, draw
+from loss_problem import (
+    COLUMNS,
+    RULES,
+    SHAPES,
+    TOKENS,
+    VARIANTS,
+    N,
+    Problem,
+    V,
+    assert_equal_runs,
+    draw,
+    logits_of,
+    signed,
+)
 
 from trl_opsd.losses import (
     MixtureShape,
@@ -19,31 +32,6 @@ from trl_opsd.losses import (
     token_weights,
     weighted_sum,
 )
-
-TOKENS = torch.tensor([3, 0, 8, 5, 5, 1, 7])
-COLUMNS = {"advantage": draw(N, seed=11), "views": draw(3, N, seed=12), "largest": torch.tensor(1.7)}
-
-
-def signed(facts):
-    """A weight that reads every fact, of both signs."""
-    views = (facts.given["views"] * torch.tensor([0.5, -0.2, 0.1])[:, None]).sum(0)
-    gates = torch.exp(-facts.student_entropy) - facts.target_entropy / facts.given["largest"] + 0.1 * facts.divergence
-    return facts.given["advantage"] * torch.tanh(facts.log_prob_ratio) + gates * views + 0.3 * facts.log_prob.exp()
-
-
-def logits_of(problem):
-    """Tempered logits of the student and log-probabilities of a target without a direction, all positions."""
-    scale, cap = problem.logits.get("logit_scale", 1.0), problem.logits.get("logit_softcap")
-    count, rule = problem.settings.get("num_tokens"), problem.settings["divergence"]
-
-    def tempered(hidden, weight, bias):
-        logits = torch.nn.functional.linear(hidden, weight, bias)[:, :count] * scale
-        return (logits if cap is None else cap * torch.tanh(logits / cap)) / rule.temperature
-
-    head = problem.target_head
-    frozen = (problem.weight, problem.bias) if head is None else (head.weight, head.bias)
-    student = tempered(problem.hidden, problem.weight, problem.bias)
-    return student, tempered(problem.anchor, *frozen).detach().log_softmax(-1)
 
 
 def facts_by_hand(problem):

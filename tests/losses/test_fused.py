@@ -2,17 +2,15 @@
 """The fused loss against its dense twin, against the targets on logits, and in what it may not do."""
 
 import dataclasses
-import itertools
 from functools import partial
 
 import pytest
 import torch
+from loss_problem import CASES, RULES, SHAPES, H, LargestTensor, N, Problem, V, assert_equal_runs, draw
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_opsd.losses import (
-    CLIPS,
     DIVERGENCES,
     BoundedShape,
     Divergence,
@@ -27,80 +25,6 @@ from trl_opsd.losses import (
     steered_logits,
     token_divergence,
 )
-
-N, H, V = 7, 5, 11
-RULES = list(itertools.product(DIVERGENCES, CLIPS))
-SHAPES = [Shape(), LinearShape(1.5), BoundedShape(2.0, 0.7)]
-VARIANTS = {
-    "plain": {},
-    "temperature": {"temperature": 1.3},
-    "bias": {"head_bias": True},
-    "scale": {"logit_scale": 0.5, "temperature": 1.3},
-    "num_tokens": {"num_tokens": 9, "head_bias": True},
-    "target head": {"target_head": True, "head_bias": True},
-    "target head and bias": {"target_head": True, "target_head_bias": True, "head_bias": True},
-    "all": {
-        "logit_scale": 0.5,
-        "temperature": 1.3,
-        "num_tokens": 9,
-        "head_bias": True,
-        "target_head": True,
-        "target_head_bias": True,
-    },
-    "softcap": {"logit_softcap": 3.0, "logit_scale": 0.5, "temperature": 1.3, "head_bias": True, "target_head": True},
-}
-
-# A direction under a capped head is refused, see below.
-CASES = [(shape, name) for shape in SHAPES for name in VARIANTS if name != "softcap" or not shape.uses_direction]
-
-
-def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-class Problem:
-    """Leaves with a gradient, a frozen target and settings of one call, alike for both forms."""
-
-    def __init__(self, rule, shape, variant="plain", dtype=torch.float64):
-        options = dict(VARIANTS[variant])
-        name, clip = rule
-        self.hidden, self.weight = draw(N, H, dtype=dtype), draw(V, H, seed=1, dtype=dtype)
-        self.bias = draw(V, seed=4, dtype=dtype) if options.pop("head_bias", False) else None
-        self.anchor, self.direction = draw(N, H, seed=2, dtype=dtype), draw(N, H, seed=3, dtype=dtype)
-        if not shape.uses_direction:
-            self.direction = None
-        self.shape = shape
-        self.leaves = [leaf.requires_grad_() for leaf in (self.hidden, self.weight, self.bias) if leaf is not None]
-        self.logits = {key: options.pop(key) for key in ("logit_scale", "logit_softcap") if key in options}
-        self.target_head = None
-        if options.pop("target_head", False):
-            bias = draw(V, seed=6, dtype=dtype) if options.pop("target_head_bias", False) else None
-            self.target_head = OutputHead(draw(V, H, seed=5, dtype=dtype), bias, **self.logits)
-        self.settings = {
-            "divergence": Divergence(name, 0.3, options.pop("temperature", 1.0), clip, 0.05),
-            "token_weights": torch.tensor([0.3, 0.1, 0.0, 0.7, 0.2, 0.0, 0.4], dtype=torch.float64),
-            **options,
-        }
-
-    def narrow(self, **changes):
-        """Change fields of the divergence."""
-        self.settings["divergence"] = dataclasses.replace(self.settings["divergence"], **changes)
-
-    def call(self, function, **extra):
-        """Loss and diagnostics."""
-        head = OutputHead(self.weight, self.bias, **self.logits)
-        target = Target(self.anchor, self.direction, self.shape, self.target_head)
-        return function(self.hidden, head, target, **{**self.settings, **extra})
-
-    def run(self, function, **extra):
-        """Loss, gradients to the leaves and diagnostics."""
-        loss, diagnostics = self.call(function, **extra)
-        return loss, torch.autograd.grad(1.7 * loss, self.leaves), diagnostics
-
-
-def assert_equal_runs(fused, dense, **tolerance):
-    for got, want in zip(fused, dense, strict=True):
-        torch.testing.assert_close(got, want, check_dtype=False, **tolerance)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -324,25 +248,6 @@ def test_autocast_changes_nothing():
     with torch.autocast("cpu", torch.bfloat16):
         got = problem.run(fused_divergence)
     assert_equal_runs(got, want, rtol=0, atol=0)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the elements of the largest tensor any operation makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-        self.makers = {}  # elements -> the operations that made such a tensor, in-place ones left out
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if not torch.is_tensor(tensor):
-                continue
-            self.numel = max(self.numel, tensor.numel())
-            if not func.__name__.split(".")[0].endswith("_"):
-                self.makers.setdefault(tensor.numel(), []).append(func.__name__)
-        return result
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from test_divergences import draw
-from test_fused import RULES, H, N, Problem, V, assert_equal_runs
+from divergences_by_hand import draw
+from loss_problem import RULES, H, N, Problem, V, assert_equal_runs
 
 from trl_opsd.losses import (
     Divergence,

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_divergences import draw
+from divergences_by_hand import draw
 
 from trl_opsd.losses import (
     bounded_square,

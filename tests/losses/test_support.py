@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from test_divergences import MIXTURE_WEIGHT, RULES, TEMPERATURE, draw, settings, term_and_slope
-from test_fused import Problem, assert_equal_runs
+from divergences_by_hand import MIXTURE_WEIGHT, RULES, TEMPERATURE, draw, settings, term_and_slope
+from loss_problem import Problem, assert_equal_runs
 
 from trl_opsd.losses import (
     CLIPS,
