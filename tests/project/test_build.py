@@ -24,7 +24,7 @@ def test_wheel_and_sdist_hold_the_package_and_its_data(tmp_path):
         "py.typed",
         "accelerate_configs/zero3_cpu.yaml",
         "demo/opsd.yaml",
-        "dry_run/command.py",
+        "commands/dry_run/run.py",
         "demo/model/model.safetensors",
         "demo/model/tokenizer.json",
         "losses/fused.py",

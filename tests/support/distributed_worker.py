@@ -191,14 +191,14 @@ def run_cell(cell, run, folder):
     trainer = make_trainer(cell, run, folder)
     counter = gathers.HeadGathers(trainer)
     targets = []
-    score = trainer._score
+    score = trainer.scorer.score
 
-    def scored(*args):
-        result = score(*args)
+    def scored(*args, **kwargs):
+        result = score(*args, **kwargs)
         targets.append(result[0].anchor.requires_grad)
         return result
 
-    trainer._score = scored
+    trainer.scorer.score = scored
     groups = []
     create = trainer.create_optimizer
 

@@ -43,4 +43,6 @@ def term_and_slope(name, q, p):
         return kl_target, -(1 - MIXTURE_WEIGHT) * p * q / m
     if name == "skewed_reverse_kl":
         return kl_student, kl_student + q - (1 - MIXTURE_WEIGHT) * q * q / m
-    return MIXTURE_WEIGHT * kl_target + (1 - MIXTURE_WEIGHT) * kl_student, (1 - MIXTURE_WEIGHT) * kl_student
+    if name == "jsd":
+        return MIXTURE_WEIGHT * kl_target + (1 - MIXTURE_WEIGHT) * kl_student, (1 - MIXTURE_WEIGHT) * kl_student
+    raise ValueError(f"{name} has no second derivation; write one here.")

@@ -62,7 +62,7 @@ class Fault(TrainerCallback):
                 "kill-weights-saved": "_save_optimizer_and_scheduler",
                 "kill-almost-saved": "save_extra_state",
                 "raise-in-reward": "_calculate_rewards",
-                "raise-in-teacher": "_run_teacher",
+                "raise-in-teacher": "_score",
                 "raise-in-save": "save_extra_state",
             }.get(kind)
             if method is not None:

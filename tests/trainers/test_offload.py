@@ -85,4 +85,4 @@ def test_where_the_teacher_puts_them_follows_from_the_whole_generation_batch(
         * torch.promote_types(trainer.model.dtype, torch.float32).itemsize
     )
     monkeypatch.setattr(states, "DEVICE_BYTES", size)
-    assert not trainer._targets_wait_on_host(4, 8) and trainer._targets_wait_on_host(4, 9)
+    assert not trainer.targets._wait_on_host(4, 8) and trainer.targets._wait_on_host(4, 9)

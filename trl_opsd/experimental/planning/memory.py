@@ -165,7 +165,9 @@ class _Run:
         """Tokens of the longest teacher prompt."""
         inserted = self.workload.solution
         if self.method.needs_group:
-            inserted = max(inserted, self.args.max_rollout_context_length or self.args.max_completion_length)
+            inserted = max(
+                inserted, getattr(self.args, "max_rollout_context_length", None) or self.args.max_completion_length
+            )
         whole = self.workload.prompt + inserted
         return min(whole, self.args.max_teacher_prompt_length or whole)
 
