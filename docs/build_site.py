@@ -88,8 +88,10 @@ def _renamed(name: str) -> str:
 
 
 def document_fields(config: type) -> None:
-    """Put the help texts of the fields that a config declares into its docstring."""
-    declared = (field for field in fields(config) if field.name in config.__annotations__)
+    """Put the help texts of this package's fields of a config into its docstring."""
+    ours = [owner for owner in config.__mro__ if owner.__module__.startswith("trl_opsd.")]
+    names = {name for owner in ours for name in vars(owner).get("__annotations__", ())}
+    declared = (field for field in fields(config) if field.name in names)
     lines = [f"* `{field.name}`: {field.metadata['help']}" for field in declared if "help" in field.metadata]
     config.__doc__ = "\n".join([inspect.getdoc(config) or "", "", "**Fields**", "", *lines])
 
