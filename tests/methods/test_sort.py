@@ -166,3 +166,8 @@ def test_a_run_logs_and_moves(build):
 def test_bad_settings_are_refused_by_name(make_args, bad, message):
     with pytest.raises(ValueError, match=message):
         make_args(SORTConfig, **{**SMALL, **bad})
+
+
+def test_a_dataset_without_plans_is_refused_before_training(build_group, dataset):
+    with pytest.raises(ValueError, match=r"train_dataset has no column `plan`, which SORT reads"):
+        build_group(SORTTrainer, rows=dataset, max_completion_length=40, num_generations=4)

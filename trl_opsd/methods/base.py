@@ -133,6 +133,7 @@ class Method:
         decomposition_steps: from settings to the optimizer steps between two measurements of how much of the teacher's signal
             the solution alone explains; 0 for none.
         columns: of the dataset, that `Rollout.columns` holds.
+        needs_columns: those of them that a dataset must have.
         ignored_tokens: from (tokenizer, settings) to the ids of tokens that are never trained on.
         remember: from (memory, [`Seen`], settings) to the memory from the next loss on, as JSON; called once a
             generation batch of training, on every rank alike, saved in checkpoints.
@@ -159,6 +160,7 @@ class Method:
     templates: Callable[[Any], Mapping[str, str]] = _no_templates
     decomposition_steps: Callable[[Any], int] = _never
     columns: tuple[str, ...] = ()
+    needs_columns: tuple[str, ...] = ()
     ignored_tokens: Callable[[Any, Any], Collection[int]] | None = None
     remember: Callable[[Mapping[str, Any], Seen, Any], Mapping[str, Any]] | None = None
     asks: Callable[[Rollout, Any], TeacherContext | None] | None = None

@@ -94,6 +94,7 @@ SGSD = Method(
     has_target=False,
     reads_views=True,
     templates=lambda settings: {"skill": settings.skill_prompt_template},
+    needs_columns=("skills",),
     columns=("skills", "skill_scores"),
     ignored_tokens=tokens_of_form,
     paper={

@@ -65,6 +65,7 @@ SORT = Method(
     has_target=False,
     reads_views=True,
     templates=lambda settings: {"plan": settings.plan_prompt_template},
+    needs_columns=("plan",),
     columns=("plan",),
     paper={
         "title": "Selective Off-Policy Reference Tuning with Plan Guidance",

@@ -11,8 +11,8 @@ class DemoPSDSettings:
     """Defaults of the paper that differ from OPSD's, and what DemoPSD alone reads.
 
     The paper gives neither the threshold of a right rollout nor the temperature and the gradient's norm: 0.5, 1 and 1 are
-    ours. It is silent on whether a rollout may be its own peer: here it may not. A too long peer
-    loses its middle, where the paper cuts its end.
+    ours. It is silent on whether a rollout may be its own peer: here it may not. A peer that is too long loses
+    its middle, where the paper cuts its end.
     """
 
     learning_rate: float = option(1e-6, "Initial learning rate of AdamW.")

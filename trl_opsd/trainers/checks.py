@@ -43,7 +43,29 @@ def check_inputs(
             f"train_dataset is a dict of {sorted(train_dataset)}; give one of them, for instance its 'train'."
         )
     check_datasets(partial(check_dataset, needs_solution=method.needs_solution), train_dataset, eval_dataset)
+    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        check_columns(method, dataset, name)
     check_model_config(config_of(model, args))
+
+
+def check_columns(method: Method, dataset: Any, name: str) -> None:
+    """Check that a dataset, or each of a dict of them, has the columns that a method reads.
+
+    Raises:
+        ValueError: it lacks one.
+    """
+    if isinstance(dataset, Mapping):
+        for key, part in dataset.items():
+            check_columns(method, part, f"{name}[{key!r}]")
+        return
+    columns = getattr(dataset, "column_names", None)  # None where a stream does not know them
+    missing = [column for column in method.needs_columns if columns is not None and column not in columns]
+    if missing:
+        raise ValueError(
+            f"{name} has no column `{missing[0]}`, which {method.name} reads; it has {sorted(columns)}. Add it. (On the command "
+            "line, dataset_format makes `prompt` and `solution` and drops every other column; use problem_column and "
+            "solution_column instead.)"
+        )
 
 
 def check_fills_a_batch(args: Any, dataset: Any) -> None:
