@@ -29,8 +29,9 @@ def thinking_modes(args: Any) -> dict[str, Any]:
 def describe_run(args: Any, method: Method) -> str:
     """One line that a run starts with: whose weights teach, and the thinking modes people mix up."""
     clip = f"clip {args.clip} {args.clip_value}" if args.clip else "no clip"
+    loss = f"{args.divergence}, {clip}" if method.has_target else "a loss of its own"
     return (
-        f"{method.name}: teacher {args.teacher_model_kind}, {args.divergence}, {clip}, temperature "
+        f"{method.name}: teacher {args.teacher_model_kind}, {loss}, temperature "
         f"{args.loss_temperature}; thinking {json.dumps(thinking_modes(args))}, evaluate with the student's."
     )
 

@@ -21,6 +21,7 @@ from .plan_options import make_parser
 from .train import TRAINERS, parse_as_one_of
 
 NUM_GPUS = (1, 4, 8, 64)
+DOCS_METHODS = ("opsd", "ogls-sd", "purified-opsd")
 LORA = LoraConfig(r=64, lora_alpha=128, lora_dropout=0.05, target_modules="all-linear")
 _FOOTPRINTS: dict[tuple, Footprint] = {}
 _ARGUMENTS: dict[str, Any] = {}
@@ -49,6 +50,11 @@ def main(arguments: list[str]) -> None:
     )
     print(f"{model_args.model_name_or_path}, {options.method}, {num_gpus} GPUs, {engine}\n")
     print(as_table(run.plan(engine, num_gpus)))
+    method = TRAINERS[options.method].method
+    if method.reads_views or method.extras or method.asks:
+        print(
+            "Views that are only read, texts written before scoring and sequences beside the rollouts are not planned.\n"
+        )
     print(verdict(run, engine, num_gpus))
 
 
@@ -217,10 +223,10 @@ def paper_run(shape: str, method: str, num_gpus: int, *, lora: bool) -> Planned:
 
 def docs_table(lora: bool) -> str:
     """GiB on each GPU in the papers' settings, by the engine that splits least and fits into 80 GiB."""
-    lines = ["| model | GPUs | " + " | ".join(TRAINERS) + " |", "|---|---|" + "---|" * len(TRAINERS)]
+    lines = ["| model | GPUs | " + " | ".join(DOCS_METHODS) + " |", "|---|---|" + "---|" * len(DOCS_METHODS)]
     for shape in SHAPES:
         for num_gpus in NUM_GPUS:
-            cells = [_cell(paper_run(shape, method, num_gpus, lora=lora), num_gpus) for method in TRAINERS]
+            cells = [_cell(paper_run(shape, method, num_gpus, lora=lora), num_gpus) for method in DOCS_METHODS]
             lines.append(f"| {shape} | {num_gpus} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
