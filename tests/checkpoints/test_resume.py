@@ -21,6 +21,7 @@ from trl_opsd import (
     SGSDTrainer,
     SORTTrainer,
 )
+from trl_opsd._trl import rollouts
 from trl_opsd.checkpoints.manifest import (
     MARKER,
     checkpoint_state,
@@ -216,6 +217,16 @@ def test_other_batch_settings_than_the_checkpoints_are_said_to_be_inexact(build,
     trained(build, max_steps=1)
     other = build(max_steps=2, steps_per_generation=8)
     with pytest.warns(UserWarning, match=r"steps_per_generation.*sampled anew"):
+        other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert other.state.global_step == 2
+
+
+def test_a_pending_batch_of_another_layout_is_sampled_anew_and_said_to_be(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(rollouts, "PENDING_LAYOUT", rollouts.PENDING_LAYOUT - 1)
+    trained(build, max_steps=1)
+    monkeypatch.undo()
+    other = build(max_steps=2)
+    with pytest.warns(UserWarning, match=r"this version of trl_opsd.*sampled anew"):
         other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     assert other.state.global_step == 2
 

@@ -9,6 +9,7 @@ from divergences_by_hand import draw
 
 from trl_opsd.losses import (
     bounded_square,
+    brevity_reward,
     control_variate_advantage,
     entropy_direction,
     entropy_gate,
@@ -16,8 +17,12 @@ from trl_opsd.losses import (
     half_softplus,
     importance_weight,
     lookahead_minimum,
+    masked_mean,
+    mixed_likelihood,
     preference_loss,
     relative_ratio,
+    sampled_divergence,
+    teacher_polarity,
     token_divergence,
 )
 
@@ -221,3 +226,41 @@ def test_the_lookahead_minimum_is_the_smallest_valid_value_ahead_and_gates_no_ha
     valid = MASK != 0
     plain, cautious = (entropy_gate(h[valid], 2.0, strength=0.3) for h in (entropy, got))
     assert (cautious >= plain).all() and (cautious > plain).any()
+
+
+def test_the_weight_of_a_reference_is_the_geometric_mean_of_both_likelihoods():
+    first, second = torch.tensor([0.5, 0.2]).double(), torch.tensor([0.125, 0.2]).double()
+    weight = mixed_likelihood(first.log().requires_grad_(), second.log(), share=0.5)
+    assert weight.tolist() == pytest.approx([0.25, 0.2]) and not weight.requires_grad
+    for share, wanted in ((0.0, first), (1.0, second)):
+        torch.testing.assert_close(mixed_likelihood(first.log(), second.log(), share=share), wanted)
+
+
+def test_a_teacher_is_followed_fled_from_or_left_out_by_the_mean_of_its_bounded_ratio():
+    ratio = torch.tensor([[[9.0, -1.0, 50.0], [-0.2, 0.1, 0.0]], [[-9.0, 1.0, 0.0], [0.4, 0.0, 0.0]]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    # Means: (3 - 1) / 2 and -0.1 / 3; (-3 + 1) / 2 and 0.4 / 3.
+    wanted = {(True, False): [[1.0, 0.0], [-1.0, -1.0]], (False, True): [[-1.0, 0.0], [1.0, 1.0]]}
+    for right, signs in wanted.items():
+        polarity = teacher_polarity(ratio, mask, torch.tensor(right), bound=3.0, threshold=0.05)
+        assert polarity.tolist() == signs
+
+
+def test_a_mean_over_no_token_is_0_and_what_is_masked_may_hold_anything():
+    values = torch.tensor([[1.0, 3.0, torch.nan], [torch.inf, 0.0, 0.0]])
+    assert masked_mean(values, torch.tensor([[1, 1, 0], [0, 0, 0]])).tolist() == [2.0, 0.0]
+
+
+def test_a_shorter_right_rollout_has_more_reward_and_a_wrong_one_none():
+    right, length = torch.tensor([True, True, True, False]), torch.tensor([0, 50, 100, 0])
+    rewards = brevity_reward(right, length, longest=100, bonus=0.1)
+    assert rewards.tolist() == pytest.approx([1.1, 1.05, 1.0, 0.0])
+
+
+def test_the_logged_divergence_of_views_is_reverse_kl_in_expectation_over_the_students_tokens():
+    log_q, log_p = draw(6).log_softmax(-1), draw(2, 6, seed=1).log_softmax(-1)
+    weights = torch.tensor([[3.0], [-1.0]]).double().expand(2, 6)
+    values = sampled_divergence(log_q, log_p, weights)
+    kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+    assert (log_q.exp() * values).sum().item() == pytest.approx((0.75 * kl[0] + 0.25 * kl[1]).item())
+    assert sampled_divergence(log_q, log_p, 0 * weights).tolist() == [0.0] * 6

@@ -2,6 +2,7 @@
 """What every method's trainer must satisfy, on given rollouts and a tiny model in float64."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -415,6 +416,12 @@ def test_the_card_names_paper_templates_and_settings(build, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     for text in ("2601.18734", trainer.args.teacher_prompt_template, '"teacher": true', "`clip_value` | 0.05"):
         assert text in card
+
+
+def test_a_method_without_a_paper_has_a_card_too(build, tmp_path):
+    trainer = build(trainer_class=type("Unpublished", (OPSDTrainer,), {"method": replace(OPSD, name="mine", paper={})}))
+    trainer.create_model_card(model_name="tiny")
+    assert "on its own rollouts by mine with [trl_opsd]" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_defaults_are_the_papers(tmp_path):

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig
 
 from trl_opsd import OGLSSDConfig, OGLSSDTrainer, OPSDTrainer, PurifiedOPSDConfig, PurifiedOPSDTrainer
 from trl_opsd.losses import SignalDecomposition, decompose_signal, purified_logits, steered_logits, token_divergence
-from trl_opsd.methods.ogls_sd import group_label, steering_contexts, steering_shape
+from trl_opsd.methods.groups import group_label
+from trl_opsd.methods.ogls_sd import steering_contexts, steering_shape
 from trl_opsd.teacher.contexts import Moment, Rollout
 
 
@@ -335,6 +336,17 @@ def test_kinds_of_groups_are_logged_and_rewards_that_never_split_warn(build, dat
         trainer.train()
     entry = trainer.state.log_history[0]
     assert entry["groups/all_wrong"] == 1.0 and entry["groups/used"] == 1.0
+
+
+def test_a_reward_at_the_threshold_is_right_although_trl_keeps_it_in_float32(build, dataset):
+    rewards = [0.7, 0.3] * 4
+
+    def reward(completions, **columns):
+        return rewards[: len(completions)]
+
+    trainer = build(reward=reward, reward_threshold=0.7, num_generations=4, per_device_train_batch_size=8)
+    _, batch = step(trainer, [dataset[place] for place in (0, 5) for _ in range(4)])
+    assert batch["rollout_outcome"].tolist() == [1, 0] * 4
 
 
 @pytest.mark.parametrize(

@@ -236,3 +236,8 @@ def test_rows_without_a_peer_change_neither_sum_nor_count(build, dataset):
 def test_bad_settings_are_refused_by_name(make_args, bad, message):
     with pytest.raises(ValueError, match=message):
         make_args(SDPOConfig, **{**SMALL, **bad})
+
+
+def test_another_temperature_of_the_loss_is_refused_where_the_old_policy_is_read(build_group, dataset):
+    with pytest.raises(ValueError, match=r"loss_temperature=2.0 with temperature=1.0: SDPO compares"):
+        build_group(SDPOTrainer, rows=dataset, num_generations=4, loss_temperature=2.0, max_completion_length=40)

@@ -37,6 +37,10 @@ def model_for_generation(trainer: Any) -> AbstractContextManager:
     return unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, **settings)
 
 
+# Of what a checkpoint holds of a pending batch: one more wherever its columns or `pending_values` change.
+PENDING_LAYOUT = 2
+
+
 def student_inputs(batch: dict[str, Any], length: int | None = None) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Ids and mask (B, S) of a micro-batch's prompts and rollouts, and how many of the S stand behind the prompts.
 
@@ -114,6 +118,9 @@ class RolloutTrainer(CheckedTrainer, NamedByMethod, GRPOTrainer):
     def pending_values(self) -> dict[str, Any]:
         """What this rank keeps between optimizer steps, as JSON: for the batch and logging interval it is in."""
         return {}
+
+    def check_pending_values(self, values: dict[str, Any]) -> None:
+        """Refuse what `pending_values` gave in a run that this one cannot continue; of any layout."""
 
     def restore_pending_values(self, values: dict[str, Any]) -> None:
         """Take over what `pending_values` gave; called before the first step of a resumed run."""
@@ -312,7 +319,7 @@ class RolloutTrainer(CheckedTrainer, NamedByMethod, GRPOTrainer):
 
     def _shape_of_run(self) -> dict[str, int]:
         names = ("steps_per_generation", "num_iterations", "gradient_accumulation_steps", "per_device_train_batch_size")
-        return {name: getattr(self.args, name) for name in names}
+        return {"layout": PENDING_LAYOUT, **{name: getattr(self.args, name) for name in names}}
 
     def save_pending(self, checkpoint: Path) -> None:
         values = {
@@ -337,6 +344,8 @@ class RolloutTrainer(CheckedTrainer, NamedByMethod, GRPOTrainer):
                 f"{checkpoint}: the state of rank {accelerator.process_index} is of another run than the marker. Files of "
                 "two runs were mixed there; give another checkpoint."
             )
+        if state is not None:
+            self.check_pending_values(state[0]["own"])
         self._buffered_inputs = None
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         if state is not None and state[0]["run"] == self._shape_of_run():
@@ -350,7 +359,7 @@ class RolloutTrainer(CheckedTrainer, NamedByMethod, GRPOTrainer):
         elif self._step % self._batches_per_generation():
             warnings.warn(
                 f"{checkpoint} stands in the middle of a generation batch and does not hold the rest of it for this "
-                "number of processes, steps_per_generation, num_iterations, gradient_accumulation_steps and "
+                "version of trl_opsd, number of processes, steps_per_generation, num_iterations, gradient_accumulation_steps and "
                 "per_device_train_batch_size: the rest is sampled anew, so the run is not the uninterrupted one.",
                 stacklevel=2,
             )

@@ -12,6 +12,7 @@ from .fused import fused_divergence
 from .head import OutputHead
 from .sampled import (
     bounded_square,
+    brevity_reward,
     control_variate_advantage,
     entropy_direction,
     entropy_gate,
@@ -19,8 +20,13 @@ from .sampled import (
     half_softplus,
     importance_weight,
     lookahead_minimum,
+    masked_mean,
+    mixed_likelihood,
     preference_loss,
     relative_ratio,
+    sampled_divergence,
+    teacher_polarity,
+    view_shares,
 )
 from .shapes import BoundedShape, LinearShape, MixtureShape, Shape, purified_logits, steered_logits
 from .support import REMAINDERS, SUPPORTS, Support
@@ -47,6 +53,7 @@ __all__ = [
     "Support",
     "Target",
     "bounded_square",
+    "brevity_reward",
     "clip_agreement",
     "clip_gradient_products",
     "control_variate_advantage",
@@ -61,12 +68,17 @@ __all__ = [
     "half_softplus",
     "importance_weight",
     "lookahead_minimum",
+    "masked_mean",
+    "mixed_likelihood",
     "preference_loss",
     "purified_logits",
     "relative_ratio",
+    "sampled_divergence",
     "sampled_facts",
     "steered_logits",
+    "teacher_polarity",
     "token_divergence",
     "token_weights",
+    "view_shares",
     "weighted_sum",
 ]

@@ -118,3 +118,73 @@ def entropy_direction(
     deviation = (entropy - entropy.nanmean(-1, keepdim=True)).abs().nanmean(-1, keepdim=True)
     direction = torch.tanh((threshold - entropy) / deviation) * torch.sigmoid(ratio.abs() - 1)
     return torch.where(valid & (deviation > 0), direction, 0.0)
+
+
+def mixed_likelihood(log_prob: torch.Tensor, other_log_prob: torch.Tensor, *, share: float) -> torch.Tensor:
+    """p^(1 - a) p'^a, detached, in the shape of both: what SORT (arXiv 2605.11505) weighs a token of a reference with.
+
+    Args:
+        log_prob: log p.
+        other_log_prob: log p'.
+        share: a, in [0, 1].
+    """
+    return ((1 - share) * log_prob + share * other_log_prob).exp().detach()
+
+
+def teacher_polarity(
+    log_prob_ratio: torch.Tensor, mask: torch.Tensor, right: torch.Tensor, *, bound: float, threshold: float
+) -> torch.Tensor:
+    """o sign(s), detached, in {-1, 0, 1}: whether a teacher is followed or fled from on a rollout (SGSD, arXiv 2605.28791).
+
+    s is the mean of clip(u, -bound, bound) over the rollout's tokens, 0 where its size is at most `threshold`; o is 1 for a
+    right rollout and -1 for a wrong one.
+
+    Args:
+        log_prob_ratio: (..., B, T) u.
+        mask: (B, T), nonzero where a token counts.
+        right: (B,) bool.
+        bound: in nats, > 0.
+        threshold: in nats, >= 0.
+
+    Returns:
+        (..., B).
+    """
+    support = masked_mean(log_prob_ratio.detach().clamp(-bound, bound), mask)
+    opinion = support.sign() * (support.abs() > threshold)
+    return opinion * torch.where(right, 1.0, -1.0)
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the last dimension of `values` (..., T) where `mask` is nonzero; 0 where it is nowhere."""
+    return values.masked_fill(mask == 0, 0.0).sum(-1) / (mask != 0).sum(-1).clamp(min=1)
+
+
+def brevity_reward(right: torch.Tensor, length: torch.Tensor, *, longest: float, bonus: float) -> torch.Tensor:
+    """1[right] (1 + b (1 - length / longest)), float64, in the shape of both (EGRSD, arXiv 2605.13255).
+
+    Args:
+        right: bool.
+        length: tokens of the rollout, in [0, longest].
+        longest: tokens that a rollout may have, > 0.
+        bonus: b, >= 0.
+    """
+    return right.double() * (1 + bonus * (1 - length.double() / longest))
+
+
+def sampled_divergence(log_prob: torch.Tensor, view_log_probs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(n,) log q(y) - log p_k(y), averaged over K views by the size of their weights; 0 where all weights are.
+
+    Its mean over the student's own tokens is that of KL(q || p_k).
+
+    Args:
+        log_prob: (n,) log q(y).
+        view_log_probs: (K, n) log p_k(y).
+        weights: (K, n).
+    """
+    return (view_shares(weights) * (log_prob - view_log_probs)).sum(0)
+
+
+def view_shares(weights: torch.Tensor) -> torch.Tensor:
+    """(K, ...) sizes of the weights over their sum; 0 where all are."""
+    sizes = weights.abs()
+    return sizes / sizes.sum(0).clamp(min=torch.finfo(sizes.dtype).tiny)

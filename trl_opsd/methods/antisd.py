@@ -21,7 +21,7 @@ from ..losses import half_softplus
 from ..rows.texts import is_missing
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 from .base import Method, RowFacts, Seen
-from .ogls_sd import split_by_reward
+from .groups import split_by_reward
 
 VERDICTS = {True: "correct", False: "incorrect"}
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import gather_object
 
 from ..losses import Facts, Shape
 from ..teacher.contexts import ContextRule, Moment, Rollout, TeacherContext
@@ -79,29 +78,6 @@ class Seen(NamedTuple):
     rollouts: Sequence[Rollout]
     view_log_probs: Sequence[torch.Tensor]
     view_entropies: Sequence[torch.Tensor]
-
-    @classmethod
-    def gathered(
-        cls,
-        rollouts: Sequence[Rollout],
-        numbers: torch.Tensor | None,
-        weights: torch.Tensor | None,
-        lengths: Sequence[int],
-    ):
-        """What all ranks see of a batch; a collective.
-
-        Args:
-            rollouts: of this rank.
-            numbers: (B or more, K, D, 2), see `TargetStates`, or None.
-            weights: (B or more, K) of the views, 0 where a rollout has fewer, or None.
-            lengths: of the rollouts.
-        """
-        if numbers is None:
-            numbers, weights = torch.zeros(len(rollouts), 0, max(lengths, default=0), 2), torch.zeros(len(rollouts), 0)
-        rows = zip(numbers.double(), weights, lengths, strict=False)
-        own = [row[used != 0, :length].clone().cpu() for row, used, length in rows]  # a slice would be sent whole
-        views = gather_object(own)
-        return cls(gather_object(list(rollouts)), [view[..., 0] for view in views], [view[..., 1] for view in views])
 
 
 @dataclass(frozen=True)

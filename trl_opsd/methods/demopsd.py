@@ -12,12 +12,10 @@ and the floor is the mix's; the paper restricts and floors the views before it m
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from ..losses import Facts, MixtureShape, importance_weight
+from ..losses import MixtureShape
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 from .base import Method
-from .ogls_sd import split_by_reward
+from .groups import ratio_weight, split_by_reward
 
 
 def peer_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
@@ -46,11 +44,6 @@ def _views(peer: str, settings: Any) -> Contexts:
 def mixture_shape(settings: Any, step: int) -> MixtureShape:
     """The geometric mix of both views."""
     return MixtureShape(settings.largest_plain_share, settings.disagreement_sensitivity)
-
-
-def ratio_weight(facts: Facts, settings: Any, moment: Moment) -> torch.Tensor:
-    """min(student / old student, cap) of the sampled token, (n,)."""
-    return importance_weight(facts.log_prob, facts.given["old_log_prob"], cap=settings.importance_cap)
 
 
 DEMOPSD = Method(

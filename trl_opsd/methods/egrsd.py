@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..losses import RunningMoments, entropy_gate, evidence_weight, lookahead_minimum
+from ..losses import RunningMoments, brevity_reward, entropy_gate, evidence_weight, lookahead_minimum
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 from .base import Method, RowFacts, Seen
 
@@ -29,8 +29,8 @@ def solution_read(group: Sequence[Rollout], settings: Any, moment: Moment) -> li
 
 def shaped_reward(reward: torch.Tensor, length: torch.Tensor, settings: Any) -> torch.Tensor:
     """1[right] (1 + b (1 - length / longest length)), in the shape of both; 0 for a reward of NaN."""
-    right = (reward.float() >= settings.reward_threshold).double()  # as TRL keeps rewards
-    return right * (1 + settings.brevity_bonus * (1 - length.double() / settings.max_completion_length))
+    right = reward.float() >= settings.reward_threshold  # as TRL keeps rewards
+    return brevity_reward(right, length, longest=settings.max_completion_length, bonus=settings.brevity_bonus)
 
 
 def remember_scale(memory: Mapping[str, Any], seen: Seen, settings: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ..losses import LinearShape, Shape
 from ..rows.texts import is_missing, without_blocks
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 from .base import Method
+from .groups import group_label, split_by_reward
 
 
 def steering_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
@@ -50,25 +51,6 @@ def _views(positives: list, negatives: list, teacher: str) -> Contexts:
         share = -1.0 / len(negatives)
         views += [TeacherContext("teacher", *inserted, direction=share) for inserted in negatives]
     return (plain, *views)
-
-
-def split_by_reward(group: Sequence[Rollout], threshold: float) -> tuple[list[int], list[int]]:
-    """Indices of the right and of the wrong rollouts; one without a reward is neither."""
-    scored = [(index, rollout.reward) for index, rollout in enumerate(group) if rollout.reward is not None]
-    return [i for i, reward in scored if reward >= threshold], [i for i, reward in scored if reward < threshold]
-
-
-def group_label(group: Sequence[Rollout], settings: Any) -> str:
-    """Kind of a group: mixed, all_right, all_wrong (with a solution: usable), all_wrong_without_solution, unscored."""
-    right, wrong = split_by_reward(group, settings.reward_threshold)
-    if not right and not wrong:
-        return "unscored"
-    if not wrong:
-        return "all_right"
-    if right:
-        return "mixed"
-    without = all(is_missing(rollout.solution) for rollout in group)
-    return "all_wrong_without_solution" if without else "all_wrong"
 
 
 def steering_shape(settings: Any, step: int) -> Shape:

@@ -15,13 +15,10 @@ there once a generation batch. Logits are mixed as hidden states under one head,
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from ..losses import Facts, importance_weight
 from ..rows.texts import without_blocks
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 from .base import Method
-from .ogls_sd import group_label, split_by_reward
+from .groups import group_label, ratio_weight, split_by_reward
 
 
 def peer_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
@@ -44,11 +41,6 @@ def _views(peer: Rollout, settings: Any) -> Contexts:
         return (TeacherContext(*slot, anchor=1.0),)
     shares = {"base": 1 - share, "live": share}
     return tuple(TeacherContext(*slot, anchor=part, weights=owner) for owner, part in shares.items() if part)
-
-
-def ratio_weight(facts: Facts, settings: Any, moment: Moment) -> torch.Tensor:
-    """(n,) min(q(y) / q_old(y), `importance_cap`)."""
-    return importance_weight(facts.log_prob, facts.given["old_log_prob"], cap=settings.importance_cap)
 
 
 SDPO = Method(

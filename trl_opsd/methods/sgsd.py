@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..losses import bounded_square
+from ..losses import bounded_square, masked_mean, teacher_polarity
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 from .base import Method, RowFacts
 
@@ -64,15 +64,12 @@ def judged_loss(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
         settings: reads `reward_threshold`, `support_clip` and `support_threshold`.
         moment: not read.
     """
-    mask = facts.given["mask"]
-    ratio = (facts.given["view_log_probs"] - facts.log_prob).masked_fill(mask == 0, 0.0)
-    lengths = mask.sum(-1).clamp(min=1)
-    support = ratio.detach().clamp(-settings.support_clip, settings.support_clip).sum(-1) / lengths  # (K, B)
-    opinion = support.sign() * (support.abs() > settings.support_threshold)
-    right = facts.given["reward"][:, 0] >= settings.reward_threshold
-    polarity = opinion * torch.where(right, 1.0, -1.0)
-    terms = (bounded_square(ratio) * mask).sum(-1) / lengths
-    return (facts.given["view_weights"][..., 0] * polarity * terms).sum(0)
+    given, mask = facts.given, facts.given["mask"]
+    ratio = (given["view_log_probs"] - facts.log_prob).masked_fill(mask == 0, 0.0)
+    right = given["reward"][:, 0] >= settings.reward_threshold
+    limits = {"bound": settings.support_clip, "threshold": settings.support_threshold}
+    weights = given["view_weights"][..., 0] * teacher_polarity(ratio, mask, right, **limits)
+    return (weights * masked_mean(bounded_square(ratio), mask)).sum(0)
 
 
 def tokens_of_form(tokenizer: Any, settings: Any) -> set[int]:

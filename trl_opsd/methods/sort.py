@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
+from ..losses import masked_mean, mixed_likelihood
 from ..rows.texts import is_missing
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 from .base import Extra, Method, RowFacts
-from .ogls_sd import group_label, split_by_reward
+from .groups import group_label, split_by_reward
 
 
 def no_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
@@ -46,11 +47,9 @@ def repair_loss(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
         settings: reads `repair_weight` and `plan_share`.
         moment: not read.
     """
-    own, mask = facts.extra.log_prob, facts.extra.given["mask"]
-    planned, share = facts.extra.given["view_log_probs"][0], settings.plan_share
-    weight = ((1 - share) * own.detach() + share * planned).exp()
-    terms = (-weight * own).masked_fill(mask == 0, 0.0)
-    return settings.repair_weight * terms.sum(-1) / mask.sum(-1).clamp(min=1)
+    given, own = facts.extra.given, facts.extra.log_prob
+    weight = mixed_likelihood(own, given["view_log_probs"][0], share=settings.plan_share)
+    return settings.repair_weight * masked_mean(-weight * own, given["mask"])
 
 
 SORT = Method(

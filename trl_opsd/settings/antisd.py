@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..rows.texts import check_template
 from .fields import option, require
+from .groups import GroupSettings
 
 VERDICT_PROMPT_TEMPLATE = """{prompt}
 
@@ -20,7 +21,7 @@ Solve the problem step by step and put the final answer in \\boxed{}."""
 
 
 @dataclass
-class AntiSDSettings:
+class AntiSDSettings(GroupSettings):
     """Defaults of the paper that differ from OPSD's, and what AntiSD alone reads.
 
     The paper says that the entropy of the first five steps is recorded, not how five become one: we take their mean. Which
@@ -29,20 +30,12 @@ class AntiSDSettings:
     """
 
     learning_rate: float = option(1e-6, "Initial learning rate of AdamW.")
-    max_grad_norm: float = option(1.0, "Largest gradient norm; larger ones are scaled down.")
     max_steps: int = option(200, "Optimizer steps.")
     gradient_accumulation_steps: int = option(64, "Micro-batches per optimizer step.")
-    num_generations: int | None = option(8, "Rollouts per prompt, at least 2.")
     max_completion_length: int | None = option(32_768, "Longest rollout in tokens.")
-    temperature: float = option(1.0, "Sampling temperature of the rollouts.")
-    top_p: float = option(1.0, "Nucleus sampling: probability mass kept, in (0, 1].")
-    top_k: int = option(0, "Sampling among the k likeliest tokens; 0 for all.")
     reward_weight: float = option(1.0, "Factor of GRPO's own advantage.")
     teacher_model_kind: str = option(
         "live", "Whose weights the teacher has: `base` the initial ones, `live` the student's, `ema` a moving average."
-    )
-    teacher_chat_template_kwargs: dict | str | None = option(
-        {"enable_thinking": False}, "Keyword arguments of the chat template for the teacher's prompt."
     )
     ascent_strength: float = option(0.5, "lambda: how far the advantage moves away from the teacher; 0 is GRPO.")
     gate_warmup_batches: int = option(
@@ -53,7 +46,6 @@ class AntiSDSettings:
     verdict_prompt_template: str = option(
         VERDICT_PROMPT_TEMPLATE, "The teacher's last user message; holds `{prompt}`, `{solution}` and `{verdict}`."
     )
-    reward_threshold: float = option(0.5, "A rollout is right if its reward is at least this.")
     max_rollout_context_length: int | None = option(
         None, "Budget of the solution or peer that the teacher reads, in tokens."
     )
@@ -67,6 +59,3 @@ class AntiSDSettings:
         check_template("verdict_prompt_template", self.verdict_prompt_template, "{prompt}", "{solution}", "{verdict}")
         length = self.max_rollout_context_length
         require(length is None or length >= 1, self, "max_rollout_context_length", "1 or more, or None")
-        require(
-            self.num_generations and self.num_generations >= 2, self, "num_generations", "2 or more, as GRPO needs them"
-        )

@@ -2,12 +2,14 @@
 """Settings of DemoPSD (arXiv 2607.02502)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from .fields import option, require
+from .groups import GroupSettings
 
 
 @dataclass
-class DemoPSDSettings:
+class DemoPSDSettings(GroupSettings):
     """Defaults of the paper that differ from OPSD's, and what DemoPSD alone reads.
 
     The paper gives neither the threshold of a right rollout nor the temperature and the gradient's norm: 0.5, 1 and 1 are
@@ -16,21 +18,13 @@ class DemoPSDSettings:
     """
 
     learning_rate: float = option(1e-6, "Initial learning rate of AdamW.")
-    max_grad_norm: float = option(1.0, "Largest gradient norm; larger ones are scaled down.")
     max_steps: int = option(-1, "Optimizer steps; -1 for `num_train_epochs`.")
     num_train_epochs: float = option(3.0, "Passes over the prompts.")
-    num_generations: int | None = option(8, "Rollouts per prompt, at least 2.")
     max_completion_length: int | None = option(16_384, "Longest rollout in tokens.")
-    temperature: float = option(1.0, "Sampling temperature of the rollouts.")
-    top_p: float = option(1.0, "Nucleus sampling: probability mass kept, in (0, 1].")
-    top_k: int = option(0, "Sampling among the k likeliest tokens; 0 for all.")
     teacher_model_kind: str = option(
         "ema", "Whose weights the teacher has: `base` the initial ones, `live` the student's, `ema` a moving average."
     )
     teacher_update_rate: float = option(0.05, "Share of the student in each update of the `ema` teacher, in (0, 1].")
-    teacher_chat_template_kwargs: dict | str | None = option(
-        {"enable_thinking": False}, "Keyword arguments of the chat template for the teacher's prompt."
-    )
     divergence: str = option("reverse_kl", "What is measured between teacher and student.")
     clip: str | None = option(None, "`upper`, `symmetric`, `token` or `none`.")
     largest_plain_share: float = option(0.15, "a_max: largest share of the plain view in the target, in [0, 1].")
@@ -43,7 +37,6 @@ class DemoPSDSettings:
     )
     target_floor: float | None = option(1e-8, "Lowest probability of a compared entry of the target; None for none.")
     importance_cap: float = option(2.0, "Largest ratio of the student to the policy that sampled, above 0.")
-    reward_threshold: float = option(0.5, "A rollout is right if its reward is at least this.")
     max_rollout_context_length: int | None = option(10_240, "Budget of the peer that the teacher reads, in tokens.")
 
     def check(self) -> None:
@@ -54,4 +47,10 @@ class DemoPSDSettings:
         require(self.importance_cap > 0, self, "importance_cap", "a number above 0")
         length = self.max_rollout_context_length
         require(length is None or length >= 1, self, "max_rollout_context_length", "1 or more, or None")
-        require(self.num_generations >= 2, self, "num_generations", "2 or more: the teacher reads a peer")
+
+    def divergence_limits(self) -> dict[str, Any]:
+        """The student's likeliest tokens and the rest, under the floor."""
+        from ..losses import Support
+
+        support = None if self.support_size is None else Support(self.support_size)
+        return {"support": support, "target_floor": self.target_floor}

@@ -2,6 +2,7 @@
 """Settings of RCSD (arXiv 2606.19327)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..rows.texts import check_template
 from .fields import option, require
@@ -52,3 +53,10 @@ class RCSDSettings:
         require(self.support_size is None or self.support_size >= 1, self, "support_size", "1 or more, or None")
         for name in ("analysis_prompt_template", "guided_prompt_template"):
             check_template(name, getattr(self, name), "{prompt}", "{solution}", "{guidance}")
+
+    def divergence_limits(self) -> dict[str, Any]:
+        """The teacher's likeliest tokens alone."""
+        from ..losses import Support
+
+        whole = self.support_size is None
+        return {"support": None if whole else Support(self.support_size, of="target", remainder="renormalise")}

@@ -2,9 +2,11 @@
 """Settings of SDPO (arXiv 2601.20802)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..rows.texts import check_template
 from .fields import option, require
+from .groups import GroupSettings
 
 PEER_PROMPT_TEMPLATE = """{prompt}
 
@@ -18,29 +20,20 @@ Solve the problem."""
 
 
 @dataclass
-class SDPOSettings:
+class SDPOSettings(GroupSettings):
     """Defaults of the paper that differ from OPSD's, and what SDPO alone reads.
 
     The gradient's norm and unrestricted sampling are ours.
     """
 
     learning_rate: float = option(1e-5, "Initial learning rate of AdamW.")
-    max_grad_norm: float = option(1.0, "Largest gradient norm; larger ones are scaled down.")
-    num_generations: int | None = option(8, "Rollouts per prompt, at least 2.")
     max_completion_length: int | None = option(8192, "Longest rollout in tokens.")
-    temperature: float = option(1.0, "Sampling temperature of the rollouts.")
-    top_p: float = option(1.0, "Nucleus sampling: probability mass kept, in (0, 1].")
-    top_k: int = option(0, "Sampling among the k likeliest tokens; 0 for all.")
     teacher_model_kind: str = option(
         "ema", "Whose weights the teacher has: `base` the initial ones, `live` the student's, `ema` a moving average."
     )
     teacher_update_rate: float = option(0.05, "Share of the student in each update of the `ema` teacher, in (0, 1].")
-    teacher_chat_template_kwargs: dict | str | None = option(
-        {"enable_thinking": False}, "Keyword arguments of the chat template for the teacher's prompt."
-    )
     divergence: str = option("jsd", "What is measured between teacher and student.")
     clip: str | None = option(None, "`upper`, `symmetric`, `token` or `none`.")
-    reward_threshold: float = option(0.5, "A rollout is right if its reward is at least this.")
     live_share: float | None = option(
         None,
         "r of the trust region, in [0, 1]: the teacher's logits are (1 - r) of the initial weights' and r of the student's; "
@@ -69,4 +62,9 @@ class SDPOSettings:
         require(self.importance_cap > 0, self, "importance_cap", "a number above 0")
         require(length is None or length >= 1, self, "max_rollout_context_length", "1 or more, or None")
         check_template("peer_prompt_template", self.peer_prompt_template, "{prompt}", "{solution}")
-        require(self.num_generations >= 2, self, "num_generations", "2 or more: the teacher reads a peer")
+
+    def divergence_limits(self) -> dict[str, Any]:
+        """The student's likeliest tokens and the rest."""
+        from ..losses import Support
+
+        return {"support": None if self.support_size is None else Support(self.support_size)}

@@ -147,7 +147,12 @@ class SelfDistillationSettings(StudentPrompt):
             temperature=self.loss_temperature,
             clip=self.clip,
             clip_value=self.clip_value,
+            **self.divergence_limits(),
         )
+
+    def divergence_limits(self) -> dict[str, Any]:
+        """What of the vocabulary a method compares: fields `support` and floors of the divergence."""
+        return {}
 
     def horizon(self) -> Horizon | None:
         """How the distilled length grows; None where it is the same at every step."""

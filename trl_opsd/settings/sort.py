@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..rows.texts import check_template
 from .fields import option, require
+from .groups import GroupSettings
 
 PLAN_PROMPT_TEMPLATE = """{prompt}
 
@@ -14,24 +15,15 @@ A plan for this problem:
 
 
 @dataclass
-class SORTSettings:
+class SORTSettings(GroupSettings):
     """Defaults of the paper that differ from OPSD's, and what SORT alone reads.
 
     None of the paper's settings were found: all are ours.
     """
 
     learning_rate: float = option(1e-6, "Initial learning rate of AdamW.")
-    max_grad_norm: float = option(1.0, "Largest gradient norm; larger ones are scaled down.")
-    num_generations: int | None = option(8, "Rollouts per prompt, at least 2.")
-    temperature: float = option(1.0, "Sampling temperature of the rollouts.")
-    top_p: float = option(1.0, "Nucleus sampling: probability mass kept, in (0, 1].")
-    top_k: int = option(0, "Sampling among the k likeliest tokens; 0 for all.")
     reward_weight: float = option(1.0, "Weight of TRL's policy-gradient loss beside the repair.")
     teacher_model_kind: str = option("live", "Whose weights read the solution with the plan: `live`, `base` or `ema`.")
-    teacher_chat_template_kwargs: dict | str | None = option(
-        {"enable_thinking": False}, "Keyword arguments of the chat template where the plan is shown."
-    )
-    reward_threshold: float = option(0.5, "A rollout is right if its reward is at least this.")
     repair_weight: float = option(0.1, "eta: weight of the reference solution beside GRPO, 0 or more.")
     plan_share: float = option(0.5, "a: share of the probability that the plan gives in a token's weight, in [0, 1].")
     plan_prompt_template: str = option(
@@ -43,4 +35,3 @@ class SORTSettings:
         require(self.repair_weight >= 0, self, "repair_weight", "0 or more")
         require(0 <= self.plan_share <= 1, self, "plan_share", "a number in [0, 1]")
         check_template("plan_prompt_template", self.plan_prompt_template, "{prompt}", "{plan}")
-        require(self.num_generations >= 2, self, "num_generations", "2 or more: a group is repaired as a whole")

@@ -36,6 +36,12 @@ def check_inputs(
             f"args is a {type(args).__name__}; {method.name} needs {config_class.__name__}, which takes the "
             "same fields and more."
         )
+    if method.reads_old and args.loss_temperature != args.temperature:
+        raise ValueError(
+            f"loss_temperature={args.loss_temperature} with temperature={args.temperature}: {method.name} compares the student "
+            "with the policy that sampled, whose log-probabilities TRL takes at the sampling temperature. Leave "
+            "loss_temperature unset."
+        )
     if train_dataset is None:
         raise ValueError("train_dataset is None; give a dataset with the columns `prompt` and `solution`.")
     if isinstance(train_dataset, Mapping):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..losses import Facts, token_weights
+from ..losses import Facts, sampled_divergence, token_weights, view_shares
 from ..methods import RowFacts
 
 _VIEWS = ("view_log_probs", "view_entropies", "view_weights")
@@ -107,16 +107,11 @@ class LossColumns:
         return RowFacts(**own, given=given, extra=extra)
 
     def view_values(self, facts: Facts) -> dict[str, torch.Tensor]:
-        """What the log holds of views that are read, (N,): their mean entropy, and of log q(y) - log p(y), whose mean over
-        the student's own tokens is KL(q || p), the mean over views by the size of their weights."""
+        """What the log holds of views that are read, (N,): their mean entropy, and `losses.sampled_divergence`."""
         given, log_prob = self.given(), facts.log_prob.detach()
-        shares = given["view_weights"].abs()
-        shares = shares / shares.sum(0).clamp(min=torch.finfo(shares.dtype).tiny)
-        divergence = (shares * (log_prob - given["view_log_probs"])).sum(0)
-        return {
-            "divergence": divergence.to(log_prob.dtype),
-            "target_entropy": (shares * given["view_entropies"]).sum(0),
-        }
+        divergence = sampled_divergence(log_prob, given["view_log_probs"], given["view_weights"])
+        entropy = (view_shares(given["view_weights"]) * given["view_entropies"]).sum(0)
+        return {"divergence": divergence.to(log_prob.dtype), "target_entropy": entropy}
 
     @staticmethod
     def _cut(facts: Facts, places: slice, shape: torch.Size) -> dict[str, Any]:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DemoPSD: trainer and settings (arXiv 2607.02502)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from ..losses import Divergence, Support
 from ..methods.demopsd import DEMOPSD
 from ..settings.demopsd import DemoPSDSettings
 from .config import OPSDConfig
@@ -13,15 +12,6 @@ from .self_distillation import SelfDistillationTrainer
 @dataclass
 class DemoPSDConfig(DemoPSDSettings, OPSDConfig):
     """Settings of `DemoPSDTrainer`: those of `OPSDConfig`, with the paper's defaults and its own from `DemoPSDSettings`."""
-
-    def loss_divergence(self) -> Divergence:
-        """The divergence of the loss over its support, with its temperature and floor."""
-        return self.restricted(super().loss_divergence())
-
-    def restricted(self, divergence: Divergence) -> Divergence:
-        """`divergence` over the support and with the floor."""
-        support = None if self.support_size is None else Support(self.support_size)
-        return replace(divergence, support=support, target_floor=self.target_floor)
 
 
 class DemoPSDTrainer(SelfDistillationTrainer):

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """RCSD: trainer and settings (arXiv 2606.19327)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from ..losses import Divergence, Support
 from ..methods.rcsd import RCSD
 from ..settings.rcsd import RCSDSettings
 from .config import OPSDConfig
@@ -13,16 +12,6 @@ from .self_distillation import SelfDistillationTrainer
 @dataclass
 class RCSDConfig(RCSDSettings, OPSDConfig):
     """Settings of `RCSDTrainer`: those of `OPSDConfig`, with the paper's defaults and its own from `RCSDSettings`."""
-
-    def loss_divergence(self) -> Divergence:
-        """The divergence of the loss over its support, with its temperature and clip."""
-        return self.restricted(super().loss_divergence())
-
-    def restricted(self, divergence: Divergence) -> Divergence:
-        """`divergence` over the teacher's likeliest tokens."""
-        if self.support_size is None:
-            return divergence
-        return replace(divergence, support=Support(self.support_size, of="target", remainder="renormalise"))
 
 
 class RCSDTrainer(SelfDistillationTrainer):

@@ -216,14 +216,13 @@ class SelfDistillationTrainer(RolloutTrainer):
     def before_rewards(self, rows, completions, rollout_ids) -> None:
         """Have answers verified while the teacher scores, where no context reads a reward."""
         batch = self._batch
-        self.targets.sampled(batch, rollout_ids)
+        self.targets.sampled(batch, rollout_ids, self.end_token_ids)
         begins = [reward.begin for reward in self.reward_funcs if hasattr(reward, "begin")]
         reads_rewards = self.method.needs_reward or self.method.label is not None
         if not begins or reads_rewards or self.args.mask_truncated_completions:
             return
         for begin in begins:
             begin(completions, [row.get("solution") for row in rows])
-        self.targets.rewarded(batch, [None] * len(rows), self.end_token_ids)
         longest = max(map(len, rollout_ids))
         length = min(longest, self.distilled_length() or longest)
         self._score([len(ids[:length]) > self.args.num_loss_tokens_to_skip for ids in rollout_ids], length)
@@ -232,7 +231,7 @@ class SelfDistillationTrainer(RolloutTrainer):
         own, first = self._batch, self.accelerator.process_index * len(rows)
         self._log_reward_errors()
         self.add_metrics({"rewards/missing": rewards.isnan().all(dim=1).float().mean().item()})
-        self.targets.rewarded(own, self._scalar_rewards(rewards)[first : first + len(rows)], self.end_token_ids)
+        self.targets.rewarded(own, self._scalar_rewards(rewards)[first : first + len(rows)])
         if own.target is None:
             self._read()
         mask = self._distilled_mask(batch)
@@ -402,9 +401,11 @@ class SelfDistillationTrainer(RolloutTrainer):
             "diagnostics": self.diagnostics["train"].state(),
         }
 
-    def restore_pending_values(self, values: dict[str, Any]) -> None:
+    def check_pending_values(self, values: dict[str, Any]) -> None:
         if values.get("base_teacher"):  # of a run that began before markers held more of it
             check_initial_weights({"old": fingerprint(self.teacher.values)}, {"old": values["base_teacher"]})
+
+    def restore_pending_values(self, values: dict[str, Any]) -> None:
         self._prompt_texts = values["prompt_texts"]
         self.groups.restore(values["groups"])
         self.memory = values["memory"]

@@ -96,27 +96,28 @@ class TargetMaker:
             self.scorer.encode(row["prompt"], _PLAIN, f"{name} row {index}: `prompt`")
         return RolloutBatch(rows, prompts, mode)
 
-    def sampled(self, batch: RolloutBatch, rollout_ids: list[list[int]]) -> None:
-        """Take in what was sampled."""
+    def sampled(self, batch: RolloutBatch, rollout_ids: list[list[int]], end_token_ids: set[int]) -> None:
+        """Take in what was sampled, as rollouts without a reward so far."""
         batch.ids, batch.texts = rollout_ids, self.tokenizer.batch_decode(rollout_ids, skip_special_tokens=True)
-
-    def rewarded(self, batch: RolloutBatch, rewards: Sequence[float | None], end_token_ids: set[int]) -> None:
-        """Make the rollouts that the method is told of."""
         tokens = self.scorer.collator.special_tokens
-        columns = zip(batch.prompts, batch.rows, batch.texts, rewards, batch.ids, strict=True)
+        columns = zip(batch.prompts, batch.rows, batch.texts, batch.ids, strict=True)
         batch.rollouts = [
             Rollout(
                 prompt,
                 row.get("solution"),
                 # Decoding left out the control tokens it met; one that the model spelled out would end the teacher's turn.
                 without_special_tokens(text, tokens),
-                reward,
+                None,
                 len(ids),
                 bool(ids) and ids[-1] in end_token_ids,
                 {name: row.get(name) for name in self.method.columns},
             )
-            for prompt, row, text, reward, ids in columns
+            for prompt, row, text, ids in columns
         ]
+
+    def rewarded(self, batch: RolloutBatch, rewards: Sequence[float | None]) -> None:
+        """Give the rollouts their rewards."""
+        batch.rollouts = [replace(each, reward=reward) for each, reward in zip(batch.rollouts, rewards, strict=True)]
 
     def read(self, batch: RolloutBatch, group_size: int, moment: Moment) -> None:
         """Ask the method for contexts and extras of the rollouts; a collective."""
@@ -211,8 +212,14 @@ class TargetMaker:
 
     def seen(self, batch: RolloutBatch) -> Seen:
         """The batch of all ranks, for `Method.remember`; a collective."""
-        target = batch.target
-        return Seen.gathered(batch.rollouts, target.numbers, target.weights, [len(ids) for ids in batch.ids])
+        target, length = batch.target, batch.target.anchor.size(1)
+        views = [torch.zeros(0, 0, 2, dtype=torch.float64)] * len(batch.ids)
+        if target.numbers is not None:
+            rows = zip(target.numbers.double(), target.weights, batch.ids, strict=False)
+            # A slice would be sent with all that it is a slice of.
+            views = [row[used != 0, : min(len(ids), length)].clone().cpu() for row, used, ids in rows]
+        views = gather_object(views)
+        return Seen(gather_object(batch.rollouts), [view[..., 0] for view in views], [view[..., 1] for view in views])
 
     def sum_signals(self, batch: RolloutBatch, length: int, most: int) -> torch.Tensor:
         """`Scorer.sum_signals` of the first `most` rollouts that have a solution; a collective."""

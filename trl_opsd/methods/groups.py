@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the pages that read groups of rollouts share: which rollouts are right, the kind of a group, the ratio to the past."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..losses import Facts, importance_weight
+from ..rows.texts import is_missing
+from ..teacher.contexts import Moment, Rollout
+
+
+def split_by_reward(group: Sequence[Rollout], threshold: float) -> tuple[list[int], list[int]]:
+    """Indices of the right and of the wrong rollouts; one without a reward is neither."""
+    scored = [(index, rollout.reward) for index, rollout in enumerate(group) if rollout.reward is not None]
+    return [i for i, reward in scored if reward >= threshold], [i for i, reward in scored if reward < threshold]
+
+
+def group_label(group: Sequence[Rollout], settings: Any) -> str:
+    """Kind of a group: mixed, all_right, all_wrong (with a solution: usable), all_wrong_without_solution, unscored."""
+    right, wrong = split_by_reward(group, settings.reward_threshold)
+    if not right and not wrong:
+        return "unscored"
+    if not wrong:
+        return "all_right"
+    if right:
+        return "mixed"
+    without = all(is_missing(rollout.solution) for rollout in group)
+    return "all_wrong_without_solution" if without else "all_wrong"
+
+
+def ratio_weight(facts: Facts, settings: Any, moment: Moment) -> torch.Tensor:
+    """(n,) min(q(y) / q_old(y), `importance_cap`) of the sampled token."""
+    return importance_weight(facts.log_prob, facts.given["old_log_prob"], cap=settings.importance_cap)
