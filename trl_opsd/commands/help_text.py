@@ -81,7 +81,7 @@ def _training_parts(command: str) -> list[str]:
 
 def settings_classes(command: str) -> list[type]:
     """The dataclasses with the settings of a training command, its own first."""
-    kinds = _BASELINES.get(command) or (settings_of(command), *OPSDSettings.__mro__)
+    kinds = _BASELINES.get(command) or (*settings_of(command).__mro__, *OPSDSettings.__mro__)
     return [kind for kind in dict.fromkeys(kinds) if kind is not object]
 
 
