@@ -2,7 +2,8 @@
 """The methods, each a page: the one table from which commands, help, trainers and public names follow.
 
 A page NAME is three modules: `settings/NAME.py` with its `...Settings`, `methods/NAME.py` with its rule and `Method`, and
-`trainers/NAME.py` with its `...Config` and `...Trainer`. This table loads none of them.
+`trainers/NAME.py` with its `...Config` and `...Trainer`. One whose formula is partly inferred has a room of its own,
+`experimental/NAME/`, with `settings.py`, `method.py` and `trainer.py`. This table loads none of them.
 """
 
 from importlib import import_module
@@ -15,10 +16,12 @@ class Page(NamedTuple):
     Attributes:
         prefix: of its `...Settings`, `...Config` and `...Trainer`.
         help: what its command is said to do.
+        experimental: parts of its formula are inferred.
     """
 
     prefix: str
     help: str
+    experimental: bool = False
 
 
 # name on the command line -> page; its modules have the name with underscores
@@ -45,26 +48,28 @@ PAGES = {
 
 def settings_of(name: str) -> type:
     """A method's own settings, a plain dataclass; loads neither torch nor trl."""
-    return _part("settings", name, "Settings")
+    return _part(name, "Settings")
 
 
 def trainer_of(name: str) -> Any:
     """A method's trainer, which holds its `Method` and its config."""
-    return _part("trainers", name, "Trainer")
+    return _part(name, "Trainer")
 
 
 def public_names() -> dict[str, str]:
     """Config and trainer of every method, and the module of the package that holds them."""
     return {
-        f"{page.prefix}{kind}": f"trainers.{_module(name)}"
-        for name, page in PAGES.items()
-        for kind in ("Config", "Trainer")
+        f"{page.prefix}{kind}": _module(name, kind) for name, page in PAGES.items() for kind in ("Config", "Trainer")
     }
 
 
-def _part(room: str, name: str, kind: str) -> Any:
-    return getattr(import_module(f".{room}.{_module(name)}", __package__), PAGES[name].prefix + kind)
+def _part(name: str, kind: str) -> Any:
+    return getattr(import_module(f".{_module(name, kind)}", __package__), PAGES[name].prefix + kind)
 
 
-def _module(name: str) -> str:
-    return name.replace("-", "_")
+def _module(name: str, kind: str) -> str:
+    """The module of the package that holds a method's `Settings`, `Config` or `Trainer`."""
+    own, is_settings = name.replace("-", "_"), kind == "Settings"
+    if PAGES[name].experimental:
+        return f"experimental.{own}.{'settings' if is_settings else 'trainer'}"
+    return f"{'settings' if is_settings else 'trainers'}.{own}"

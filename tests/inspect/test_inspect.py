@@ -15,9 +15,10 @@ from trl_opsd.inspect.page import page_payload, write_page
 from trl_opsd.inspect.records import RolloutRecord, SampledRollout, ViewRecord
 from trl_opsd.inspect.rollouts import sample_groups, saved_groups
 from trl_opsd.inspect.run import run_inspect
-from trl_opsd.inspect.text import marker_flags, token_texts
+from trl_opsd.inspect.text import marker_flags
 from trl_opsd.losses import purified_logits, steered_logits, token_divergence
 from trl_opsd.methods import OGLS_SD, OPSD, PURIFIED_OPSD, Method
+from trl_opsd.rows.token_texts import token_texts
 from trl_opsd.teacher.contexts import Rollout, TeacherContext
 
 TEMPLATES = {

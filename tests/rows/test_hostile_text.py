@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 
 from trl_opsd.card import redact
-from trl_opsd.inspect.text import marker_flags, token_texts
+from trl_opsd.inspect.text import marker_flags
 from trl_opsd.methods import ogls_sd
 from trl_opsd.monitoring.markers import count_markers
 from trl_opsd.monitoring.repetition import count_repeated
 from trl_opsd.rows.checks import without_special_tokens
 from trl_opsd.rows.formats import from_dapo, from_gsm8k, from_openthoughts
 from trl_opsd.rows.texts import without_blocks
+from trl_opsd.rows.token_texts import token_texts
 from trl_opsd.teacher.contexts import Moment, Rollout
 
 SPECIAL = ("<|im_end|>", "<|im_start|>")

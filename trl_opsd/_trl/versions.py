@@ -73,6 +73,16 @@ def installed_fields(*names: str) -> tuple[str, ...]:
     return tuple(name for name in names if name in GRPOConfig.__dataclass_fields__)
 
 
+def engine_correction(cap: float) -> dict[str, Any]:
+    """Fields of GRPOConfig that weigh a token by trainer over engine, at most `cap`; the bound's name is TRL's of now or before."""
+    bounds = installed_fields("vllm_importance_sampling_clip_max") or ("vllm_importance_sampling_cap",)
+    return {
+        "vllm_importance_sampling_correction": True,
+        "vllm_importance_sampling_mode": "token_truncate",
+        **dict.fromkeys(bounds, cap),
+    }
+
+
 def trusts_remote_code(config: GRPOConfig) -> bool:
     """Whether a model's own code may run; before TRL 1.7 `model_init_kwargs` alone says so."""
     default = getattr(config, "trust_remote_code", False)

@@ -84,6 +84,8 @@ The student's and the teacher's last user message stand below; `{{prompt}}` is t
         "Teacher:",
         fenced(args.teacher_prompt_template),
     ]
+    if method.inferred:
+        parts.insert(1, f"The method is experimental. {method.inferred}")
     for name, template in method.templates(args).items():
         parts += [f"Teacher, as `{name}`:", fenced(template)]
     return "\n\n".join(parts)

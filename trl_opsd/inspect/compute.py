@@ -16,11 +16,12 @@ import torch
 from ..losses import LinearShape
 from ..methods import Method
 from ..rows.texts import Prompt, fill_template, rewrite_last_turn
+from ..rows.token_texts import token_texts
 from ..teacher.contexts import Moment, Rollout, TeacherContext
 from ..teacher.prompts import TeacherCollator
 from .measures import decompose, extend_view, measure_direction, measure_loss
 from .records import RolloutRecord, SampledRollout, ViewRecord
-from .text import marker_flags, token_texts
+from .text import marker_flags
 from .views import Views, pool_names
 
 _ROWS = 64  # positions whose vocabulary is compared at once

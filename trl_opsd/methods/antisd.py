@@ -19,7 +19,7 @@ import torch
 
 from ..losses import half_softplus
 from ..rows.texts import is_missing
-from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
+from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Unused
 from .base import Method, RowFacts, Seen
 from .groups import split_by_reward
 
@@ -35,8 +35,9 @@ def verdict_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) ->
         moment: its `draw` picks the peer.
     """
     right, wrong = split_by_reward(group, settings.reward_threshold)
-    contexts: list[Contexts] = [()] * len(group)
+    contexts: list[Contexts] = [Unused("no reward")] * len(group)
     for index in sorted((*right, *wrong)):
+        contexts[index] = Unused("no solution")
         solution = _verified(group, [peer for peer in right if peer != index], index, moment)
         if not is_missing(solution):
             verdict = (("verdict", VERDICTS[index in right]),)
@@ -81,6 +82,11 @@ def _gate(share: float, before: float, settings: Any) -> float:
     return 0.0 if share < settings.gate_closes_below else before
 
 
+def gate_report(memory: Mapping[str, Any]) -> dict[str, float]:
+    """The gate that acts, 0 in the first batches."""
+    return {"gate": memory.get("ascends", 0.0)}
+
+
 def own_templates(settings: Any) -> dict[str, str]:
     """The prompt that shows a solution and a verdict."""
     return {"verdict": settings.verdict_prompt_template}
@@ -98,6 +104,7 @@ ANTISD = Method(
     reads_old=True,
     templates=own_templates,
     remember=entropy_gate_memory,
+    report=gate_report,
     paper={
         "title": "Anti-Self-Distillation for Reasoning RL via Pointwise Mutual Information",
         "id": "2605.11609",

@@ -45,8 +45,9 @@ class RowFacts(Facts):
     """Facts of rollouts, each (B, D), and in `given` what is known beside them.
 
     `given` holds, (B, D): `mask` (nonzero where a token is trained on), `advantage` (TRL's), `reward` (NaN without one),
-    `length` (tokens of the whole rollout) and `old_log_prob`; and where views are read, (K, B, D): `view_log_probs`,
-    `view_entropies`, `view_weights`.
+    `length` (tokens of the whole rollout), `engine_weight` (TRL's importance weight of trainer against vLLM; 1 where a run
+    does not correct), `mark` (of `Method.marks`, where the method has some) and `old_log_prob`; and where views are read,
+    (K, B, D): `view_log_probs`, `view_entropies`, `view_weights`.
 
     Attributes:
         extra: facts of the sequences beside the rollouts, (B, E), with `mask` and the views in their `given`; None without.
@@ -86,8 +87,8 @@ class Method:
 
     Attributes:
         name: as the paper writes it.
-        contexts: from (rollouts of one prompt, settings, [`Moment`]) to the teacher's contexts of each; a
-            rollout with no context is not trained on.
+        contexts: from (rollouts of one prompt, settings, [`Moment`]) to the teacher's contexts of each; a rollout
+            with none, best an [`Unused`] with the reason, is not trained on.
         shape: from (settings, optimizer step) to how the direction enters the target.
         needs_solution: every row must have a reference solution.
         needs_group: `contexts` reads the other rollouts of the prompt and their rewards.
@@ -116,6 +117,11 @@ class Method:
         asks: from (rollout, settings) to the context that the model answers before contexts are made, or None;
             `Rollout.written` holds the answer.
         extras: from (rollouts of one prompt, settings, moment) to one sequence beside each rollout, or None.
+        marks: from (rollouts of one prompt, settings, moment) to a number for each rollout, or to one for each of its tokens,
+            which the facts' `mark` holds; `Rollout.token_ends` is then known.
+        report: from memory to numbers for the log, by a name in small letters; asked after `remember`.
+        inferred: what of the formula no source states, in a sentence; told at the start, and in the card. For pages of
+            `experimental`.
     """
 
     name: str
@@ -141,6 +147,9 @@ class Method:
     remember: Callable[[Mapping[str, Any], Seen, Any], Mapping[str, Any]] | None = None
     asks: Callable[[Rollout, Any], TeacherContext | None] | None = None
     extras: Callable[[Sequence[Rollout], Any, Moment], list[Extra | None]] | None = None
+    marks: Callable[[Sequence[Rollout], Any, Moment], list[float | Sequence[float]]] | None = None
+    report: Callable[[Mapping[str, Any]], Mapping[str, float]] | None = None
+    inferred: str = ""
 
     def __post_init__(self):
         ways = [name for name in ("token_weight", "loss", "advantages") if getattr(self, name) is not None]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..losses import MixtureShape
-from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
+from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Unused
 from .base import Method
 from .groups import ratio_weight, split_by_reward
 
@@ -30,7 +30,7 @@ def peer_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> li
     contexts: list[Contexts] = []
     for index in range(len(group)):
         peers = [group[peer].completion for peer in right if peer != index]
-        contexts.append(_views(moment.draw.choice(peers), settings) if peers else ())
+        contexts.append(_views(moment.draw.choice(peers), settings) if peers else Unused("no right peer"))
     return contexts
 
 

@@ -73,7 +73,9 @@ class SelfDistillationSettings(StudentPrompt):
         "Whose weights the teacher has: `base` the initial ones, `live` the student's, `ema` a moving average.",
     )
     teacher_update_rate: float = option(0.001, "Share of the student in each update of the `ema` teacher, in (0, 1].")
-    teacher_sync_steps: int = option(1, "Optimizer steps between two updates of the `ema` teacher.")
+    teacher_sync_steps: int | None = option(
+        1, "Optimizer steps between two updates of the `ema` teacher; None for one update a generation batch."
+    )
     teacher_prompt_template: str = option(
         TEACHER_PROMPT_TEMPLATE,
         "The teacher's last user message; holds `{solution}` and, for a privileged teacher, `{prompt}`.",
@@ -209,7 +211,8 @@ class SelfDistillationSettings(StudentPrompt):
     def _check_teacher(self) -> None:
         require(self.teacher_model_kind in TEACHER_KINDS, self, "teacher_model_kind", f"one of {TEACHER_KINDS}")
         require(0 < self.teacher_update_rate <= 1, self, "teacher_update_rate", "above 0 and at most 1")
-        require(self.teacher_sync_steps >= 1, self, "teacher_sync_steps", "1 or more")
+        interval = self.teacher_sync_steps
+        require(interval is None or interval >= 1, self, "teacher_sync_steps", "1 or more, or None")
         require(self.teacher_tokens_per_forward >= 1, self, "teacher_tokens_per_forward", "1 or more")
         budget = self.max_teacher_prompt_length
         require(budget is None or budget >= 1, self, "max_teacher_prompt_length", "1 or more, or None")

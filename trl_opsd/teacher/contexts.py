@@ -54,6 +54,7 @@ class Rollout:
         finished: it ended by itself, not at the limit.
         columns: the values of the dataset's columns that `Method.columns` names.
         written: what was written for it before scoring (see `Method.asks`), or None.
+        token_ends: of each of its tokens, the place in `completion` where its text ends; empty unless the method has marks.
     """
 
     prompt: Prompt
@@ -64,6 +65,7 @@ class Rollout:
     finished: bool = False
     columns: Mapping[str, Any] = field(default_factory=dict)
     written: "Written | None" = None
+    token_ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,22 @@ class TeacherContext:
     read: float | None = None
     weights: str = "teacher"
     texts: tuple[tuple[str, str], ...] = ()
+
+
+class Unused(tuple):
+    """No view, and why: empty contexts of a rollout that is not trained on.
+
+    Args:
+        reason: a few words in the singular, such as "no right peer"; the log counts the rollouts of each.
+    """
+
+    reason: str
+
+    def __new__(cls, reason: str):
+        """Empty contexts with a reason."""
+        unused = super().__new__(cls)
+        unused.reason = reason
+        return unused
 
 
 Contexts = tuple[TeacherContext, ...]

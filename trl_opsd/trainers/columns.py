@@ -61,7 +61,10 @@ class LossColumns:
             "advantage": given_advantages(batch, settings)[:, : mask.size(1)].expand(mask.shape),
             "reward": batch["rollout_reward"].unsqueeze(1).expand(mask.shape),
             "length": batch["rollout_length"].unsqueeze(1).expand(mask.shape),
+            "engine_weight": engine_weights(batch, mask),
         }
+        if "rollout_mark" in batch:
+            known["mark"] = batch["rollout_mark"][:, : mask.size(1)]
         if reads_old and batch.get("old_per_token_logps") is not None:
             known["old_log_prob"] = batch["old_per_token_logps"][:, : mask.size(1)]
         return cls(
@@ -125,6 +128,14 @@ def given_advantages(batch: Mapping[str, Any], settings: Any) -> torch.Tensor:
     advantages = batch["advantages"] if batch["advantages"].ndim == 2 else batch["advantages"].unsqueeze(1)
     weight = settings.reward_weight
     return (advantages * weight if weight else torch.zeros_like(advantages)).float()
+
+
+def engine_weights(batch: Mapping[str, Any], mask: torch.Tensor) -> torch.Tensor:
+    """(B, D) TRL's importance weights of the trainer's policy against the engine that sampled; 1 where it takes none."""
+    ratio = batch.get("importance_sampling_ratio")  # (B, T), or (B, 1) of a sequence
+    return (
+        mask.new_ones(mask.shape, dtype=torch.float32) if ratio is None else ratio[:, : mask.size(1)].expand(mask.shape)
+    )
 
 
 def view_columns(batch: Mapping[str, Any], length: int, prefix: str = "") -> dict[str, torch.Tensor]:

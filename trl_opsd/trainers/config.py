@@ -6,10 +6,11 @@ Defaults are the setting that OPSD's official code runs (arXiv 2601.18734, versi
 
 import warnings
 from dataclasses import dataclass, fields
+from typing import Any
 
 from trl import GRPOConfig
 
-from .._trl.versions import allow_single_rollout, dict_fields, installed_fields
+from .._trl.versions import allow_single_rollout, dict_fields, engine_correction, installed_fields
 from ..settings.fields import check_settings, require
 from ..settings.opsd import OPSDSettings
 
@@ -64,14 +65,25 @@ class OPSDConfig(OPSDSettings, GRPOConfig):
     def __post_init__(self):
         require(self.num_generations and self.num_generations >= 1, self, "num_generations", "1 or more")
         self.read_texts()
-        if self.reward_weight == 0.0:
-            # The correction costs a student forward a step and only TRL's policy-gradient loss uses it.
-            self.vllm_importance_sampling_correction = False
+        self._choose_engine_correction()
         with allow_single_rollout(self):
             super().__post_init__()
         check_settings(self)
         self._check_steps()
         self._warn_unused()
+
+    def _choose_engine_correction(self) -> None:
+        """The correction costs a student forward a step, so it is taken only where a loss reads it."""
+        chosen = self._engine_correction()
+        for name, value in chosen.items():
+            setattr(self, name, value)
+        if not chosen and self.reward_weight == 0.0:
+            self.vllm_importance_sampling_correction = False
+
+    def _engine_correction(self) -> dict[str, Any]:
+        """TRL's fields that a method's `engine_weight_cap` sets."""
+        cap = getattr(self, "engine_weight_cap", None)
+        return {} if cap is None else engine_correction(cap)
 
     def _check_steps(self) -> None:
         if self.steps_per_generation % self.gradient_accumulation_steps:
@@ -85,7 +97,8 @@ class OPSDConfig(OPSDSettings, GRPOConfig):
         if self.reward_weight > 0:
             return
         default = {f.name: f.default for f in fields(GRPOConfig)}
-        moved = [name for name in REWARD_ONLY_FIELDS if getattr(self, name) != default[name]]
+        unused = [name for name in REWARD_ONLY_FIELDS if name not in self._engine_correction()]
+        moved = [name for name in unused if getattr(self, name) != default[name]]
         if moved:
             warnings.warn(
                 f"Set but unused, because they belong to TRL's policy-gradient loss and reward_weight is 0: "

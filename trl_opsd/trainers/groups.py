@@ -4,6 +4,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -12,6 +13,23 @@ from ..methods import Extra, Method
 from ..teacher.contexts import Contexts, Moment, Rollout
 
 _BATCHES_TO_WARN = 10
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a method says of rollouts, each in their order.
+
+    Attributes:
+        contexts: of the teacher.
+        extras: sequences beside them.
+        marks: numbers of each rollout or of its tokens; empty where the method has none.
+        metrics: for the log.
+    """
+
+    contexts: list[Contexts]
+    extras: list[Extra | None]
+    marks: list[float | Sequence[float]] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class GroupReader:
@@ -26,12 +44,11 @@ class GroupReader:
     def __init__(self, method: Method, settings: Any, accelerator: Any):
         self.method, self.settings, self._accelerator = method, settings, accelerator
         self._labels: Counter[str] = Counter()
-        self._unsplit = 0
+        self._reasons: Counter[str] = Counter()
+        self._unsplit = self._unused = 0
 
-    def read(
-        self, rollouts: list[Rollout], size: int, moment: Moment
-    ) -> tuple[list[Contexts], list[Extra | None], dict[str, float]]:
-        """Contexts and extras of this rank's rollouts, and numbers for the log; a collective where groups are read.
+    def read(self, rollouts: list[Rollout], size: int, moment: Moment) -> Reading:
+        """What the method says of this rank's rollouts; a collective.
 
         Args:
             rollouts: of this rank, in the order of the batch.
@@ -43,11 +60,15 @@ class GroupReader:
         extras: list[Extra | None] = [None] * len(contexts)
         if self.method.extras is not None:
             extras = [extra for group in groups for extra in self.method.extras(group, self.settings, moment)]
+        marks: list[float | Sequence[float]] = []
+        if self.method.marks is not None:
+            marks = [mark for group in groups for mark in self.method.marks(group, self.settings, moment)]
         metrics = {}
         if self.method.label is not None:
             labels = [self.method.label(group, self.settings) for group in groups]
             metrics = self._count(labels, contexts, extras, len(groups[0]))
-        return contexts[own], extras[own], metrics
+        metrics |= self._count_unused(gather_object([getattr(views, "reason", "") for views in contexts[own]]))
+        return Reading(contexts[own], extras[own], marks[own], metrics)
 
     def _groups(self, rollouts: list[Rollout], size: int) -> tuple[list[list[Rollout]], slice]:
         """Rollouts by prompt, of all ranks, and which of the flat list are this rank's."""
@@ -74,10 +95,32 @@ class GroupReader:
         shares = {f"groups/{label}": count / len(labels) for label, count in Counter(labels).items()}
         return {"groups/used": sum(used) / len(used), **shares}
 
+    def _count_unused(self, reasons: Sequence[str]) -> dict[str, float]:
+        """Shares of the rows that the method cannot use, by reason; warns when it can use none for long."""
+        found = Counter(reason for reason in reasons if reason)
+        self._reasons.update(found)
+        self._unused = self._unused + 1 if found.total() == len(reasons) else 0
+        if self._unused == _BATCHES_TO_WARN > self._unsplit:  # else the warning above has said why
+            warnings.warn(
+                f"{self.method.name} could use no rollout of {_BATCHES_TO_WARN} generation batches. Rollouts by reason, since "
+                f"the start: {dict(self._reasons)}.",
+                stacklevel=2,
+            )
+        if not self._reasons:
+            return {}
+        shares = {f"rows/{reason.replace(' ', '_')}": found[reason] / len(reasons) for reason in self._reasons}
+        return {"rows/used": 1 - found.total() / len(reasons), **shares}
+
     def state(self) -> dict[str, Any]:
         """The counts so far, as JSON."""
-        return {"labels": dict(self._labels), "unsplit": self._unsplit}
+        return {
+            "labels": dict(self._labels),
+            "unsplit": self._unsplit,
+            "reasons": dict(self._reasons),
+            "unused": self._unused,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from `state`."""
         self._labels, self._unsplit = Counter(state["labels"]), state["unsplit"]
+        self._reasons, self._unused = Counter(state.get("reasons", {})), state.get("unused", 0)

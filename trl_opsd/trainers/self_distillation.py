@@ -119,6 +119,8 @@ class SelfDistillationTrainer(RolloutTrainer):
         warning = None if reward_funcs else warn_of_first_golds(train_dataset, args.verifier)
         if warning is not None:
             self.run.tell(warning)
+        if self.method.inferred:
+            self.run.tell(f"{self.method.name} is experimental. {self.method.inferred}")
         self.scorer.make_teacher()
         self.run.remember_weights(self.model, self.scorer.first_values)
         self.method_loss = StepLoss(self.model, self.method, args, self.scorer.num_tokens)
@@ -243,6 +245,8 @@ class SelfDistillationTrainer(RolloutTrainer):
             self._prompt_texts = [str(prompt)[:80] for prompt in own.prompts]
             if self.method.remember is not None:
                 self.memory = dict(self.method.remember(self.memory, self.targets.seen(own), self.args))
+                report = {} if self.method.report is None else self.method.report(self.memory)
+                self.add_metrics({f"method/{name}": float(value) for name, value in report.items()})
         self._log_rollouts()
         if self.args.mask_truncated_completions and self.mode == "train":
             warn_of_masked_rollouts(batch["completion_mask"], self.args, self.accelerator)
@@ -285,7 +289,8 @@ class SelfDistillationTrainer(RolloutTrainer):
 
     def reads_policy_logps(self) -> bool:
         """Whether old log-probabilities are read: by TRL's loss, or by the method's."""
-        return self._has_policy_loss() or self.method.reads_old
+        corrects_engine = getattr(self.args, "engine_weight_cap", None) is not None
+        return self._has_policy_loss() or self.method.reads_old or corrects_engine
 
     def _has_policy_loss(self) -> bool:
         return self.args.reward_weight > 0 or self.method.advantages is not None
@@ -511,7 +516,8 @@ class _StepHooks(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.check_finite_loss()  # DeepSpeed steps inside its backward, before the hook above
-        if state.global_step % args.teacher_sync_steps == 0:
+        interval = args.teacher_sync_steps or self.trainer._updates_per_generation()
+        if state.global_step % interval == 0:
             lost = self.trainer.teacher.update()
             if args.teacher_model_kind == "ema":
                 self.trainer.add_metrics({"teacher/ema_rank_loss": lost})

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from ..methods import Extra, Seen
 from ..rows.checks import check_rows, without_special_tokens
 from ..rows.texts import Prompt, as_text_turns, fill_template, is_missing, rewrite_last_turn
+from ..rows.token_texts import token_ends
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Written
 from ..teacher.states import TargetStates, waits_in_host_memory
 from .groups import GroupReader
@@ -31,6 +32,7 @@ class RolloutBatch:
         texts: of the rollouts.
         rollouts: as the method reads them.
         contexts, extras: of each rollout.
+        marks: of each rollout or of its tokens; empty where the method has none.
         target: what the teacher says of them, None until it is scored.
         shortened: of each rollout, whether a text in its contexts was.
         extra_ids: tokens of the extras; empty where the method has none.
@@ -44,6 +46,7 @@ class RolloutBatch:
     rollouts: list[Rollout] = field(default_factory=list)
     contexts: list[Contexts] = field(default_factory=list)
     extras: list[Extra | None] = field(default_factory=list)
+    marks: list[float | Sequence[float]] = field(default_factory=list)
     target: TargetStates | None = None
     shortened: list[bool] = field(default_factory=list)
     extra_ids: list[list[int]] = field(default_factory=list)
@@ -111,6 +114,7 @@ class TargetMaker:
                 len(ids),
                 bool(ids) and ids[-1] in end_token_ids,
                 {name: row.get(name) for name in self.method.columns},
+                token_ends=() if self.method.marks is None else token_ends(self.tokenizer, ids),
             )
             for prompt, row, text, ids in columns
         ]
@@ -123,8 +127,9 @@ class TargetMaker:
         """Ask the method for contexts and extras of the rollouts; a collective."""
         if self.method.asks is not None:
             self._ask(batch)
-        batch.contexts, batch.extras, metrics = self.groups.read(batch.rollouts, group_size, moment)
-        self.log(metrics)
+        reading = self.groups.read(batch.rollouts, group_size, moment)
+        batch.contexts, batch.extras, batch.marks = reading.contexts, reading.extras, reading.marks
+        self.log(reading.metrics)
         if self.method.extras is not None:
             batch.extra_ids = [[] if extra is None else self._ids_of(extra) for extra in batch.extras]
 
@@ -199,6 +204,8 @@ class TargetMaker:
             "rollout_length": torch.tensor(lengths, device=device),
             "rollout_trained": mask.any(dim=1) | torch.tensor(alone, device=device),
         }
+        if self.method.marks is not None:
+            columns["rollout_mark"] = _marks(batch.marks, mask)
         return batch.target.columns() | columns | self._extra_columns(batch, mask)
 
     def _extra_columns(self, batch: RolloutBatch, mask: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -228,3 +235,12 @@ class TargetMaker:
         prompts = [(batch.rows[row]["prompt"], batch.prompts[row]) for row in rows]
         solutions = [batch.rollouts[row].solution for row in rows]
         return self.scorer.sum_signals(prompts, solutions, [batch.ids[row][:length] for row in rows])
+
+
+def _marks(marks: Sequence[float | Sequence[float]], mask: torch.Tensor) -> torch.Tensor:
+    """(B, D) float32, a mark of a rollout on all its places, 0 behind the tokens of one that has a mark each."""
+    length, rows = mask.size(1), []
+    for mark in marks:
+        values = list(mark[:length]) if isinstance(mark, Sequence) else [mark] * length
+        rows.append([*values, *[0.0] * (length - len(values))])
+    return torch.tensor(rows, device=mask.device, dtype=torch.float32).view(mask.shape)
