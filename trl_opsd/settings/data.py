@@ -11,12 +11,14 @@ class DataSettings:
     """Where the rows come from, and which columns are read."""
 
     dataset_name: str | None = option(
-        None, "Hub id, folder, or local .json, .jsonl, .parquet or .csv file of the dataset."
+        None,
+        "Hub id, folder, or local .json, .jsonl, .parquet or .csv file of the dataset; `champ` is that of the installed "
+        "package champ-dataset.",
     )
     dataset_format: str | None = option(
         None,
-        "How its rows become `prompt` and `solution`: `problem`, `messages`, `gsm8k`, `openthoughts` or `dapo`. None: "
-        "by the two columns below.",
+        "How its rows become `prompt` and `solution`: `problem`, `messages`, `gsm8k`, `openthoughts`, `dapo` or `champ` (of "
+        "which `hints` and `concepts` are kept too). None: by the two columns below.",
     )
     problem_column: str | None = option(
         None, "Text column to make a user message of. None: the dataset has a `prompt` column."

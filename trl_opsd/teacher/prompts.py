@@ -120,11 +120,22 @@ class TeacherCollator:
         """Render a prompt for the student and for every template.
 
         Raises:
-            ValueError: the chat template refuses, or the model has fewer positions than the student's prompt has tokens.
+            ValueError: the chat template refuses or leaves the text of the message out, or the model has fewer positions
+                than the student's prompt has tokens.
         """
-        self._within_positions(self._render(prompt, self.student_kwargs))
+        ids = self._within_positions(self._render(prompt, self.student_kwargs))
+        self._check_shows_text(prompt, ids)
         for template in self.templates:
             self._privileged_ids(prompt, template, _CUT)
+
+    def _check_shows_text(self, prompt: Prompt, ids: list[int]) -> None:
+        """Templates of vision-language models may render nothing of a text that stands in no list of parts."""
+        longer = rewrite_last_turn(prompt, lambda text: f"{text} ?")
+        if not isinstance(prompt, str) and self._render(longer, self.student_kwargs) == ids:
+            raise ValueError(
+                "The chat template renders a message without its text: the model would be asked nothing. It may want the text "
+                "as a list of parts, as templates of vision-language models do; give the tokenizer a template for text."
+            )
 
     @cached_property
     def template_length(self) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
+from ...rows import champ
 from ...rows.formats import FORMATS
 from ...verification import check_verifier
 from ..arguments import CommandParser, check_writable
@@ -42,7 +43,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--datasets", nargs="+", required=True, help=f"{names}, a local file, or a Hub id")
     parser.add_argument("--split", default="test", help="split of a Hub id")
-    parser.add_argument("--dataset_format", choices=[*FORMATS], help="how rows of files and Hub ids are read")
+    parser.add_argument(
+        "--dataset_format", choices=[*FORMATS, champ.NAME], help="how rows of files and Hub ids are read"
+    )
     parser.add_argument("--problem_column", help="question of files and Hub ids; without it a `prompt` column is read")
     parser.add_argument(
         "--solution_column", default="solution", help="gold solution of files and Hub ids, answer boxed"
