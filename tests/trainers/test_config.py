@@ -396,3 +396,12 @@ def test_a_config_survives_its_dict_and_its_json(make_args):
         assert {name: getattr(again, name) for name in COMMAND_LINE} == {
             name: getattr(config, name) for name in COMMAND_LINE
         }
+
+
+def test_weights_of_the_engine_that_sampling_biases_are_told(tmp_path):
+    settings = {"use_vllm": True, "reward_weight": 0.5, "num_generations": 2, "bf16": False}
+    with pytest.warns(UserWarning, match=r"top_p=0\.95 and top_k=20.*too small by the kept mass"):
+        OPSDConfig(str(tmp_path), **settings)
+    OPSDConfig(str(tmp_path), **settings, top_p=1.0, top_k=0)  # warnings are errors
+    OPSDConfig(str(tmp_path), **settings, vllm_importance_sampling_correction=False)
+    OPSDConfig(str(tmp_path), **{**settings, "reward_weight": 0.0})

@@ -277,7 +277,7 @@ def test_an_evaluation_samples_with_the_weights_of_its_step(build, dataset):
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_trls_correction_of_the_engine_costs_a_forward_only_where_a_reward_is_in_the_loss(build, monkeypatch, weight):
-    trainer = build(mode="server", reward_weight=weight, max_steps=1)
+    trainer = build(mode="server", reward_weight=weight, top_p=1.0, top_k=0, max_steps=1)
     batches, calls = record_batches(trainer, monkeypatch), count_forwards(trainer)
     trainer.train()
     batch, corrections = batches[0], {"old_per_token_logps", "importance_sampling_ratio"}

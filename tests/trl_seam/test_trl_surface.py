@@ -6,10 +6,11 @@ import types
 import pytest
 import trl
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from trl_opsd import OPSDTrainer, UnsupportedTRLError
 from trl_opsd._trl import versions
-from trl_opsd._trl.versions import SUPPORTED_TRL, check_trl
+from trl_opsd._trl.versions import NEWEST_TESTED_TRL, SUPPORTED_TRL, check_trl, warn_if_untested
 
 
 def test_the_installed_trl_has_every_name():
@@ -117,3 +118,16 @@ def test_the_suggested_install_is_one_that_pip_reads():
 
 def test_users_can_catch_it_as_an_import_error():
     assert issubclass(UnsupportedTRLError, ImportError)
+
+
+def test_a_trl_newer_than_any_tested_is_told_and_not_refused(monkeypatch):
+    monkeypatch.setattr(trl, "__version__", "1.18.2")
+    assert "1.18.2" in SpecifierSet(SUPPORTED_TRL)
+    with pytest.warns(UserWarning, match=r"trl 1\.18\.2 is newer than 1\.16.*pip install 'trl==1\.16\.\*'"):
+        warn_if_untested()
+    monkeypatch.setattr(trl, "__version__", "1.16.3")
+    warn_if_untested()  # warnings are errors
+
+
+def test_the_newest_tested_version_is_the_one_that_the_tests_run_on():
+    assert Version(trl.__version__).release[:2] <= NEWEST_TESTED_TRL

@@ -24,7 +24,7 @@ from ..checkpoints.state import load_state, save_state
 from ..teacher.forwards import counted_positions
 from .checkpoints import CheckedTrainer
 from .naming import NamedByMethod
-from .versions import HAS_ROUTER_LOSS, NUM_LOGPS_VALUES, check_trl
+from .versions import HAS_ROUTER_LOSS, NUM_LOGPS_VALUES, check_trl, warn_if_untested
 
 
 def model_for_generation(trainer: Any) -> AbstractContextManager:
@@ -75,6 +75,7 @@ class RolloutTrainer(CheckedTrainer, NamedByMethod, GRPOTrainer):
 
     def __init__(self, **kwargs):
         check_trl()
+        warn_if_untested()
         # Older versions lack some arguments (`quantization_config` came in TRL 1.8); None is every default.
         super().__init__(**{name: value for name, value in kwargs.items() if value is not None})
         if not hasattr(self, "_tokenizer"):  # TRL 1.3 gave it a name of its own

@@ -2,14 +2,17 @@
 """Which TRL is supported, every private name of it that we rely on, and what older versions lack."""
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import trl
+from packaging.version import Version
 from trl import GRPOConfig, GRPOTrainer
 
-SUPPORTED_TRL = ">=1.0.0,<1.17"
+SUPPORTED_TRL = ">=1.0.0,<2"
+NEWEST_TESTED_TRL = (1, 16)
 
 # Method -> the arguments that our wrappers rely on.
 METHODS = {
@@ -89,6 +92,22 @@ def trusts_remote_code(config: GRPOConfig) -> bool:
     return (config.model_init_kwargs or {}).get("trust_remote_code", default)
 
 
+def is_newer(than: tuple[int, int]) -> bool:
+    """Whether the installed TRL is of a later minor version."""
+    return Version(trl.__version__).release[:2] > than
+
+
+def warn_if_untested() -> None:
+    """Say that TRL is newer than any that the tests ran on; its names are checked all the same."""
+    if is_newer(NEWEST_TESTED_TRL):
+        newest = ".".join(map(str, NEWEST_TESTED_TRL))
+        warnings.warn(
+            f"trl {trl.__version__} is newer than {newest}, the newest that this version of trl_opsd was tested on. Every "
+            f"name that it wraps is there; if a run looks wrong, compare with `pip install 'trl=={newest}.*'`.",
+            stacklevel=2,
+        )
+
+
 class UnsupportedTRLError(ImportError):
     """The installed TRL lacks a name that the trainers wrap."""
 
@@ -144,7 +163,7 @@ def gkd_classes() -> tuple[type, type]:
     Raises:
         UnsupportedTRLError: this TRL has none, or one that is not the one relied on.
     """
-    supported = ">=1.12.0,<1.17"
+    supported = ">=1.12.0,<2"
     try:
         from trl.experimental.gkd import GKDConfig, GKDTrainer
     except ImportError as error:

@@ -7,6 +7,7 @@ DeepSpeed ZeRO-3's gathered parameters, FSDP2's unsharded parameters.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -76,13 +77,24 @@ def attach_head_function(model: nn.Module) -> None:
         if request.keep_forward:
             return _forward_and_capture(self, original, request, args, kwargs)
         output = self.base_model(*args, **{"use_cache": False, **kwargs})
-        request.cache = getattr(output, "past_key_values", None)
+        request.cache = cache_of(output)
         request.result = _call(request, self, output.last_hidden_state)
         # A tensor in the output keeps DDP's and DeepSpeed's output hooks working.
         return {"loss": request.result if isinstance(request.result, torch.Tensor) else request.result[0]}
 
     model._head_request = None
     model.forward = MethodType(forward, model)
+
+
+def cache_of(output: Any) -> Any:
+    """The keys and values that a forward returned, or None; transformers 5.24 calls them `cache`, before `past_key_values`."""
+    return next((output[name] for name in ("cache", "past_key_values") if name in output), None)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a causal LM's forward calls the keys and values that it continues."""
+    parameters = inspect.signature(causal_lm(model).base_model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..losses import OutputHead
-from ..model.heads import causal_lm, head_function
+from ..model.heads import cache_argument, causal_lm, head_function
 from .jobs import ScoringJob, SharedBatch
 from .prompts import left_pad, positions_from_mask
 
@@ -68,7 +68,7 @@ class TeacherForward:
         def predicting(hidden):
             return torch.cat([first.unsqueeze(1), hidden[:, :-1]], dim=1)
 
-        return self._states(ids, mask, predicting, ids, use_cache=True, past_key_values=cache)[0]
+        return self._states(ids, mask, predicting, ids, use_cache=True, **{cache_argument(self.model): cache})[0]
 
     def _states(self, ids, mask, choose, tokens=None, **cache_settings):
         """What `choose` takes of the hidden states, with the numbers of the `tokens` they predict where views are read."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from .._trl.versions import allow_single_rollout, dict_fields, engine_correction, installed_fields
+from .._trl.versions import allow_single_rollout, dict_fields, engine_correction, installed_fields, is_newer
 from ..settings.fields import check_settings, require
 from ..settings.opsd import OPSDSettings
 
@@ -71,6 +71,7 @@ class OPSDConfig(OPSDSettings, GRPOConfig):
         check_settings(self)
         self._check_steps()
         self._warn_unused()
+        self._warn_of_biased_weights()
 
     def _choose_engine_correction(self) -> None:
         """The correction costs a student forward a step, so it is taken only where a loss reads it."""
@@ -103,5 +104,18 @@ class OPSDConfig(OPSDSettings, GRPOConfig):
             warnings.warn(
                 f"Set but unused, because they belong to TRL's policy-gradient loss and reward_weight is 0: "
                 f"{', '.join(moved)}. Set reward_weight above 0 to use them.",
+                stacklevel=4,
+            )
+
+    def _warn_of_biased_weights(self) -> None:
+        """TRL's weight of trainer over engine has the mass that sampling kept as a factor, until 1.17."""
+        cuts = {"top_p": self.top_p < 1, "top_k": self.top_k > 0, "min_p": (self.min_p or 0) > 0}
+        cut = [f"{name}={getattr(self, name)}" for name, is_cut in cuts.items() if is_cut]
+        if self.use_vllm and self.vllm_importance_sampling_correction and cut and not is_newer((1, 16)):
+            warnings.warn(
+                f"vLLM samples with {' and '.join(cut)}, and TRL before 1.17 compares the trainer's probability over the whole "
+                "vocabulary with the engine's over the tokens that were kept: every weight is too small by the kept mass. Set "
+                "top_p=1 and top_k=0, or vllm_importance_sampling_correction=False (engine_weight_cap=None where the method has "
+                "it).",
                 stacklevel=4,
             )

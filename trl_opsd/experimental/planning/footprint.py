@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
-from ...model.heads import causal_lm
+from ...model.heads import cache_of, causal_lm
 
 # The published shapes: hidden size, layers, heads, key-value heads, intermediate size, tied embeddings.
 _QWEN3 = {
@@ -268,7 +268,7 @@ def _trace(model: nn.Module, length: int, autocast: bool) -> _Trace:
         with torch.no_grad(), _PeakMode() as forward:
             run()
         with torch.no_grad():
-            layer = run(True).past_key_values.layers[0]
+            layer = cache_of(run(True)).layers[0]
         cache = sum(getattr(layer, name).untyped_storage().nbytes() for name in ("keys", "values"))
         return _Trace(kept, peak.most, forward.most, cache, size)
 
