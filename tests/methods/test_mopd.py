@@ -25,7 +25,7 @@ AS_SDPO = {"max_right_peers": 1, "max_wrong_peers": 0, "strip_thinking": True}
 
 def group_of(rewards, feedback=None):
     texts = feedback or [None] * len(rewards)
-    return [Rollout("x", "s", f"<{i}>", reward, feedback=texts[i]) for i, reward in enumerate(rewards)]
+    return [Rollout("x", "s", f"<{i}>", reward, note=texts[i]) for i, reward in enumerate(rewards)]
 
 
 def slots_of(group, seed=0, **settings):

@@ -51,15 +51,15 @@ KEPT = {prompt_key(rollout_of(None)): "old"}
 @pytest.mark.parametrize(
     ("rollout", "kept", "slot"),
     [
-        (rollout_of(0.0, feedback="f", **REVIEW), KEPT, "ay!f?z+old"),
+        (rollout_of(0.0, note="f", **REVIEW), KEPT, "ay!f?z+old"),
         (rollout_of(0.0, **REVIEW), {}, "ay?z"),
-        (rollout_of(0.0, feedback="f"), {}, "ay!f"),
+        (rollout_of(0.0, note="f"), {}, "ay!f"),
         (rollout_of(0.0), KEPT, "ay+old"),
         (rollout_of(0.0, "another"), KEPT, "nothing learnt"),
-        (rollout_of(0.0, feedback=" "), {}, "nothing learnt"),
+        (rollout_of(0.0, note=" "), {}, "nothing learnt"),
         (rollout_of(1.0), {}, "ay+y"),  # its own text is allowed
-        (rollout_of(0.5, feedback="f"), KEPT, "ay!f+y"),  # and newer than what was kept
-        (rollout_of(None, feedback="f"), KEPT, "no reward"),
+        (rollout_of(0.5, note="f"), KEPT, "ay!f+y"),  # and newer than what was kept
+        (rollout_of(None, note="f"), KEPT, "no reward"),
     ],
 )
 def test_the_teacher_reads_the_attempt_feedback_review_and_a_right_rollout(rollout, kept, slot):
@@ -68,13 +68,13 @@ def test_the_teacher_reads_the_attempt_feedback_review_and_a_right_rollout(rollo
 
 def test_without_kept_solutions_a_right_rollout_has_nothing_to_learn_from_but_feedback():
     assert slot_of(rollout_of(1.0), max_kept_solutions=0) == "nothing learnt"
-    assert slot_of(rollout_of(1.0, feedback="f"), max_kept_solutions=0) == "ay!f"
-    assert slot_of(rollout_of(0.0, feedback="f"), strip_thinking=False) == "a<think>why</think>y!f"
+    assert slot_of(rollout_of(1.0, note="f"), max_kept_solutions=0) == "ay!f"
+    assert slot_of(rollout_of(0.0, note="f"), strip_thinking=False) == "a<think>why</think>y!f"
 
 
 def test_only_wrong_rollouts_are_reviewed_with_their_feedback():
-    view = review_request(rollout_of(0.4, feedback="f"), settings_of(max_rollout_context_length=7))
-    assert view == TeacherContext("review", "ay!f", 7)
+    view = review_request(rollout_of(0.4, note="f"), settings_of(max_rollout_context_length=7))
+    assert view == TeacherContext("review", "ay!f", 7, weights="live")
     assert review_request(rollout_of(0.5), settings_of()) is review_request(rollout_of(None), settings_of()) is None
     assert review_request(rollout_of(0.0), settings_of(write_review=False)) is None
 
