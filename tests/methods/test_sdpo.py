@@ -240,6 +240,22 @@ def test_thinking_stays_where_it_is_not_stripped():
     assert views_of([1.0, 0.0], strip_thinking=False) == [[], ["<think>why</think>\n\ny0"]]
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("<think>a</think>\n\nb", "b"),
+        ("a</think>\n\nb", "b"),  # the chat template has opened the block in the prompt
+        ("a</think>b<think>c</think>d", "bd"),
+        ("<think>a", "<think>a"),  # cut within its thinking
+        ("b", "b"),
+    ],
+)
+def test_thinking_is_not_shown_whoever_opened_it(text, shown):
+    group = [Rollout("x", None, text, 1.0), Rollout("x", None, "y", 0.0)]
+    (_, (view,)) = peer_contexts(group, SDPOSettings(peer_block="{text}"), MOMENT)
+    assert view.slot == shown
+
+
 def test_a_rollout_that_reads_nothing_says_why():
     group = [Rollout("x", "s", "y", 0.0)] * 2
     (first, second) = peer_contexts(group, SDPOSettings(), MOMENT)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the pages of SDPO's tree share: the blocks of text that their teacher reads, feedback, and the weight of a token."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
@@ -13,6 +14,8 @@ from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 from ..user_functions import load_function
 from .groups import ratio_weight
 
+_END_OF_THINKING = r"</think>\s*"
+
 
 def block(template: str, text: str | None) -> str:
     """The template around a text, and nothing where the text is None or blank."""
@@ -20,8 +23,11 @@ def block(template: str, text: str | None) -> str:
 
 
 def shown_text(text: str, settings: Any) -> str:
-    """A text of the model as the teacher reads it, under `strip_thinking` without its thinking."""
-    return without_blocks(text, "<think>", r"</think>\s*") if settings.strip_thinking else text
+    """A text of the model as the teacher reads it, under `strip_thinking` without its thinking, that of an opened turn too."""
+    if not settings.strip_thinking:
+        return text
+    text = without_blocks(text, "<think>", _END_OF_THINKING)
+    return re.split(_END_OF_THINKING, text, maxsplit=1)[-1]  # some chat templates open the block in the prompt
 
 
 def feedback_notes(rollouts: Sequence[Rollout], settings: Any, moment: Moment) -> list[str | None]:
