@@ -2,6 +2,7 @@
 """SDFT: the step by hand, OPSD as its special case, the first tokens, and a moving average of an adapter."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -100,20 +101,22 @@ def test_the_average_of_an_adapter_is_that_of_its_update(make_model, make_args, 
     rate = 0.3
     trainer = SDFTTrainer(
         model=make_model(torch.float64),
-        args=make_args(SDFTConfig, **SMALL, teacher_update_rate=rate, learning_rate=0.05, warmup_steps=0),
+        args=make_args(SDFTConfig, **SMALL, teacher_update_rate=rate, learning_rate=0.05),
         train_dataset=dataset,
         processing_class=copy.deepcopy(tokenizer),
         peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
     )
     ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in LONG]
     trainer._generate_single_turn = lambda *args, **kwargs: (ids, None)
-    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_" in name:  # both factors move, so that the average of each is not that of their product
+            torch.nn.init.normal_(parameter, std=1.0)
+    trainer.teacher.update()
     rows = rows_of(dataset)
     loss, _ = whole_step(trainer, rows)
     model = trainer.model.eval()
     model.base_model.model.__dict__.pop("forward", None)
     factors = [parameter for name, parameter in model.named_parameters() if "lora_B" in name]
-    assert all(factor.abs().max() > 1e-3 for factor in factors)
 
     def target_of(context, completion):
         with torch.no_grad():  # B starts at 0, so the average of B A is `rate` of the student's
@@ -129,6 +132,20 @@ def test_the_average_of_an_adapter_is_that_of_its_update(make_model, make_args, 
         frozen = by_hand(trainer, model, rows, lambda *read: raw_logits(model, *read)).item()
     assert loss == pytest.approx(wanted, rel=1e-4)
     assert abs(frozen - wanted) > 1e-3 * wanted
+
+
+def test_a_run_with_an_adapter_trains_and_moves_the_average(make_model, make_args, dataset, tokenizer):
+    trainer = SDFTTrainer(
+        model=make_model(),
+        args=make_args(SDFTConfig, **SMALL, max_steps=2, learning_rate=0.05),
+        train_dataset=dataset,
+        processing_class=copy.deepcopy(tokenizer),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
+    )
+    trainer.train()
+    assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+    moved_factors = [value for name, value in trainer.teacher.values.items() if "lora_B" in name]
+    assert moved_factors and all(value.abs().max() > 0 for value in moved_factors)
 
 
 def test_a_row_without_an_example_is_refused(build, dataset):
