@@ -16,7 +16,7 @@ An earlier attempt of yours stands between the two marks.
 {text}
 === Attempt ends ==="""
 
-REFLECTION_BLOCK = """
+REVIEW_BLOCK = """
 
 What you have since written about this attempt stands between the two marks.
 
@@ -101,7 +101,7 @@ class RESDSettings:
     )
     attempt_block: str = option(ATTEMPT_BLOCK, "What stands around the rollout itself, `{text}`.")
     feedback_block: str = option(FEEDBACK_BLOCK, "What stands around feedback, `{text}`.")
-    review_block: str = option(REFLECTION_BLOCK, "What stands around the review, `{text}`.")
+    review_block: str = option(REVIEW_BLOCK, "What stands around the review, `{text}`.")
     solution_block: str = option(SOLUTION_BLOCK, "What stands around the right rollout, `{text}`.")
 
     def check(self) -> None:
