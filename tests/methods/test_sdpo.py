@@ -273,6 +273,10 @@ def broken_report(rollout):
     return 3
 
 
+def failing_report(rollout):
+    return f"{1 / len(rollout.completion.removeprefix('no'))} a letter"  # fails on the text "no"
+
+
 @pytest.fixture
 def with_feedback(dataset):
     return Dataset.from_list([{**row, "feedback": FEEDBACK} for row in dataset])
@@ -317,6 +321,14 @@ def test_feedback_that_is_no_text_stops_the_run_by_name(build, dataset):
     trainer = build(feedback_function="test_sdpo:broken_report")
     with pytest.raises(ValueError, match=r"feedback_function='test_sdpo:broken_report' gave 3; it must be text"):
         whole_step(trainer, rows_of(dataset))
+
+
+def test_where_the_function_fails_there_is_no_feedback_and_a_warning(build, dataset):
+    trainer = build(feedback_function="test_sdpo:failing_report", feedback_beside_peer=True)
+    with pytest.warns(UserWarning, match=r"failed on 1 of 8 rollouts, which have no feedback: ZeroDivisionError"):
+        whole_step(trainer, rows_of(dataset))
+    notes = {own.completion: own.note for own in trainer._batch.rollouts}
+    assert [text for text, note in notes.items() if note is None] == ["no"] and notes["a"] == "1.0 a letter"
 
 
 @pytest.mark.parametrize("divergence", ["jsd", "reverse_kl"])

@@ -2,6 +2,7 @@
 """What the pages of SDPO's tree share: the blocks of text that their teacher reads, feedback, and the weight of a token."""
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from ..losses import Facts
 from ..rows.texts import fill_template, is_missing, without_blocks
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
-from ..user_functions import load_function
+from ..user_functions import call_for_each, load_function
 from .groups import ratio_weight
 
 _END_OF_THINKING = r"</think>\s*"
@@ -33,19 +34,31 @@ def shown_text(text: str, settings: Any) -> str:
 def feedback_notes(rollouts: Sequence[Rollout], settings: Any, moment: Moment) -> list[str | None]:
     """What an environment says of each rollout: `feedback_function` if it is set, else the column `feedback`.
 
+    Where the function fails there is no feedback, and a warning.
+
     Raises:
         ValueError: it is neither text nor None.
     """
     name = settings.feedback_function
-    place = "The column `feedback`" if name is None else f"feedback_function={name!r}"
     if name is None:
-        texts = [rollout.columns.get("feedback") for rollout in rollouts]
+        texts, place = [rollout.columns.get("feedback") for rollout in rollouts], "The column `feedback`"
     else:
-        texts = list(map(load_function(name, "feedback_function", takes="a rollout"), rollouts))
+        texts, place = _reports(name, rollouts), f"feedback_function={name!r}"
     wrong = [text for text in texts if not (text is None or isinstance(text, str))]
     if wrong:
         raise ValueError(f"{place} gave {wrong[0]!r}; it must be text, or None where there is nothing to say.")
     return texts
+
+
+def _reports(name: str, rollouts: Sequence[Rollout]) -> list[Any]:
+    said = call_for_each(load_function(name, "feedback_function", takes="a rollout"), rollouts)
+    errors = [report for report in said if isinstance(report, Exception)]
+    if errors:
+        warnings.warn(
+            f"feedback_function={name!r} failed on {len(errors)} of {len(said)} rollouts, which have no feedback: {errors[0]!r}.",
+            stacklevel=2,
+        )
+    return [None if isinstance(report, Exception) else report for report in said]
 
 
 def prompt_key(rollout: Rollout) -> str:
