@@ -43,6 +43,8 @@ if TYPE_CHECKING:  # for editors and type checkers, to which `X as X` says that 
     from .trainers.demopsd import DemoPSDTrainer as DemoPSDTrainer
     from .trainers.egrsd import EGRSDConfig as EGRSDConfig
     from .trainers.egrsd import EGRSDTrainer as EGRSDTrainer
+    from .trainers.mopd import MOPDConfig as MOPDConfig
+    from .trainers.mopd import MOPDTrainer as MOPDTrainer
     from .trainers.ogls_sd import OGLSSDConfig as OGLSSDConfig
     from .trainers.ogls_sd import OGLSSDTrainer as OGLSSDTrainer
     from .trainers.opsd import OPSDConfig as OPSDConfig
@@ -53,6 +55,10 @@ if TYPE_CHECKING:  # for editors and type checkers, to which `X as X` says that 
     from .trainers.purified_opsd import PurifiedOPSDTrainer as PurifiedOPSDTrainer
     from .trainers.rcsd import RCSDConfig as RCSDConfig
     from .trainers.rcsd import RCSDTrainer as RCSDTrainer
+    from .trainers.resd import RESDConfig as RESDConfig
+    from .trainers.resd import RESDTrainer as RESDTrainer
+    from .trainers.sdft import SDFTConfig as SDFTConfig
+    from .trainers.sdft import SDFTTrainer as SDFTTrainer
     from .trainers.sdpo import SDPOConfig as SDPOConfig
     from .trainers.sdpo import SDPOTrainer as SDPOTrainer
     from .trainers.self_distillation import SelfDistillationTrainer as SelfDistillationTrainer

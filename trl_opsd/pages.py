@@ -29,9 +29,10 @@ PAGES = {
     "opsd": Page("OPSD", "the teacher reads question and solution (arXiv 2601.18734)"),
     "ogls-sd": Page("OGLSSD", "logits steered by right against wrong rollouts (arXiv 2605.12400)"),
     "purified-opsd": Page("PurifiedOPSD", "OPSD less what the solution alone says (arXiv 2607.02234)"),
-    "sdpo": Page(
-        "SDPO", "the teacher reads a right peer; its logits may be mixed with the student's (arXiv 2601.20802)"
-    ),
+    "sdpo": Page("SDPO", "the teacher reads a right peer, or what an environment reports (arXiv 2601.20802)"),
+    "sdft": Page("SDFT", "a moving average reads the row's answer as an example (arXiv 2601.19897)"),
+    "mopd": Page("MOPD", "the teacher reads two right peers and a wrong one (arXiv 2605.12652)"),
+    "resd": Page("RESD", "the teacher reads the attempt, a reflection on it and a right one (arXiv 2605.12741)"),
     "demopsd": Page(
         "DemoPSD", "the teacher that reads a right peer is held back where it disagrees (arXiv 2607.02502)"
     ),

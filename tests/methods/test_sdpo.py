@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SDPO: the step by hand for every teacher, the ends of the logit mix, and who reads which peer."""
+"""SDPO: the step by hand for every teacher, the ends of the logit mix, and who reads which peer or feedback."""
+
+from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset
 from groups import TEXTS, ids_of, privileged
 from pages import MOMENT, assert_same_step, gradients_of, moved, raw_logits, student_of, token_log_probs, whole_step
 from peft import LoraConfig
 
 from trl_opsd.methods.sdpo import peer_contexts
-from trl_opsd.teacher.contexts import Rollout
+from trl_opsd.settings.sdpo import SDPOSettings
+from trl_opsd.teacher.contexts import Rollout, Unused
 from trl_opsd.trainers.sdpo import SDPOConfig, SDPOTrainer
 
 SMALL = {"max_completion_length": 40, "num_generations": 4, "per_device_train_batch_size": 8, "support_size": 20}
@@ -52,7 +56,8 @@ def by_hand(trainer, rows, target_of, old=None):
         peers = [j for j in range(start, start + 4) if j != index and "boxed" in texts[j]]
         if not peers:
             continue
-        teacher = privileged(trainer, row, args.peer_prompt_template, texts[peers[0]])
+        blocks = args.peer_block.replace("{text}", texts[peers[0]])
+        teacher = privileged(trainer, row, args.peer_prompt_template, blocks)
         own = raw_logits(model, ids_of(trainer, row["prompt"], **args.chat_template_kwargs), completion)
         values = divergence_by_hand(own, target_of(teacher, completion), args.divergence)
         if old is not None:
@@ -177,7 +182,8 @@ def test_the_mix_of_a_lora_student_is_of_the_model_without_the_adapter_and_with_
             start, completion = index // 4 * 4, [*ids, tokenizer.eos_token_id]
             peers = [j for j in range(start, start + 4) if j != index and "boxed" in TEXTS[j]]
             if peers:
-                teacher = privileged(trainer, rows[index], trainer.args.peer_prompt_template, TEXTS[peers[0]])
+                blocks = trainer.args.peer_block.replace("{text}", TEXTS[peers[0]])
+                teacher = privileged(trainer, rows[index], trainer.args.peer_prompt_template, blocks)
                 student = ids_of(trainer, rows[index]["prompt"], **trainer.args.chat_template_kwargs)
                 own = raw_logits(model, student, completion)
                 total += divergence_by_hand(own, target_of(teacher, completion), "jsd").sum().item()
@@ -193,10 +199,11 @@ def test_a_head_that_trains_refuses_the_mix_and_nothing_else(build_group):
     build_group(SDPOTrainer, TEXTS, **SMALL)
 
 
-def views_of(rewards, **settings):
+def views_of(rewards, feedback=None, **settings):
     group = [Rollout("x", "s", f"<think>why</think>\n\ny{index}", reward) for index, reward in enumerate(rewards)]
-    settings = {"reward_threshold": 0.5, "live_share": None, "max_rollout_context_length": None, **settings}
-    return [[view.slot for view in views] for views in peer_contexts(group, type("Settings", (), settings), MOMENT)]
+    group = [replace(own, note=text) for own, text in zip(group, feedback or [None] * len(group), strict=True)]
+    settings = SDPOSettings(**{"peer_block": "{text}", "feedback_block": " [{text}]", **settings})
+    return [[view.slot for view in views] for views in peer_contexts(group, settings, MOMENT)]
 
 
 @pytest.mark.parametrize(
@@ -211,6 +218,158 @@ def views_of(rewards, **settings):
 )
 def test_the_teacher_reads_the_first_right_peer_but_the_rollouts_own_without_its_thinking(rewards, slots):
     assert views_of(rewards) == slots
+
+
+@pytest.mark.parametrize(
+    ("beside", "slots"),
+    [
+        (False, [["y1"], [" [f1]"], ["y1"], ["y1"]]),  # a lone winner reads its own feedback
+        (True, [["y1 [f0]"], [" [f1]"], ["y1"], ["y1 [f3]"]]),
+    ],
+)
+def test_feedback_is_read_where_no_peer_is_right_or_beside_it(beside, slots):
+    feedback = ["f0", "f1", None, "f3"]
+    assert views_of([0.0, 1.0, 0.0, 0.0], feedback, feedback_beside_peer=beside) == slots
+
+
+def test_a_group_that_is_all_wrong_learns_from_feedback_alone_and_blank_feedback_is_none():
+    assert views_of([0.0, 0.0], ["f0", " \n"]) == [[" [f0]"], []]
+
+
+def test_thinking_stays_where_it_is_not_stripped():
+    assert views_of([1.0, 0.0], strip_thinking=False) == [[], ["<think>why</think>\n\ny0"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("<think>a</think>\n\nb", "b"),
+        ("a</think>\n\nb", "b"),  # the chat template has opened the block in the prompt
+        ("a</think>b<think>c</think>d", "bd"),
+        ("<think>a", "<think>a"),  # cut within its thinking
+        ("b", "b"),
+    ],
+)
+def test_thinking_is_not_shown_whoever_opened_it(text, shown):
+    group = [Rollout("x", None, text, 1.0), Rollout("x", None, "y", 0.0)]
+    (_, (view,)) = peer_contexts(group, SDPOSettings(peer_block="{text}"), MOMENT)
+    assert view.slot == shown
+
+
+def test_a_rollout_that_reads_nothing_says_why():
+    group = [Rollout("x", "s", "y", 0.0)] * 2
+    (first, second) = peer_contexts(group, SDPOSettings(), MOMENT)
+    assert isinstance(first, Unused) and (first.reason, second.reason) == ("no right peer",) * 2
+
+
+FEEDBACK = "Test 2 of 3 failed: {prompt}"
+
+
+def report(rollout):
+    return None if rollout.reward is None else f"{len(rollout.completion)} letters, reward {rollout.reward}"
+
+
+def broken_report(rollout):
+    return 3
+
+
+def failing_report(rollout):
+    return f"{1 / len(rollout.completion.removeprefix('no'))} a letter"  # fails on the text "no"
+
+
+@pytest.fixture
+def with_feedback(dataset):
+    return Dataset.from_list([{**row, "feedback": FEEDBACK} for row in dataset])
+
+
+def feedback_by_hand(trainer, rows, feedback_of):
+    """Peers by their blocks, feedback where there is no right peer."""
+    args, model, first, total, count = trainer.args, student_of(trainer), student_of(trainer), 0.0, 0
+    completions = trainer._generate_single_turn([None] * 8)[0]
+    texts = trainer.tokenizer.batch_decode(completions, skip_special_tokens=True)
+    for index, (row, completion) in enumerate(zip(rows, completions, strict=True)):
+        start = index // 4 * 4
+        peers = [j for j in range(start, start + 4) if j != index and "boxed" in texts[j]]
+        if peers:
+            read = args.peer_block.replace("{text}", texts[peers[0]])
+        else:
+            read = args.feedback_block.replace("{text}", feedback_of(texts[index]))
+        content = row["prompt"][-1]["content"] + read + "\n\nSolve the problem."
+        teacher = ids_of(trainer, [{"role": "user", "content": content}], **args.teacher_chat_template_kwargs)
+        own = raw_logits(model, ids_of(trainer, row["prompt"], **args.chat_template_kwargs), completion)
+        target = raw_logits(first, teacher, completion).detach()
+        total = total + divergence_by_hand(own, target, args.divergence).sum()
+        count += len(completion)
+    loss = total / count
+    loss.backward()
+    return loss.item(), gradients_of(model)
+
+
+@pytest.mark.parametrize("source", ["column", "function"])
+def test_a_step_with_feedback_equals_its_formula_from_raw_logits(build, with_feedback, source):
+    function = None if source == "column" else "test_sdpo:report"
+    trainer = build(rows=with_feedback, teacher_model_kind="live", feedback_function=function)
+    moved(trainer)
+    rows = rows_of(with_feedback)
+    got = whole_step(trainer, rows)
+    said = (lambda text: FEEDBACK) if source == "column" else (lambda text: f"{len(text)} letters, reward 1.0")
+    assert_same_step(got, feedback_by_hand(trainer, rows, said))
+    assert trainer._buffered_inputs[0]["distillation_mask"].any(1).all()
+
+
+def test_feedback_that_is_no_text_stops_the_run_by_name(build, dataset):
+    trainer = build(feedback_function="test_sdpo:broken_report")
+    with pytest.raises(ValueError, match=r"feedback_function='test_sdpo:broken_report' gave 3; it must be text"):
+        whole_step(trainer, rows_of(dataset))
+
+
+def test_where_the_function_fails_there_is_no_feedback_and_a_warning(build, dataset):
+    trainer = build(feedback_function="test_sdpo:failing_report", feedback_beside_peer=True)
+    with pytest.warns(UserWarning, match=r"failed on 1 of 8 rollouts, which have no feedback: ZeroDivisionError"):
+        whole_step(trainer, rows_of(dataset))
+    notes = {own.completion: own.note for own in trainer._batch.rollouts}
+    assert [text for text, note in notes.items() if note is None] == ["no"] and notes["a"] == "1.0 a letter"
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "reverse_kl"])
+def test_as_many_tokens_as_there_are_is_the_dense_divergence(build, dataset, tokenizer, divergence):
+    steps = []
+    for size in (len(tokenizer), None, 20):
+        trainer = build(teacher_model_kind="base", divergence=divergence, support_size=size)
+        moved(trainer)
+        steps.append(whole_step(trainer, rows_of(dataset)))
+    assert_same_step(steps[0], steps[1])
+    assert abs(steps[2][0] - steps[1][0]) > 1e-4
+
+
+def test_a_token_weighs_what_the_engine_made_too_unlikely_unless_the_cap_is_none(build, dataset):
+    """TRL's ratio (B, T) multiplies; here one divergence a token stands apart from the others."""
+    losses = {}
+    for cap in (2.0, None):
+        trainer = build(teacher_model_kind="base", engine_weight_cap=cap)
+        moved(trainer)
+        for ratio in (None, 1.0, 0.5):
+            trainer._buffered_inputs, trainer._step = None, 0
+            trainer._prepare_inputs(rows_of(dataset))
+            (batch,) = trainer._buffered_inputs
+            if ratio is not None:
+                batch["importance_sampling_ratio"] = torch.full(batch["completion_ids"].shape, ratio)
+            losses[cap, ratio] = trainer.compute_loss(trainer.model, batch).item()
+    assert losses[2.0, 1.0] == losses[2.0, None] == losses[None, None] == losses[None, 0.5]
+    assert losses[2.0, 0.5] == pytest.approx(losses[2.0, 1.0] / 2, rel=1e-12)
+
+
+def test_the_defaults_are_those_of_the_papers_runs_without_feedback(make_args):
+    args = make_args(SDPOConfig, per_device_train_batch_size=8, max_completion_length=8192)
+    # lasgroup/SDPO, and arXiv 2601.20802: FAMILY_A 1, "No feedback".
+    divergence = args.loss_divergence()
+    assert (divergence.name, divergence.mixture_weight, divergence.clip) == ("jsd", 0.5, None)
+    assert (divergence.support.k, divergence.support.of, divergence.support.remainder) == (100, "student", "tail")
+    assert (args.teacher_model_kind, args.teacher_update_rate, args.teacher_sync_steps) == ("ema", 0.05, None)
+    assert (args.importance_cap, args.engine_weight_cap, args.reward_threshold) == (2.0, 2.0, 0.5)
+    assert (args.learning_rate, args.num_generations, args.temperature) == (1e-5, 8, 1.0)
+    assert args.strip_thinking and not args.feedback_beside_peer and args.reward_weight == 0
+    assert args.chat_template_kwargs == args.teacher_chat_template_kwargs == {"enable_thinking": False}
 
 
 def test_rows_without_a_peer_change_neither_sum_nor_count(build, dataset):
@@ -230,7 +389,14 @@ def test_rows_without_a_peer_change_neither_sum_nor_count(build, dataset):
         ({"support_size": 0}, "support_size=0"),
         ({"importance_cap": 0.0}, "importance_cap=0.0"),
         ({"num_generations": 1}, "num_generations=1"),
+        ({"engine_weight_cap": 0.0}, "engine_weight_cap=0.0"),
+        ({"max_rollout_context_length": 0}, "max_rollout_context_length=0"),
+        ({"feedback_function": "length"}, "feedback_function='length' is not `module:function`"),
+        ({"feedback_function": "math:length"}, "feedback_function='math:length' is not `module:function`.*length"),
+        ({"feedback_function": "math:pi"}, "feedback_function='math:pi' is a float; name a function of a rollout"),
         ({"peer_prompt_template": "{prompt}"}, "peer_prompt_template does not contain {solution}"),
+        ({"peer_block": "so"}, "peer_block does not contain {text}"),
+        ({"feedback_block": "so"}, "feedback_block does not contain {text}"),
     ],
 )
 def test_bad_settings_are_refused_by_name(make_args, bad, message):

@@ -22,8 +22,11 @@ from trl_opsd import OGLSSDTrainer, OPSDTrainer, PurifiedOPSDTrainer
 from trl_opsd.trainers.antisd import AntiSDTrainer
 from trl_opsd.trainers.demopsd import DemoPSDTrainer
 from trl_opsd.trainers.egrsd import EGRSDTrainer
+from trl_opsd.trainers.mopd import MOPDTrainer
 from trl_opsd.trainers.pbsd import PBSDTrainer
 from trl_opsd.trainers.rcsd import RCSDTrainer
+from trl_opsd.trainers.resd import RESDTrainer
+from trl_opsd.trainers.sdft import SDFTTrainer
 from trl_opsd.trainers.sdpo import SDPOTrainer
 from trl_opsd.trainers.sgsd import SGSDTrainer
 from trl_opsd.trainers.sort import SORTTrainer
@@ -31,6 +34,7 @@ from trl_opsd.trainers.sort import SORTTrainer
 TEXTS = ("so \\boxed{3}", "wait, 10 it is", "a", "it is \\boxed{10} then", "no", "5 or \\boxed{6}")
 MOSTLY_WRONG = ("wait, 10 it is", "a", "so \\boxed{3}", "\\boxed{10}", "no", "5", "b", "it is 6 then")
 SKILLS = (["Add in pairs.", "Do not guess."], ["Carry."], ["Count up.", "Check.", "Box it."])
+FEEDBACK = ("test 2 failed", None, "off by 1")
 RUBRICS = (["adds", "boxes"], [], ["adds"])
 
 
@@ -91,6 +95,23 @@ METHODS = {
     "OGLS-SD": Row(OGLSSDTrainer, {**GROUPS, "clip": None, "distillation_length": 6, "steering_warmup_steps": 0}),
     "Purified OPSD": Row(PurifiedOPSDTrainer, {"decomposition_steps": 0}),
     "SDPO": Row(SDPOTrainer, {**GROUPS, "support_size": 20}),
+    "SDPO with feedback": Row(
+        SDPOTrainer,
+        {**GROUPS, "support_size": None, "divergence": "reverse_kl", "feedback_beside_peer": True},
+        columns=lambda place: {"feedback": FEEDBACK[place % 3]},
+    ),
+    "SDFT": Row(SDFTTrainer, {"max_completion_length": 24, "num_loss_tokens_to_skip": 1}),
+    "MOPD": Row(
+        MOPDTrainer,
+        {**GROUPS, "support_size": 20},
+        columns=lambda place: {"feedback": FEEDBACK[place % 3]},
+    ),
+    "RESD": Row(
+        RESDTrainer,
+        {"max_completion_length": 24, "support_size": 20},
+        columns=lambda place: {"feedback": FEEDBACK[place % 3]},
+        memory={"weights": [1.5, 0.75], "solutions": {}},
+    ),
     "DemoPSD": Row(DemoPSDTrainer, {**GROUPS, "support_size": 20}),
     "AntiSD": Row(
         AntiSDTrainer,

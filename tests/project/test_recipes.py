@@ -21,7 +21,7 @@ from trl_opsd.trainers.baselines import BASELINES
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 # Rollouts of a step where it is not 32; these recipes stand in no line of the table of sizes but the first.
-LARGE = {"sdpo": 256, "demopsd": 512, "antisd": 256}
+LARGE = {"sdpo": 256, "mopd": 256, "demopsd": 512, "antisd": 256}
 ALL_RECIPES = [ROOT / "trl_opsd" / "demo" / "opsd.yaml", *RECIPES]
 NEUTRAL = ["--use_cpu=true", "--bf16=false", "--dtype=float32", "--report_to=none"]
 LAUNCHERS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -202,6 +202,14 @@ PAPERS = {
     "pbsd": {"num_generations": 1},
 }
 OTHER_PAPERS = {  # which share less with OPSD
+    "sdft": {
+        "divergence": "forward_kl",
+        "num_loss_tokens_to_skip": 3,
+        "learning_rate": 2e-5,
+        "max_completion_length": 1024,
+    },
+    "mopd": {"max_right_peers": 2, "max_wrong_peers": 1, "max_completion_length": 4096, "learning_rate": 1e-5},
+    "resd": {"divergence": "reverse_kl", "target_share_floor": 0.2, "teacher_update_rate": 1e-4, "learning_rate": 1e-6},
     "sdpo": {"divergence": "jsd", "support_size": 100, "teacher_update_rate": 0.05, "learning_rate": 1e-5},
     "demopsd": {"divergence": "reverse_kl", "support_size": 100, "largest_plain_share": 0.15, "num_generations": 8},
     "antisd": {"ascent_strength": 0.5, "gate_closes_below": 0.93, "max_completion_length": 32768, "max_steps": 200},

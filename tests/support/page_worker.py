@@ -18,8 +18,10 @@ from peft import LoraConfig
 
 from trl_opsd.commands.train import finish
 from trl_opsd.demo.tokenizer import build_tokenizer
+from trl_opsd.trainers.mopd import MOPDTrainer
 from trl_opsd.trainers.pbsd import PBSDTrainer
 from trl_opsd.trainers.rcsd import RCSDTrainer
+from trl_opsd.trainers.resd import RESDTrainer
 from trl_opsd.trainers.sdpo import SDPOTrainer
 from trl_opsd.trainers.sgsd import SGSDTrainer
 from trl_opsd.trainers.sort import SORTTrainer
@@ -32,6 +34,8 @@ PAGES = {
     "rcsd": (RCSDTrainer, {}),
     "sdpo": (SDPOTrainer, GROUP),
     "sdpo-mix": (SDPOTrainer, GROUP | MIX),
+    "mopd": (MOPDTrainer, GROUP),
+    "resd": (RESDTrainer, {"support_size": 20, "chat_template_kwargs": {"enable_thinking": False}}),
     "sort": (SORTTrainer, {"num_generations": 2, "repair_weight": 0.5}),
 }
 TEXTS = ("1+2=3", "so 4", "wait, 10 it is", "a", "it is 3 then")
@@ -60,7 +64,16 @@ def reward_short(completions, **columns):
 def rows_of_pages():
     """Only every second row has skills, and no two as many, so that ranks read other numbers of views."""
     skills = (["add"], [], ["carry", "look twice", "count"], [])
-    columns = [{"skills": skills[index % 4], "rubric": ["adds"] * (index % 3), "plan": "add"} for index in range(8)]
+    reports = ("test 2 failed", None, "off by 1")
+    columns = [
+        {
+            "skills": skills[index % 4],
+            "rubric": ["adds"] * (index % 3),
+            "plan": "add",
+            "feedback": reports[index % 3],
+        }
+        for index in range(8)
+    ]
     return Dataset.from_list([{**row, **own} for row, own in zip(make_rows(), columns, strict=False)])
 
 

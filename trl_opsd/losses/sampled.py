@@ -159,6 +159,23 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return values.masked_fill(mask == 0, 0.0).sum(-1) / (mask != 0).sum(-1).clamp(min=1)
 
 
+def outcome_weights(num_right: int, num_wrong: int) -> tuple[float, float]:
+    """Weights 1 - s of a right and s of a wrong rollout over their mean in the batch (RESD, arXiv 2605.12741).
+
+    s is the share of right ones, kept within 1 / B and 1 - 1 / B for B rollouts. Both are 1 where half are right, and where all
+    have one outcome; the rarer outcome weighs more, and both outcomes together the same.
+
+    Args:
+        num_right, num_wrong: rollouts of the batch, over all ranks.
+    """
+    size = num_right + num_wrong
+    if not num_right or not num_wrong:
+        return 1.0, 1.0
+    share = num_right / size
+    mean = (num_right * (1 - share) + num_wrong * share) / size
+    return (1 - share) / mean, share / mean
+
+
 def brevity_reward(right: torch.Tensor, length: torch.Tensor, *, longest: float, bonus: float) -> torch.Tensor:
     """1[right] (1 + b (1 - length / longest)), float64, in the shape of both (EGRSD, arXiv 2605.13255).
 

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RESD: the teacher reads the attempt, what went wrong with it, and a right one of its own (arXiv 2605.12741).
+
+1. Of a wrong rollout the model writes a review: where it went wrong, and what to do instead.
+2. The teacher reads the rollout itself, its feedback, the review, and a right rollout of the same prompt: the scored one where
+   it is right, else the last one that was. A rollout with none of the last three is left out.
+3. The loss is SDPO's, with one rollout a prompt, with the teacher's probabilities never under 0.2 of the student's, so that the
+   pull away from a token is bounded, and with the weights of `losses.outcome_weights`: the rarer outcome weighs more.
+
+Differences to the official code: it also keeps a playbook of lessons, which is not here; it takes a batch of prompts up to four
+times in a row with fresh rollouts, where ours goes on to the next; its store of right rollouts has no bound. The mean that
+weights are divided by is over the rollouts that have a reward, and one without is left out.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..losses import outcome_weights
+from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Unused
+from .base import Method, RowFacts, Seen
+from .groups import split_by_reward
+from .peers import block, corrected_weight, feedback_notes, kept_texts, prompt_key, shown_text
+
+
+def review_request(rollout: Rollout, settings: Any) -> TeacherContext | None:
+    """What the model answers about a wrong rollout; None for others, and without `write_review`."""
+    _, wrong = split_by_reward([rollout], settings.reward_threshold)
+    blocks = block(settings.attempt_block, shown_text(rollout.completion, settings))
+    blocks += block(settings.feedback_block, rollout.note)
+    review = TeacherContext("review", blocks, settings.max_rollout_context_length, weights="live")
+    return review if wrong and settings.write_review else None
+
+
+def experience_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
+    """One view of the rollout, its feedback, its review and a right rollout, as far as there are any."""
+    return [_experience(rollout, settings, moment.memory.get("solutions", {})) for rollout in group]
+
+
+def _experience(rollout: Rollout, settings: Any, kept: Mapping[str, str]) -> Contexts:
+    if rollout.reward is None:
+        return Unused("no reward")
+    attempt, is_right = shown_text(rollout.completion, settings), rollout.reward >= settings.reward_threshold
+    review = None if rollout.written is None else shown_text(rollout.written.text, settings)
+    solution = attempt if is_right and settings.max_kept_solutions else kept.get(prompt_key(rollout))
+    learnt = block(settings.feedback_block, rollout.note) + block(settings.review_block, review)
+    learnt += block(settings.solution_block, solution)
+    blocks = block(settings.attempt_block, attempt) + learnt
+    view = TeacherContext("experience", blocks, settings.max_rollout_context_length, anchor=1.0)
+    return (view,) if learnt else Unused("nothing learnt")
+
+
+def outcome_memory(memory: Mapping[str, Any], seen: Seen, settings: Any) -> dict[str, Any]:
+    """The weights of right and wrong rollouts of the batch, and the last right rollout of each prompt."""
+    right, wrong = split_by_reward(seen.rollouts, settings.reward_threshold)
+    solutions = [seen.rollouts[index] for index in right]
+    kept = kept_texts(memory.get("solutions", {}), solutions, settings, most=settings.max_kept_solutions)
+    return {"weights": list(outcome_weights(len(right), len(wrong))), "solutions": kept}
+
+
+def outcome_report(memory: Mapping[str, Any]) -> dict[str, float]:
+    """Both weights, and how many solutions are kept."""
+    of_right, of_wrong = memory["weights"]
+    return {"right_weight": of_right, "wrong_weight": of_wrong, "kept_solutions": len(memory["solutions"])}
+
+
+def balanced_weight(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
+    """(n,) SDPO's weight, under `balance_outcomes` times that of the rollout's outcome."""
+    weight = corrected_weight(facts, settings, moment)
+    of_right, of_wrong = moment.memory.get("weights", (1.0, 1.0)) if settings.balance_outcomes else (1.0, 1.0)
+    return torch.where(facts.given["reward"] >= settings.reward_threshold, weight * of_right, weight * of_wrong)
+
+
+RESD = Method(
+    name="RESD",
+    contexts=experience_contexts,
+    needs_solution=False,
+    needs_reward=True,
+    token_weight=balanced_weight,
+    reads_old=True,
+    templates=lambda settings: {
+        "review": settings.review_prompt_template,
+        "experience": settings.experience_prompt_template,
+    },
+    columns=("feedback",),
+    notes=feedback_notes,
+    asks=review_request,
+    remember=outcome_memory,
+    report=outcome_report,
+    paper={
+        "title": "Learning with Rare Success but Rich Feedback via Reflection-Enhanced Self-Distillation",
+        "id": "2605.12741",
+        "citation": """@misc{zhang2026resd,
+    title  = {{Learning with Rare Success but Rich Feedback via Reflection-Enhanced Self-Distillation}},
+    author = {Yuwei Zhang and others},
+    year   = 2026,
+    eprint = {2605.12741},
+    archivePrefix = {arXiv},
+}""",
+    },
+)
