@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[2] / "trl_opsd"
 
 # Rooms from the ground up; one that is not named stands on the roof.
 FLOORS = (
-    {"errors", "losses", "pages", "rows", "verification"},
+    {"errors", "losses", "pages", "rows", "user_functions", "verification"},
     {"model", "monitoring", "rewards"},
     {"checkpoints", "teacher"},
     {"methods", "settings"},

@@ -110,10 +110,13 @@ class Method:
         decomposition_steps: from settings to the optimizer steps between two measurements of how much of the teacher's signal
             the solution alone explains; 0 for none.
         columns: of the dataset, that `Rollout.columns` holds.
-        needs_columns: those of them that a dataset must have.
+        needs_columns: those of them that a dataset must have, or a function from settings to these.
         ignored_tokens: from (tokenizer, settings) to the ids of tokens that are never trained on.
         remember: from (memory, [`Seen`], settings) to the memory from the next loss on, as JSON; called once a
             generation batch of training, on every rank alike, saved in checkpoints.
+        notes: from (this rank's rollouts, settings, moment) to what `Rollout.note` holds of each, for instance what a function of
+            the user's says of it; called once a generation batch, before all other rules and once rewards are known. It must
+            be the same wherever the rollout stands, and picklable.
         asks: from (rollout, settings) to the context that the model answers before contexts are made, or None;
             `Rollout.written` holds the answer.
         extras: from (rollouts of one prompt, settings, moment) to one sequence beside each rollout, or None.
@@ -142,9 +145,10 @@ class Method:
     templates: Callable[[Any], Mapping[str, str]] = _no_templates
     decomposition_steps: Callable[[Any], int] = _never
     columns: tuple[str, ...] = ()
-    needs_columns: tuple[str, ...] = ()
+    needs_columns: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()
     ignored_tokens: Callable[[Any, Any], Collection[int]] | None = None
     remember: Callable[[Mapping[str, Any], Seen, Any], Mapping[str, Any]] | None = None
+    notes: Callable[[Sequence[Rollout], Any, Moment], list[Any]] | None = None
     asks: Callable[[Rollout, Any], TeacherContext | None] | None = None
     extras: Callable[[Sequence[Rollout], Any, Moment], list[Extra | None]] | None = None
     marks: Callable[[Sequence[Rollout], Any, Moment], list[float | Sequence[float]]] | None = None

@@ -55,6 +55,7 @@ class Rollout:
         columns: the values of the dataset's columns that `Method.columns` names.
         written: what was written for it before scoring (see `Method.asks`), or None.
         token_ends: of each of its tokens, the place in `completion` where its text ends; empty unless the method has marks.
+        note: what `Method.notes` said of it, or None.
     """
 
     prompt: Prompt
@@ -66,6 +67,7 @@ class Rollout:
     columns: Mapping[str, Any] = field(default_factory=dict)
     written: "Written | None" = None
     token_ends: tuple[int, ...] = ()
+    note: Any = None
 
 
 @dataclass(frozen=True)

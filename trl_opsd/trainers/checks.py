@@ -50,22 +50,23 @@ def check_inputs(
         )
     check_datasets(partial(check_dataset, needs_solution=method.needs_solution), train_dataset, eval_dataset)
     for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-        check_columns(method, dataset, name)
+        check_columns(method, args, dataset, name)
     check_model_config(config_of(model, args))
 
 
-def check_columns(method: Method, dataset: Any, name: str) -> None:
-    """Check that a dataset, or each of a dict of them, has the columns that a method reads.
+def check_columns(method: Method, args: Any, dataset: Any, name: str) -> None:
+    """Check that a dataset, or each of a dict of them, has the columns that a method reads under the settings `args`.
 
     Raises:
         ValueError: it lacks one.
     """
     if isinstance(dataset, Mapping):
         for key, part in dataset.items():
-            check_columns(method, part, f"{name}[{key!r}]")
+            check_columns(method, args, part, f"{name}[{key!r}]")
         return
     columns = getattr(dataset, "column_names", None)  # None where a stream does not know them
-    missing = [column for column in method.needs_columns if columns is not None and column not in columns]
+    needed = method.needs_columns(args) if callable(method.needs_columns) else method.needs_columns
+    missing = [column for column in needed if columns is not None and column not in columns]
     if missing:
         raise ValueError(
             f"{name} has no column `{missing[0]}`, which {method.name} reads; it has {sorted(columns)}. Add it. (On the command "

@@ -220,7 +220,8 @@ class SelfDistillationTrainer(RolloutTrainer):
         batch = self._batch
         self.targets.sampled(batch, rollout_ids, self.end_token_ids)
         begins = [reward.begin for reward in self.reward_funcs if hasattr(reward, "begin")]
-        reads_rewards = self.method.needs_reward or self.method.label is not None
+        method = self.method
+        reads_rewards = method.needs_reward or method.label is not None or method.notes is not None
         if not begins or reads_rewards or self.args.mask_truncated_completions:
             return
         for begin in begins:

@@ -124,7 +124,10 @@ class TargetMaker:
         batch.rollouts = [replace(each, reward=reward) for each, reward in zip(batch.rollouts, rewards, strict=True)]
 
     def read(self, batch: RolloutBatch, group_size: int, moment: Moment) -> None:
-        """Ask the method for contexts and extras of the rollouts; a collective."""
+        """Ask the method for notes, contexts and extras of the rollouts; a collective."""
+        if self.method.notes is not None:
+            notes = self.method.notes(batch.rollouts, self.settings, moment)
+            batch.rollouts = [replace(each, note=note) for each, note in zip(batch.rollouts, notes, strict=True)]
         if self.method.asks is not None:
             self._ask(batch)
         reading = self.groups.read(batch.rollouts, group_size, moment)

@@ -4,12 +4,10 @@
 `math` runs in processes of its own (`pool`, `worker`), so that no text can hold up or end a run.
 """
 
-import importlib
-import os
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from ..user_functions import load_function
 from . import pool
 from .answers import choice_letter, exact_answer, last_answer
 from .golds import why_no_mathematics
@@ -121,17 +119,6 @@ def _ask_function(name: str, function: Callable[[str, str], bool | None], text: 
 
 
 def _load(verifier: str, place: str = "verifier") -> Callable[[str, str], bool | None]:
-    """The function that `module:function` names; modules of the working directory count too, as for TRL's rewards."""
+    """The function that `module:function` names."""
     allowed = f"one of math, {', '.join(_READERS)}, or `module:function`"
-    module, colon, name = verifier.partition(":")
-    if not colon:
-        raise ValueError(f"{place}={verifier!r} is not {allowed}.")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{place}={verifier!r} is not {allowed}: {error}.") from error
-    if not callable(function):
-        raise ValueError(f"{place}={verifier!r} is a {type(function).__name__}; name a function of (text, solution).")
-    return function
+    return load_function(verifier, place, takes="(text, solution)", allowed=allowed)
