@@ -39,6 +39,8 @@ if TYPE_CHECKING:  # for editors and type checkers, to which `X as X` says that 
     from .teacher.contexts import TeacherContext as TeacherContext
     from .trainers.antisd import AntiSDConfig as AntiSDConfig
     from .trainers.antisd import AntiSDTrainer as AntiSDTrainer
+    from .trainers.critique import CritiqueSDConfig as CritiqueSDConfig
+    from .trainers.critique import CritiqueSDTrainer as CritiqueSDTrainer
     from .trainers.demopsd import DemoPSDConfig as DemoPSDConfig
     from .trainers.demopsd import DemoPSDTrainer as DemoPSDTrainer
     from .trainers.egrsd import EGRSDConfig as EGRSDConfig

@@ -39,6 +39,9 @@ PAGES = {
     "egrsd": Page("EGRSD", "a reward spread over tokens by what a sure teacher says (arXiv 2605.13255)"),
     "sgsd": Page("SGSD", "several teachers with a skill each, judged by the outcome (arXiv 2605.28791)"),
     "rcsd": Page("RCSD", "the teacher reads a rubric and its own analysis of it (arXiv 2606.19327)"),
+    "critique": Page(
+        "CritiqueSD", "the teacher reads a critique of the very rollout that it scores (arXiv 2606.11173)"
+    ),
     "pbsd": Page(
         "PBSD", "what is written with the solution is preferred to what is written without (arXiv 2605.05040)"
     ),

@@ -20,6 +20,7 @@ from steps import EXACT, loss_of_rows
 
 from trl_opsd import OGLSSDTrainer, OPSDTrainer, PurifiedOPSDTrainer
 from trl_opsd.trainers.antisd import AntiSDTrainer
+from trl_opsd.trainers.critique import CritiqueSDTrainer
 from trl_opsd.trainers.demopsd import DemoPSDTrainer
 from trl_opsd.trainers.egrsd import EGRSDTrainer
 from trl_opsd.trainers.pbsd import PBSDTrainer
@@ -31,6 +32,7 @@ from trl_opsd.trainers.sort import SORTTrainer
 TEXTS = ("so \\boxed{3}", "wait, 10 it is", "a", "it is \\boxed{10} then", "no", "5 or \\boxed{6}")
 MOSTLY_WRONG = ("wait, 10 it is", "a", "so \\boxed{3}", "\\boxed{10}", "no", "5", "b", "it is 6 then")
 SKILLS = (["Add in pairs.", "Do not guess."], ["Carry."], ["Count up.", "Check.", "Box it."])
+CRITIQUES = ("first add, then \\boxed{3}", "1+2 is 3, then go on", "it is right")
 RUBRICS = (["adds", "boxes"], [], ["adds"])
 
 
@@ -113,6 +115,7 @@ METHODS = {
         columns=lambda place: {"skills": SKILLS[place % 3]},
         count=trained_rollouts,
     ),
+    "CritiqueSD": Row(CritiqueSDTrainer, columns=lambda place: {"critique": CRITIQUES[place % 3]}),
     "RCSD": Row(RCSDTrainer, columns=lambda place: {"rubric": RUBRICS[place % 3]}),
     "PBSD": Row(
         PBSDTrainer,

@@ -43,6 +43,8 @@ def test_the_public_names_are_a_frozen_set():
     assert set(trl_opsd.__all__) == {
         "AntiSDConfig",
         "AntiSDTrainer",
+        "CritiqueSDConfig",
+        "CritiqueSDTrainer",
         "DemoPSDConfig",
         "DemoPSDTrainer",
         "EGRSDConfig",

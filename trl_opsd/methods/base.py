@@ -12,7 +12,7 @@ All three read the same facts. In `token_weight` they are flat, (n,), a tile at 
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -161,3 +161,10 @@ class Method:
             raise ValueError(f"{self.name}: {' and '.join(ways)} are given; a method has one way to its loss.")
         if not self.has_target and not {"loss", "advantages"} & set(ways):
             raise ValueError(f"{self.name}: without a target there is no divergence; give a loss or advantages.")
+
+    def noted(self, rollouts: Sequence[Rollout], settings: Any, moment: Moment) -> list[Rollout]:
+        """The rollouts with what `notes` says of them."""
+        if self.notes is None:
+            return list(rollouts)
+        notes = self.notes(rollouts, settings, moment)
+        return [replace(rollout, note=note) for rollout, note in zip(rollouts, notes, strict=True)]

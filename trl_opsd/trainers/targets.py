@@ -125,9 +125,9 @@ class TargetMaker:
 
     def read(self, batch: RolloutBatch, group_size: int, moment: Moment) -> None:
         """Ask the method for notes, contexts and extras of the rollouts; a collective."""
-        if self.method.notes is not None:
-            notes = self.method.notes(batch.rollouts, self.settings, moment)
-            batch.rollouts = [replace(each, note=note) for each, note in zip(batch.rollouts, notes, strict=True)]
+        tokens = self.scorer.collator.special_tokens
+        noted = self.method.noted(batch.rollouts, self.settings, moment)
+        batch.rollouts = [replace(each, note=_without_control(each.note, tokens)) for each in noted]
         if self.method.asks is not None:
             self._ask(batch)
         reading = self.groups.read(batch.rollouts, group_size, moment)
@@ -247,3 +247,10 @@ def _marks(marks: Sequence[float | Sequence[float]], mask: torch.Tensor) -> torc
         values = list(mark[:length]) if isinstance(mark, Sequence) else [mark] * length
         rows.append([*values, *[0.0] * (length - len(values))])
     return torch.tensor(rows, device=mask.device, dtype=torch.float32).view(mask.shape)
+
+
+def _without_control(note: Any, tokens: Sequence[str]) -> Any:
+    """A note whose text, or a tuple's texts, spell out no control token: the teacher may be shown them."""
+    if isinstance(note, tuple):
+        return tuple(_without_control(part, tokens) for part in note)
+    return without_special_tokens(note, tokens) if isinstance(note, str) else note
