@@ -118,7 +118,8 @@ class Method:
             the user's says of it; called once a generation batch, before all other rules and once rewards are known. It must
             be the same wherever the rollout stands, and picklable.
         asks: from (rollout, settings) to the context that the model answers before contexts are made, or None;
-            `Rollout.written` holds the answer.
+            `Rollout.written` holds the answer. The weights that the context names, "teacher" or "live", write it, under vLLM the
+            student's.
         extras: from (rollouts of one prompt, settings, moment) to one sequence beside each rollout, or None.
         marks: from (rollouts of one prompt, settings, moment) to a number for each rollout, or to one for each of its tokens,
             which the facts' `mark` holds; `Rollout.token_ends` is then known.

@@ -6,8 +6,8 @@
 3. Forward KL over the teacher's 20 likeliest tokens, both sides renormalised, each term cut at 0.05. Mass outside the 20 is
    not seen: a student may move any of it.
 
-Differences to the official code: the text of 1. is written by the student's weights of now, there by the initial ones; and it
-stands with the instruction not to cite it in the user's message, there in the teacher's turn. The rubric comes from the column
+Differences to the official code: the text of 1. is written by the teacher's weights as there, but under vLLM by the student's, for
+its engine holds no others; and it stands with the instruction not to cite it in the user's message, there in the teacher's turn. The rubric comes from the column
 `rubric`, a list of texts or one; the generator of rubrics that the paper trains first is not here.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..rows.texts import is_missing
-from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
+from ..teacher.contexts import Contexts, Counted, Moment, Rollout, TeacherContext
 from .base import Method
 
 _RUBRIC = "\n\nWhat a good solution fulfils:\n"
@@ -28,8 +28,14 @@ def analysis_request(rollout: Rollout, settings: Any) -> TeacherContext | None:
 
 
 def guided_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
-    """The teacher reads problem, solution, rubric and analysis; its view is the target."""
-    return [(_context("guided", rollout, _rubric(rollout) + _analysis(rollout), anchor=1.0),) for rollout in group]
+    """The teacher reads problem, solution, rubric and analysis; its view is the target. A row without a rubric is counted."""
+    return [_guided(rollout) for rollout in group]
+
+
+def _guided(rollout: Rollout) -> Contexts:
+    rubric = _rubric(rollout)
+    views = (_context("guided", rollout, rubric + _analysis(rollout), anchor=1.0),)
+    return views if rubric else Counted(views, "no rubric")
 
 
 def _context(template: str, rollout: Rollout, guidance: str, **weights: float) -> TeacherContext:

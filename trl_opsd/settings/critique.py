@@ -58,7 +58,9 @@ class CritiqueSDSettings:
     critique_calls_at_once: int = option(
         1, "Calls of `critique_function` at a time; above 1 it must be safe to call from several threads."
     )
-    write_critique: bool = option(False, "The model writes the critique itself, with its weights of now.")
+    write_critique: bool = option(
+        False, "The model writes the critique itself, with the teacher's weights; with vLLM, with the student's."
+    )
     critic_prompt_template: str = option(
         CRITIC_PROMPT_TEMPLATE,
         "What the model answers where it is its own critic; holds `{prompt}`, `{solution}`, `{attempt}` and `{verdict}`.",

@@ -141,5 +141,21 @@ class Unused(tuple):
         return unused
 
 
+class Counted(tuple):
+    """Contexts of a rollout that is used, and what of it the log counts all the same.
+
+    Attributes:
+        reason: a few words, such as "no rubric".
+    """
+
+    reason: str
+
+    def __new__(cls, contexts: Sequence[TeacherContext], reason: str):
+        """The contexts with a reason."""
+        counted = super().__new__(cls, contexts)
+        counted.reason = reason
+        return counted
+
+
 Contexts = tuple[TeacherContext, ...]
 ContextRule = Callable[[Sequence[Rollout], Any, Moment], list[Contexts]]
