@@ -30,8 +30,12 @@ __all__ = sorted(_HOME_OF)
 if TYPE_CHECKING:  # for editors and type checkers, to which `X as X` says that X is public
     from ._trl.versions import UnsupportedTRLError as UnsupportedTRLError
     from .evaluation.callback import EvaluationCallback as EvaluationCallback
+    from .experimental.egrsd.trainer import EGRSDConfig as EGRSDConfig
+    from .experimental.egrsd.trainer import EGRSDTrainer as EGRSDTrainer
     from .experimental.gkd import OPSDGKDConfig as OPSDGKDConfig
     from .experimental.gkd import OPSDGKDTrainer as OPSDGKDTrainer
+    from .experimental.sort.trainer import SORTConfig as SORTConfig
+    from .experimental.sort.trainer import SORTTrainer as SORTTrainer
     from .methods import Method as Method
     from .monitoring.guard import CollapseGuard as CollapseGuard
     from .rewards import accuracy_reward as accuracy_reward
@@ -43,8 +47,6 @@ if TYPE_CHECKING:  # for editors and type checkers, to which `X as X` says that 
     from .trainers.critique import CritiqueSDTrainer as CritiqueSDTrainer
     from .trainers.demopsd import DemoPSDConfig as DemoPSDConfig
     from .trainers.demopsd import DemoPSDTrainer as DemoPSDTrainer
-    from .trainers.egrsd import EGRSDConfig as EGRSDConfig
-    from .trainers.egrsd import EGRSDTrainer as EGRSDTrainer
     from .trainers.ogls_sd import OGLSSDConfig as OGLSSDConfig
     from .trainers.ogls_sd import OGLSSDTrainer as OGLSSDTrainer
     from .trainers.opsd import OPSDConfig as OPSDConfig
@@ -60,8 +62,6 @@ if TYPE_CHECKING:  # for editors and type checkers, to which `X as X` says that 
     from .trainers.self_distillation import SelfDistillationTrainer as SelfDistillationTrainer
     from .trainers.sgsd import SGSDConfig as SGSDConfig
     from .trainers.sgsd import SGSDTrainer as SGSDTrainer
-    from .trainers.sort import SORTConfig as SORTConfig
-    from .trainers.sort import SORTTrainer as SORTTrainer
 
 
 def __getattr__(name: str):

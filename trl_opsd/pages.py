@@ -36,7 +36,7 @@ PAGES = {
         "DemoPSD", "the teacher that reads a right peer is held back where it disagrees (arXiv 2607.02502)"
     ),
     "antisd": Page("AntiSD", "GRPO, away from tokens that a teacher with the answer favours (arXiv 2605.11609)"),
-    "egrsd": Page("EGRSD", "a reward spread over tokens by what a sure teacher says (arXiv 2605.13255)"),
+    "egrsd": Page("EGRSD", "a reward spread over tokens by what a sure teacher says (arXiv 2605.13255)", True),
     "sgsd": Page("SGSD", "several teachers with a skill each, judged by the outcome (arXiv 2605.28791)"),
     "rcsd": Page("RCSD", "the teacher reads a rubric and its own analysis of it (arXiv 2606.19327)"),
     "critique": Page(
@@ -45,7 +45,7 @@ PAGES = {
     "pbsd": Page(
         "PBSD", "what is written with the solution is preferred to what is written without (arXiv 2605.05040)"
     ),
-    "sort": Page("SORT", "GRPO, and the solution itself where every rollout is wrong (arXiv 2605.11505)"),
+    "sort": Page("SORT", "GRPO, and the solution itself where every rollout is wrong (arXiv 2605.11505)", True),
 }
 
 

@@ -7,10 +7,10 @@ from datasets import Dataset
 from groups import ids_of, reward_boxed
 from pages import MOMENT, assert_same_step, gradients_of, moved, raw_logits, student_of, token_log_probs, whole_step
 
+from trl_opsd.experimental.sort.method import references, repair_loss
+from trl_opsd.experimental.sort.trainer import SORTConfig, SORTTrainer
 from trl_opsd.methods.base import RowFacts
-from trl_opsd.methods.sort import references, repair_loss
 from trl_opsd.teacher.contexts import Rollout
-from trl_opsd.trainers.sort import SORTConfig, SORTTrainer
 
 TEXTS = ("1+2=3", "so \\boxed{3}", "wait, 10 it is", "a", "b", "no", "5", "it is 6 then")  # one right, then none
 SMALL = {"max_completion_length": 40, "num_generations": 4, "per_device_train_batch_size": 8}

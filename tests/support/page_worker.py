@@ -18,11 +18,11 @@ from peft import LoraConfig
 
 from trl_opsd.commands.train import finish
 from trl_opsd.demo.tokenizer import build_tokenizer
+from trl_opsd.experimental.sort.trainer import SORTTrainer
 from trl_opsd.trainers.pbsd import PBSDTrainer
 from trl_opsd.trainers.rcsd import RCSDTrainer
 from trl_opsd.trainers.sdpo import SDPOTrainer
 from trl_opsd.trainers.sgsd import SGSDTrainer
-from trl_opsd.trainers.sort import SORTTrainer
 
 MIX = {"teacher_model_kind": "base", "live_share": 0.4}
 GROUP = {"num_generations": GLOBAL_BATCH, "support_size": 20}

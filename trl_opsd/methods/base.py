@@ -99,6 +99,7 @@ class Method:
         loss: from (facts, settings, moment) to what is minimised: terms (B, D), averaged as `loss_reduction` says, or one
             number a rollout (B,), averaged over rollouts. Its gradient flows through `log_prob` and, where the method has a
             target, through `divergence` (under a clip `clipped_divergence`).
+        averages_all: a loss of one number a rollout is averaged over all rollouts, those without a context too.
         advantages: from (facts, settings, moment) to the advantages (B, D) of TRL's policy-gradient loss; the facts'
             `advantage` is TRL's own times `reward_weight`.
         has_target: some context has an anchor, so that there is a divergence; False where views are only read.
@@ -138,6 +139,7 @@ class Method:
     paper: Mapping[str, str] = field(default_factory=dict)
     token_weight: FactRule | None = None
     loss: FactRule | None = None
+    averages_all: bool = False
     advantages: FactRule | None = None
     has_target: bool = True
     reads_views: bool = False

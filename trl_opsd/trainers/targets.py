@@ -228,7 +228,7 @@ class TargetMaker:
             "rollout_reward": torch.tensor([float("nan") if r is None else float(r) for r in rewards], device=device),
             "rollout_index": torch.arange(first, first + len(rewards), device=device),
             "rollout_length": torch.tensor(lengths, device=device),
-            "rollout_trained": mask.any(dim=1) | torch.tensor(alone, device=device),
+            "rollout_trained": mask.any(dim=1) | torch.tensor(alone, device=device) | self.method.averages_all,
         }
         if self.method.marks is not None:
             columns["rollout_mark"] = _marks(batch.marks, mask)
