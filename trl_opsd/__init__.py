@@ -34,8 +34,14 @@ if TYPE_CHECKING:  # for editors and type checkers, to which `X as X` says that 
     from .experimental.egrsd.trainer import EGRSDTrainer as EGRSDTrainer
     from .experimental.gkd import OPSDGKDConfig as OPSDGKDConfig
     from .experimental.gkd import OPSDGKDTrainer as OPSDGKDTrainer
+    from .experimental.msd.trainer import MSDConfig as MSDConfig
+    from .experimental.msd.trainer import MSDTrainer as MSDTrainer
     from .experimental.sort.trainer import SORTConfig as SORTConfig
     from .experimental.sort.trainer import SORTTrainer as SORTTrainer
+    from .experimental.ssopd.trainer import SSOPDConfig as SSOPDConfig
+    from .experimental.ssopd.trainer import SSOPDTrainer as SSOPDTrainer
+    from .experimental.trace.trainer import TRACEConfig as TRACEConfig
+    from .experimental.trace.trainer import TRACETrainer as TRACETrainer
     from .methods import Method as Method
     from .monitoring.guard import CollapseGuard as CollapseGuard
     from .rewards import accuracy_reward as accuracy_reward

@@ -46,6 +46,11 @@ PAGES = {
         "PBSD", "what is written with the solution is preferred to what is written without (arXiv 2605.05040)"
     ),
     "sort": Page("SORT", "GRPO, and the solution itself where every rollout is wrong (arXiv 2605.11505)", True),
+    "ssopd": Page(
+        "SSOPD", "GRPO, and the longest wrong rollout learns from the shortest right one (arXiv 2605.17497)", True
+    ),
+    "trace": Page("TRACE", "GRPO, and decisive spans are distilled for the first steps (arXiv 2605.10194)", True),
+    "msd": Page("MSD", "safety in English is carried to the language of the request (arXiv 2605.02971)", True),
 }
 
 

@@ -130,14 +130,16 @@ class Unused(tuple):
 
     Args:
         reason: a few words in the singular, such as "no right peer"; the log counts the rollouts of each.
+        planned: that it is so is no fault of data or settings, and nothing to warn of.
     """
 
     reason: str
+    planned: bool
 
-    def __new__(cls, reason: str):
+    def __new__(cls, reason: str, *, planned: bool = False):
         """Empty contexts with a reason."""
         unused = super().__new__(cls)
-        unused.reason = reason
+        unused.reason, unused.planned = reason, planned
         return unused
 
 
