@@ -12,8 +12,9 @@ from pages import MOMENT, assert_same_step, raw_logits, student_of, token_log_pr
 
 from trl_opsd.losses import bounded_square
 from trl_opsd.methods.base import RowFacts
-from trl_opsd.methods.sgsd import judged_loss, skill_contexts, tokens_of_form
+from trl_opsd.methods.sgsd import judged_loss, skill_contexts
 from trl_opsd.rows.skill_bank import SkillBank, skill_bank_file
+from trl_opsd.rows.token_texts import tokens_of_form
 from trl_opsd.teacher.contexts import Rollout
 from trl_opsd.trainers.sgsd import SGSDConfig, SGSDTrainer
 
@@ -44,7 +45,7 @@ def by_hand(trainer, rows, used=3):
     """Loss and gradients of a step over four rows, of which the first `used` have skills."""
     model, args = student_of(trainer), trainer.args
     completions = trainer._generate_single_turn([None] * 4)[0]
-    left_out = tokens_of_form(trainer.tokenizer, args)
+    left_out = tokens_of_form(trainer.tokenizer)
     losses = []
     for row, completion in list(zip(rows, completions, strict=True))[:used]:
         student = ids_of(trainer, row["prompt"], **args.chat_template_kwargs)
@@ -171,7 +172,7 @@ def test_as_many_scores_as_skills_are_asked_for(settings):
 
 def test_control_tokens_marks_of_thinking_and_newlines_are_left_out_of_the_step(build, rows):
     trainer = build()
-    left_out = tokens_of_form(trainer.tokenizer, trainer.args)
+    left_out = tokens_of_form(trainer.tokenizer)
     assert trainer.tokenizer.eos_token_id in left_out
     assert {trainer.tokenizer.convert_tokens_to_ids(text) for text in ("<think>", "</think>")} <= left_out
     whole_step(trainer, [rows[index] for index in range(4)])

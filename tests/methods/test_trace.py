@@ -17,9 +17,10 @@ from pages import (
 )
 
 from trl_opsd import OPSDTrainer
-from trl_opsd.experimental.trace.method import TRACE, read_spans, span_marks, strength, typed_contexts
+from trl_opsd.experimental.trace.method import TRACE, span_marks, strength, typed_contexts
 from trl_opsd.experimental.trace.trainer import TRACEConfig, TRACETrainer
 from trl_opsd.losses import held_then_falling
+from trl_opsd.rows.spans import read_spans
 from trl_opsd.teacher.contexts import Moment, Rollout
 from trl_opsd.teacher.forwards import TeacherForward
 
@@ -271,6 +272,7 @@ def test_the_teacher_reads_the_types_of_distilled_spans_and_no_text_of_the_rollo
 @pytest.mark.parametrize(
     "found",
     [
+        [{"start": 0, "end": 1, "kind": "K"}],
         "no list",
         7,
         [(0, 1, "K")],
@@ -295,13 +297,14 @@ def test_failed_annotations_are_counted_and_the_run_goes_on(build, dataset):
 
 
 def test_spans_may_be_a_column(build, dataset, build_group):
-    spans = [[0, 1, "K", "t"]]
-    rows = [{**row, "spans": repr(spans)} for row in dataset]
+    spans = [{"start": 0, "end": 1, "kind": "K", "type": "t"}]
+    rows = Dataset.from_list([{**row, "spans": spans} for row in dataset])
     with pytest.raises(ValueError, match="train_dataset has no column `spans`, which TRACE reads"):
         build(annotator_function=None)
-    trainer = build_group(TRACETrainer, ("it is so", "\\boxed{3} it is"), Dataset.from_list(rows), **SMALL)
-    whole_step(trainer, [{**rows[index], "spans": spans} for index in (0, 5) for _ in range(4)])
-    assert trainer._metrics["train"]["rows/used"] == [1.0]
+    trainer = build_group(TRACETrainer, ("it is so", "\\boxed{3} it is"), rows, **SMALL)
+    whole_step(trainer, groups_of(rows))
+    assert all(rollout.note == ((0, 1, "K", "t"),) for rollout in trainer._batch.rollouts)
+    assert trainer._buffered_inputs[0]["distillation_mask"].any(dim=1).all()
 
 
 def test_two_micro_batches_of_four_are_one_of_eight(build, dataset):

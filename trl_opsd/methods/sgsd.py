@@ -20,45 +20,16 @@ words they share, there by embeddings.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..losses import bounded_square, masked_mean, teacher_polarity
-from ..rows.skill_bank import skill_bank_file
-from ..rows.texts import message_text
+from ..rows.token_texts import tokens_of_form
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Unused
-from .base import Method, RowFacts, Seen
-
-_MOST_NEWLINES = 8  # of a run, as in the official code
-
-
-def skills_from_bank(rollouts: Sequence[Rollout], settings: Any, moment: Moment) -> list[Any]:
-    """Of each rollout texts with scores, the bank's digest and the step at which it was read; None without a bank.
-
-    Args:
-        rollouts: of this rank.
-        settings: reads `skill_bank` and what belongs to it.
-        moment: its memory holds the digest and the step of before.
-    """
-    if settings.skill_bank is None:
-        return [None] * len(rollouts)
-    digest, read_at = moment.memory.get("skill_bank", (None, 0))
-    due = digest is None or moment.step - read_at >= settings.skill_bank_refresh_steps
-    bank = skill_bank_file(settings.skill_bank, settings.skill_embedding_model).current(digest, due=due)
-    read_at = moment.step if due else read_at
-    problems = [
-        prompt if isinstance(prompt, str) else message_text(prompt[-1]) for prompt in (r.prompt for r in rollouts)
-    ]
-    found = {problem: tuple(bank.retrieve(problem, settings.max_skills)) for problem in dict.fromkeys(problems)}
-    return [(found[problem], bank.digest, read_at) for problem in problems]
-
-
-def remember_bank(memory: Mapping[str, Any], seen: Seen, settings: Any) -> dict[str, Any]:
-    """Digest of the bank that was used, and the step at which it was read: those of the batch's first rollout."""
-    note = seen.rollouts[0].note
-    return {} if note is None else {"skill_bank": list(note[1:])}
+from .base import Method, RowFacts
+from .skills import remember_bank, skills_from_bank
 
 
 def skill_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
@@ -110,16 +81,6 @@ def judged_loss(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
     return (weights * masked_mean(bounded_square(ratio), mask)).sum(0)
 
 
-def tokens_of_form(tokenizer: Any, settings: Any) -> set[int]:
-    """Ids of control tokens, of the marks of a think block and of runs of newlines, where each is one token."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    ids = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
-    for text in ("<think>", "</think>", *("\n" * count for count in range(1, _MOST_NEWLINES + 1))):
-        encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids |= set(encoded) if len(encoded) == 1 else set()
-    return ids
-
-
 SGSD = Method(
     name="SGSD",
     contexts=skill_contexts,
@@ -134,7 +95,7 @@ SGSD = Method(
     report=lambda memory: {"skill_bank_read_at_step": memory["skill_bank"][1]} if memory else {},
     needs_columns=lambda settings: () if settings.skill_bank else ("skills",),
     columns=("skills", "skill_scores"),
-    ignored_tokens=tokens_of_form,
+    ignored_tokens=lambda tokenizer, settings: tokens_of_form(tokenizer),
     paper={
         "title": "Skill-Conditioned Gated Self-Distillation for LLM Reasoning",
         "id": "2605.28791",

@@ -16,20 +16,19 @@ rollouts are ours. A failed annotation is no span, as there; a rollout whose spa
 GRPO, and both are counted.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ...losses import held_then_falling
 from ...methods.base import Method, RowFacts
+from ...rows.spans import MARKS, read_spans, token_marks
 from ...teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Unused
 from ...user_functions import ask_function
 from .settings import TAKES
 
-MARKS = {"K": 1.0, "E": -1.0}
-_SPAN = ("start", "end", "kind", "type")
-_WANTED = {"key": 1.0, "error": -1.0}
+_WANTED = {"key": MARKS["K"], "error": MARKS["E"]}
 
 
 def strength(settings: Any, step: int) -> float:
@@ -50,31 +49,13 @@ def annotations(rollouts: Sequence[Rollout], settings: Any, moment: Moment) -> l
     return [read_spans(spans, len(rollout.completion)) for spans, rollout in zip(found, rollouts, strict=True)]
 
 
-def read_spans(found: Any, length: int) -> tuple[tuple[int, int, str, str], ...] | Exception:
-    """Spans (start, end, kind, type), or objects with these names, in a text of `length` characters; an error where one is none of it."""
-    if isinstance(found, Exception):
-        return found
-    try:
-        rows = [[span[name] for name in _SPAN] if isinstance(span, Mapping) else span for span in found or ()]
-        spans = tuple((int(start), int(end), kind, str(name)) for start, end, kind, name in rows)
-    except (KeyError, TypeError, ValueError) as error:
-        return ValueError(f"spans: {error}")
-    good = all(0 <= start < end <= length and kind in MARKS and name.strip() for start, end, kind, name in spans)
-    return spans if good else ValueError(f"spans: {spans} do not fit a text of {length} characters")
-
-
 def span_marks(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[list[float]]:
     """Of each token 1 in a key span, -1 in an error span, 0 elsewhere; a token that a span touches belongs to it."""
     return [_marks(rollout) for rollout in group]
 
 
 def _marks(rollout: Rollout) -> list[float]:
-    marks, ends = [0.0] * len(rollout.token_ends), rollout.token_ends
-    for start, end, kind, _ in rollout.note if isinstance(rollout.note, tuple) else ():
-        for index, (first, last) in enumerate(zip((0, *ends), ends, strict=False)):
-            if max(first, start) < min(last, end):
-                marks[index] = MARKS[kind]
-    return marks
+    return token_marks(rollout.note if isinstance(rollout.note, tuple) else (), rollout.token_ends)
 
 
 def typed_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
