@@ -18,7 +18,11 @@ from peft import LoraConfig
 
 from trl_opsd.commands.train import finish
 from trl_opsd.demo.tokenizer import build_tokenizer
+from trl_opsd.experimental.msd.trainer import MSDTrainer
 from trl_opsd.experimental.sort.trainer import SORTTrainer
+from trl_opsd.experimental.ssopd.trainer import SSOPDTrainer
+from trl_opsd.experimental.trace.trainer import TRACETrainer
+from trl_opsd.trainers.critique import CritiqueSDTrainer
 from trl_opsd.trainers.pbsd import PBSDTrainer
 from trl_opsd.trainers.rcsd import RCSDTrainer
 from trl_opsd.trainers.sdpo import SDPOTrainer
@@ -26,15 +30,33 @@ from trl_opsd.trainers.sgsd import SGSDTrainer
 
 MIX = {"teacher_model_kind": "base", "live_share": 0.4}
 GROUP = {"num_generations": GLOBAL_BATCH, "support_size": 20}
+BANK = str(Path(__file__).parent / "skill_bank.jsonl")
 PAGES = {
     "sgsd": (SGSDTrainer, {}),
     "pbsd": (PBSDTrainer, {}),
     "rcsd": (RCSDTrainer, {}),
     "sdpo": (SDPOTrainer, GROUP),
     "sdpo-mix": (SDPOTrainer, GROUP | MIX),
+    "critique": (CritiqueSDTrainer, {"critique_function": "page_worker:critique"}),
+    "sgsd-bank": (SGSDTrainer, {"skill_bank": BANK, "skill_bank_refresh_steps": 2}),
+    "msd": (MSDTrainer, {}),
+    "ssopd": (SSOPDTrainer, {"num_generations": GLOBAL_BATCH, "frontier_strength": 2.0}),
+    "trace": (
+        TRACETrainer,
+        {"num_generations": GLOBAL_BATCH, "span_weight": 2.0, "annotator_function": "page_worker:annotate"},
+    ),
     "sort": (SORTTrainer, {"num_generations": 2, "repair_weight": 0.5}),
 }
 TEXTS = ("1+2=3", "so 4", "wait, 10 it is", "a", "it is 3 then")
+
+
+def critique(rollout):
+    """None of some rollouts, so that ranks use other numbers of them."""
+    return None if "wait" in rollout.completion else f"{rollout.completion} was {rollout.reward}"
+
+
+def annotate(rollout):
+    return [(1, 3, "K", "a sum")] if len(rollout.completion) > 8 else []
 
 
 def give_rollouts(trainer):
@@ -60,7 +82,10 @@ def reward_short(completions, **columns):
 def rows_of_pages():
     """Only every second row has skills, and no two as many, so that ranks read other numbers of views."""
     skills = (["add"], [], ["carry", "look twice", "count"], [])
-    columns = [{"skills": skills[index % 4], "rubric": ["adds"] * (index % 3), "plan": "add"} for index in range(8)]
+    columns = [
+        {"skills": skills[index % 4], "rubric": ["adds"] * (index % 3), "plan": "add", "translation": f"add {index}"}
+        for index in range(8)
+    ]
     return Dataset.from_list([{**row, **own} for row, own in zip(make_rows(), columns, strict=False)])
 
 
