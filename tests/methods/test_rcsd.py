@@ -51,11 +51,11 @@ def completion_of(trainer, text):
     return [*trainer.tokenizer(text, add_special_tokens=False)["input_ids"], trainer.tokenizer.eos_token_id]
 
 
-def guidance_of(row, note=None):
+def guidance_of(row):
     rubric, text = row["rubric"], ""
     if rubric:
         text = "\n\nWhat a good solution fulfils:\n" + "\n".join("- " + line for line in rubric)
-    return text if note is None else text + "\n\nNotes on what is required:\n" + note
+    return text
 
 
 def prompt_of(trainer, template, row, guidance):
@@ -72,7 +72,8 @@ def by_hand(trainer, teacher_model, rows):
     for row, text, note in zip(rows, TEXTS, NOTES, strict=True):
         completion = completion_of(trainer, text)
         student = ids_of(trainer, row["prompt"], **args.chat_template_kwargs)
-        teacher = prompt_of(trainer, args.guided_prompt_template, row, guidance_of(row, note))
+        teacher = prompt_of(trainer, args.analysis_prompt_template, row, guidance_of(row))
+        teacher = teacher + trainer.tokenizer(note + args.bridge, add_special_tokens=False)["input_ids"]
         own = raw_logits(model, student, completion) / args.temperature
         other = raw_logits(teacher_model, teacher, completion).detach() / args.temperature
         kept = other.topk(20, dim=-1).indices

@@ -113,6 +113,7 @@ class TeacherContext:
             it are kept, and the weight beside them.
         weights: whose weights read it: "teacher", "base" (the initial ones) or "live" (the student's).
         texts: name and text of the template's further slots; they are never shortened.
+        opening: text that opens the teacher's turn, behind `teacher_prefix` and before the rollout.
     """
 
     template: str
@@ -123,6 +124,7 @@ class TeacherContext:
     read: float | None = None
     weights: str = "teacher"
     texts: tuple[tuple[str, str], ...] = ()
+    opening: str = ""
 
 
 class Unused(tuple):
