@@ -30,8 +30,18 @@ __all__ = sorted(_HOME_OF)
 if TYPE_CHECKING:  # for editors and type checkers, to which `X as X` says that X is public
     from ._trl.versions import UnsupportedTRLError as UnsupportedTRLError
     from .evaluation.callback import EvaluationCallback as EvaluationCallback
+    from .experimental.egrsd.trainer import EGRSDConfig as EGRSDConfig
+    from .experimental.egrsd.trainer import EGRSDTrainer as EGRSDTrainer
     from .experimental.gkd import OPSDGKDConfig as OPSDGKDConfig
     from .experimental.gkd import OPSDGKDTrainer as OPSDGKDTrainer
+    from .experimental.msd.trainer import MSDConfig as MSDConfig
+    from .experimental.msd.trainer import MSDTrainer as MSDTrainer
+    from .experimental.sort.trainer import SORTConfig as SORTConfig
+    from .experimental.sort.trainer import SORTTrainer as SORTTrainer
+    from .experimental.ssopd.trainer import SSOPDConfig as SSOPDConfig
+    from .experimental.ssopd.trainer import SSOPDTrainer as SSOPDTrainer
+    from .experimental.trace.trainer import TRACEConfig as TRACEConfig
+    from .experimental.trace.trainer import TRACETrainer as TRACETrainer
     from .methods import Method as Method
     from .monitoring.guard import CollapseGuard as CollapseGuard
     from .rewards import accuracy_reward as accuracy_reward
@@ -39,10 +49,10 @@ if TYPE_CHECKING:  # for editors and type checkers, to which `X as X` says that 
     from .teacher.contexts import TeacherContext as TeacherContext
     from .trainers.antisd import AntiSDConfig as AntiSDConfig
     from .trainers.antisd import AntiSDTrainer as AntiSDTrainer
+    from .trainers.critique import CritiqueSDConfig as CritiqueSDConfig
+    from .trainers.critique import CritiqueSDTrainer as CritiqueSDTrainer
     from .trainers.demopsd import DemoPSDConfig as DemoPSDConfig
     from .trainers.demopsd import DemoPSDTrainer as DemoPSDTrainer
-    from .trainers.egrsd import EGRSDConfig as EGRSDConfig
-    from .trainers.egrsd import EGRSDTrainer as EGRSDTrainer
     from .trainers.mopd import MOPDConfig as MOPDConfig
     from .trainers.mopd import MOPDTrainer as MOPDTrainer
     from .trainers.ogls_sd import OGLSSDConfig as OGLSSDConfig
@@ -64,8 +74,6 @@ if TYPE_CHECKING:  # for editors and type checkers, to which `X as X` says that 
     from .trainers.self_distillation import SelfDistillationTrainer as SelfDistillationTrainer
     from .trainers.sgsd import SGSDConfig as SGSDConfig
     from .trainers.sgsd import SGSDTrainer as SGSDTrainer
-    from .trainers.sort import SORTConfig as SORTConfig
-    from .trainers.sort import SORTTrainer as SORTTrainer
 
 
 def __getattr__(name: str):

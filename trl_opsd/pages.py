@@ -37,13 +37,21 @@ PAGES = {
         "DemoPSD", "the teacher that reads a right peer is held back where it disagrees (arXiv 2607.02502)"
     ),
     "antisd": Page("AntiSD", "GRPO, away from tokens that a teacher with the answer favours (arXiv 2605.11609)"),
-    "egrsd": Page("EGRSD", "a reward spread over tokens by what a sure teacher says (arXiv 2605.13255)"),
+    "egrsd": Page("EGRSD", "a reward spread over tokens by what a sure teacher says (arXiv 2605.13255)", True),
     "sgsd": Page("SGSD", "several teachers with a skill each, judged by the outcome (arXiv 2605.28791)"),
     "rcsd": Page("RCSD", "the teacher reads a rubric and its own analysis of it (arXiv 2606.19327)"),
+    "critique": Page(
+        "CritiqueSD", "the teacher reads a critique of the very rollout that it scores (arXiv 2606.11173)"
+    ),
     "pbsd": Page(
         "PBSD", "what is written with the solution is preferred to what is written without (arXiv 2605.05040)"
     ),
-    "sort": Page("SORT", "GRPO, and the solution itself where every rollout is wrong (arXiv 2605.11505)"),
+    "sort": Page("SORT", "GRPO, and the solution itself where every rollout is wrong (arXiv 2605.11505)", True),
+    "ssopd": Page(
+        "SSOPD", "GRPO, and the longest wrong rollout learns from the shortest right one (arXiv 2605.17497)", True
+    ),
+    "trace": Page("TRACE", "GRPO, and decisive spans are distilled for the first steps (arXiv 2605.10194)", True),
+    "msd": Page("MSD", "safety in English is carried to the language of the request (arXiv 2605.02971)", True),
 }
 
 

@@ -4,6 +4,7 @@
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -54,3 +55,16 @@ def call_for_each(function: Callable[[Any], Any], values: Sequence[Any], *, at_o
         return [call(value) for value in values]
     with ThreadPoolExecutor(at_once) as threads:
         return list(threads.map(call, values))
+
+
+def ask_function(name: str, place: str, values: Sequence[Any], *, takes: str, at_once: int = 1) -> list[Any]:
+    """What the function that a setting names says of values, see `load_function` and `call_for_each`; warns of what it raises."""
+    results = call_for_each(load_function(name, place, takes=takes), values, at_once=at_once)
+    errors = [result for result in results if isinstance(result, Exception)]
+    if errors:
+        warnings.warn(
+            f"{place}={name!r} failed: {errors[0]!r}. The rollouts on which it fails are counted in the log and not "
+            "distilled; the run goes on.",
+            stacklevel=2,
+        )
+    return results

@@ -245,3 +245,23 @@ def test_gold_answers_that_are_no_mathematics_are_named_unless_another_verifier_
     assert code == 0 and "! gold answers that are no mathematics: 8 of 8" in text and "'olleh' in row 0, a word" in text
     code, text = dry_run(("verifier", "exact"), rows=rows)
     assert code == 0 and text.endswith("Warnings: none\n"), text
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "columns", "wanted"),
+    [
+        ("sgsd", {}, {"skills": ["Count on."]}, "skill (read +1)"),
+        ("rcsd", {}, {"rubric": ["adds"]}, "analysis (answered by the model first)"),
+        ("critique", {}, {"critique": "look again"}, "teacher (anchor +1)"),
+        ("critique", {"write_critique": True}, {}, "critic (answered by the model first)"),
+    ],
+)
+def test_prompts_of_a_methods_own_are_shown_with_its_columns(dry_run, method, settings, columns, wanted):
+    rows = [{**row, **columns} for row in build_rows("train", 8)]
+    code, text = dry_run(*settings.items(), method=method, rows=rows, max_position_embeddings=4096)
+    assert (
+        code == 0
+        and f"\n{wanted}: " in text
+        and all(value in text for value in columns.values() if isinstance(value, str))
+    )
+    assert text.endswith("Warnings: none\n"), text[-800:]

@@ -11,7 +11,21 @@ import pytest
 from launching import run
 
 WORKER = str(Path(__file__).parents[1] / "support" / "page_worker.py")
-PAGES = ("sgsd", "pbsd", "rcsd", "sdpo", "sdpo-mix", "mopd", "resd", "sort")
+PAGES = (
+    "sgsd",
+    "pbsd",
+    "rcsd",
+    "sdpo",
+    "sdpo-mix",
+    "mopd",
+    "resd",
+    "sort",
+    "critique",
+    "sgsd-bank",
+    "msd",
+    "ssopd",
+    "trace",
+)
 
 
 def run_alone(folder, *options):

@@ -96,6 +96,7 @@ def by_hand(problem, loss_of, target=True):
     log_q, rule, rows = logits.log_softmax(-1), problem.settings["divergence"], torch.arange(N)
     fields = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}
     fields |= {"divergence": fields.pop("name"), "temperature": 1.0}
+    del fields["entropy_top_k"]  # it changes no divergence
     plain, clipped = (token_divergence(logits, log_p, **{**fields, "clip": clip}) for clip in (None, rule.clip))
     entropies = [-(log.exp() * log).sum(-1).detach() for log in (log_q, log_p)]
     of_target = (log_p[rows, TOKENS], entropies[1], plain, clipped) if target else (None,) * 4

@@ -40,6 +40,7 @@ def facts_by_hand(problem):
     log_q, rule = logits.log_softmax(-1), problem.settings["divergence"]
     fields = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}
     fields |= {"divergence": fields.pop("name"), "temperature": 1.0}
+    del fields["entropy_top_k"]  # it changes no divergence
     values = [token_divergence(logits, log_p, **{**fields, "clip": clip}) for clip in (None, rule.clip)]
     sampled = [log[torch.arange(N), TOKENS] for log in (log_q, log_p)]
     return *sampled, *(-(log.exp() * log).sum(-1) for log in (log_q, log_p)), *values
@@ -187,3 +188,34 @@ def test_real_token_weights_multiply_shares_that_the_mask_alone_decides(reductio
         if mask[i, j]
     )
     assert weighted_sum(values, real).item() == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 3, V, V + 5])
+@pytest.mark.parametrize("form", [fused_divergence, dense_divergence_from_hidden])
+def test_the_entropy_of_the_targets_likeliest_tokens_is_a_fact_on_request(k, form):
+    problem, seen = Problem(("reverse_kl", None), Shape(), "plain"), []
+    rule = dataclasses.replace(problem.settings["divergence"], entropy_top_k=k)
+    problem.settings["divergence"] = rule
+    problem.run(
+        form, weight_of=lambda facts: (seen.append(facts), torch.ones_like(facts.log_prob))[1], token_ids=TOKENS
+    )
+    got = torch.cat([facts.target_top_entropy for facts in seen])
+    wanted = []
+    for log_p in logits_of(problem)[1]:
+        kept = sorted(log_p.exp().tolist(), reverse=True)[:k]
+        wanted.append(-sum(p / sum(kept) * math.log(p / sum(kept)) for p in kept))
+    wanted = torch.tensor(wanted, dtype=got.dtype)
+    if len(got) < N:  # the fused loss leaves positions of weight 0 out
+        wanted = wanted[problem.settings["token_weights"] != 0]
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
+def test_asking_for_that_entropy_changes_neither_loss_nor_gradients():
+    problem = Problem(("forward_kl", "upper"), Shape(), "plain")
+    runs = []
+    for k in (None, 2):
+        problem.settings["divergence"] = dataclasses.replace(problem.settings["divergence"], entropy_top_k=k)
+        runs.append(problem.run(fused_divergence, weight_of=lambda facts: 1 + facts.student_entropy, token_ids=TOKENS))
+    assert_equal_runs(*runs, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="entropy_top_k=0 keeps no token"):
+        dataclasses.replace(problem.settings["divergence"], entropy_top_k=0)

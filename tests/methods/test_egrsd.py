@@ -9,10 +9,10 @@ import torch
 from groups import EXACT, bare, ids_of, logits_of, privileged, reward_boxed
 from pages import assert_same_gradients, moved, prepared, raw_logits, weights_after_steps
 
+from trl_opsd.experimental.egrsd.method import remember_scale, solution_read
+from trl_opsd.experimental.egrsd.trainer import EGRSDConfig, EGRSDTrainer
 from trl_opsd.methods import Seen
-from trl_opsd.methods.egrsd import remember_scale, solution_read
 from trl_opsd.teacher.contexts import Rollout
-from trl_opsd.trainers.egrsd import EGRSDConfig, EGRSDTrainer
 
 LONGEST = 40
 SMALL = {"max_completion_length": LONGEST, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}

@@ -2,6 +2,9 @@
 """RCSD: an analysis is written, then read; the step by hand over the teacher's likeliest tokens, and OPSD as its special case."""
 
 import math
+import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,11 +51,11 @@ def completion_of(trainer, text):
     return [*trainer.tokenizer(text, add_special_tokens=False)["input_ids"], trainer.tokenizer.eos_token_id]
 
 
-def guidance_of(row, note=None):
+def guidance_of(row):
     rubric, text = row["rubric"], ""
     if rubric:
         text = "\n\nWhat a good solution fulfils:\n" + "\n".join("- " + line for line in rubric)
-    return text if note is None else text + "\n\nNotes on what is required:\n" + note
+    return text
 
 
 def prompt_of(trainer, template, row, guidance):
@@ -69,7 +72,8 @@ def by_hand(trainer, teacher_model, rows):
     for row, text, note in zip(rows, TEXTS, NOTES, strict=True):
         completion = completion_of(trainer, text)
         student = ids_of(trainer, row["prompt"], **args.chat_template_kwargs)
-        teacher = prompt_of(trainer, args.guided_prompt_template, row, guidance_of(row, note))
+        teacher = prompt_of(trainer, args.analysis_prompt_template, row, guidance_of(row))
+        teacher = teacher + trainer.tokenizer(note + args.bridge, add_special_tokens=False)["input_ids"]
         own = raw_logits(model, student, completion) / args.temperature
         other = raw_logits(teacher_model, teacher, completion).detach() / args.temperature
         kept = other.topk(20, dim=-1).indices
@@ -158,3 +162,46 @@ def test_a_run_samples_analyses_of_its_own(build_group, rows):
     trainer.train()
     entry = trainer.state.log_history[0]
     assert math.isfinite(entry["loss"]) and entry["written/texts"] == 4
+
+
+@pytest.mark.parametrize("kind", ["base", "live"])
+def test_the_analysis_is_written_with_the_teachers_weights_and_the_students_are_put_back(
+    build, rows, monkeypatch, kind
+):
+    trainer = build(teacher_model_kind=kind)
+    first, found, sample = student_of(trainer), [], trainer._generate_single_turn
+
+    def flat(model):
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    moved(trainer)
+    start = flat(trainer.model)
+    monkeypatch.setattr(
+        trainer,
+        "_generate_single_turn",
+        lambda *given, **rest: (found.append(flat(trainer.model)), sample(*given, **rest))[1],
+    )
+    whole_step(trainer, [rows[index] for index in range(4)])
+    wanted = flat(first) if kind == "base" else start
+    assert torch.equal(found[0], start) and torch.equal(found[1], wanted) and torch.equal(flat(trainer.model), start)
+    assert trainer.model.training
+
+
+def test_with_vllm_the_student_writes_and_that_is_told_once(build, rows, monkeypatch):
+    trainer = build()
+    trainer.targets.settings = SimpleNamespace(**{**vars(trainer.args), "use_vllm": True})
+    trainer.targets.settings.distillation_length_at = trainer.args.distillation_length_at
+    with pytest.warns(UserWarning, match="RCSD: what the model writes before scoring is written by the student's"):
+        assert isinstance(trainer.targets._writing_as({"teacher"}), nullcontext)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(trainer.targets._writing_as({"teacher"}), nullcontext)
+    with pytest.raises(ValueError, match="asks names the weights"):
+        trainer.targets._writing_as({"teacher", "live"})
+
+
+def test_rows_without_a_rubric_are_counted_and_still_used(build, rows):
+    trainer = build()
+    whole_step(trainer, [rows[index] for index in range(4)])
+    logged = trainer._metrics["train"]
+    assert logged["rows/no_rubric"] == [0.5] and trainer._buffered_inputs[0]["distillation_mask"].any(dim=1).all()

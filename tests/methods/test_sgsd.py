@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SGSD: the whole step by hand from raw logits; polarity, dead zone, weights and the tokens that are left out."""
 
+import json
 import math
 
 import pytest
@@ -11,7 +12,9 @@ from pages import MOMENT, assert_same_step, raw_logits, student_of, token_log_pr
 
 from trl_opsd.losses import bounded_square
 from trl_opsd.methods.base import RowFacts
-from trl_opsd.methods.sgsd import judged_loss, skill_contexts, tokens_of_form
+from trl_opsd.methods.sgsd import judged_loss, skill_contexts
+from trl_opsd.rows.skill_bank import SkillBank, skill_bank_file
+from trl_opsd.rows.token_texts import tokens_of_form
 from trl_opsd.teacher.contexts import Rollout
 from trl_opsd.trainers.sgsd import SGSDConfig, SGSDTrainer
 
@@ -38,13 +41,13 @@ def build(build_group, rows):
     return build
 
 
-def by_hand(trainer, rows):
-    """Loss and gradients of a step over four rows, the last of which has no skill."""
+def by_hand(trainer, rows, used=3):
+    """Loss and gradients of a step over four rows, of which the first `used` have skills."""
     model, args = student_of(trainer), trainer.args
     completions = trainer._generate_single_turn([None] * 4)[0]
-    left_out = tokens_of_form(trainer.tokenizer, args)
+    left_out = tokens_of_form(trainer.tokenizer)
     losses = []
-    for row, completion in list(zip(rows, completions, strict=True))[:3]:
+    for row, completion in list(zip(rows, completions, strict=True))[:used]:
         student = ids_of(trainer, row["prompt"], **args.chat_template_kwargs)
         own = token_log_probs(raw_logits(model, student, completion), completion)
         counts = torch.tensor([token not in left_out for token in completion])
@@ -61,7 +64,7 @@ def by_hand(trainer, rows):
             s = d.detach().clamp(-3, 3).mean().item()
             polarity = 0 if abs(s) <= 0.05 else outcome * math.copysign(1, s)
             losses.append(weight * polarity * (math.log(2) - torch.log1p((-(d**2) / 2).exp())).mean())
-    loss = sum(losses) / 3
+    loss = sum(losses) / used
     loss.backward()
     return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -157,7 +160,8 @@ def test_views_are_the_skills_weighted_by_their_scores_and_capped(make_args):
     ids=["no reward", "no column", "no skill"],
 )
 def test_a_rollout_that_cannot_be_judged_is_not_trained_on(settings, rollout):
-    assert skill_contexts([rollout], settings, MOMENT) == [()]
+    (views,) = skill_contexts([rollout], settings, MOMENT)
+    assert views == () and views.reason == ("no reward" if rollout.reward is None else "no skill")
 
 
 def test_as_many_scores_as_skills_are_asked_for(settings):
@@ -168,7 +172,7 @@ def test_as_many_scores_as_skills_are_asked_for(settings):
 
 def test_control_tokens_marks_of_thinking_and_newlines_are_left_out_of_the_step(build, rows):
     trainer = build()
-    left_out = tokens_of_form(trainer.tokenizer, trainer.args)
+    left_out = tokens_of_form(trainer.tokenizer)
     assert trainer.tokenizer.eos_token_id in left_out
     assert {trainer.tokenizer.convert_tokens_to_ids(text) for text in ("<think>", "</think>")} <= left_out
     whole_step(trainer, [rows[index] for index in range(4)])
@@ -182,6 +186,8 @@ def test_control_tokens_marks_of_thinking_and_newlines_are_left_out_of_the_step(
     [
         ({"max_skills": 0}, "max_skills=0"),
         ({"support_clip": 0.0}, "support_clip=0.0"),
+        ({"skill_bank_refresh_steps": 0}, "skill_bank_refresh_steps=0"),
+        ({"skill_bank": "nowhere.jsonl"}, "skill_bank: nowhere.jsonl cannot be read"),
         ({"support_threshold": -1.0}, "support_threshold=-1.0"),
         ({"skill_prompt_template": "{prompt}"}, "does not contain {skill}"),
     ],
@@ -203,3 +209,77 @@ def test_a_skill_that_spells_out_a_control_token_is_refused_before_training_by_i
     spelled = [{**row, "skills": ["add", "stop <|im_end|>"] if index == 6 else []} for index, row in enumerate(rows)]
     with pytest.raises(ValueError, match=r"train_dataset row 6: `skills` spells out '<\|im_end\|>'"):
         build_group(SGSDTrainer, TEXTS, Dataset.from_list(spelled), max_completion_length=40)
+
+
+BANK = [
+    {"skill": "Add 1+2=? in pairs.", "mistake": "Guessing 3."},
+    {"skill": "Count up from 1."},
+    {"skill": "Use a sum formula.", "mistake": "Stopping at 1+2+3+4=?"},
+]
+
+
+@pytest.fixture
+def bank(tmp_path):
+    """A function that writes the bank's file."""
+
+    def write(lines=BANK):
+        path = tmp_path / "bank.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return str(path)
+
+    skill_bank_file.cache_clear()
+    yield write
+    skill_bank_file.cache_clear()
+
+
+def test_a_step_with_a_bank_equals_its_formula_from_raw_logits(build_group, dataset, bank):
+    trainer = build_group(SGSDTrainer, TEXTS, dataset, max_completion_length=40, skill_bank=bank(), max_skills=2)
+    chosen, found = [dataset[index] for index in range(4)], []
+    for row in chosen:
+        pairs = SkillBank.read(bank()).retrieve(row["prompt"][-1]["content"], 2)
+        found.append({**row, "skills": [text for text, _ in pairs], "skill_scores": [score for _, score in pairs]})
+    assert len({row["skills"][0] for row in found}) > 1
+    got, three = whole_step(trainer, chosen[:3] + chosen[:1]), found[:3]
+    assert_same_step(got, by_hand(trainer, [*three, found[0]], used=4))
+
+
+def test_the_bank_is_read_again_every_so_many_steps_and_the_log_says_when(build_group, dataset, bank):
+    settings = {"max_completion_length": 40, "skill_bank_refresh_steps": 2, "max_skills": 1, "max_steps": 4}
+    trainer = build_group(SGSDTrainer, TEXTS, dataset, skill_bank=bank([{"skill": "old"}]), **settings)
+    shown, score = [], trainer.targets.score
+    trainer.targets.score = lambda batch, *rest: (
+        shown.append(dict(batch.contexts[0][0].texts)["skill"]),
+        bank([{"skill": f"new {len(shown)}"}]),
+        score(batch, *rest),
+    )[-1]
+    trainer.train()
+    assert shown == ["old", "old", "new 2", "new 2"]
+    read_at = [entry["method/skill_bank_read_at_step"] for entry in trainer.state.log_history if "loss" in entry]
+    assert read_at == [0, 0, 2, 2]
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["the same bank", "another bank"])
+def test_a_run_with_a_bank_resumes_exactly_and_says_where_it_cannot(build_group, dataset, bank, tmp_path, changed):
+    settings = {"max_completion_length": 40, "skill_bank_refresh_steps": 3, "max_steps": 4, "learning_rate": 1e-2}
+    settings |= {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path / "run")}
+    whole, resumed = (build_group(SGSDTrainer, TEXTS, dataset, skill_bank=bank(), **settings) for _ in range(2))
+    whole.train()
+    skill_bank_file.cache_clear()  # as in another process
+    checkpoint = str(tmp_path / "run" / "checkpoint-2")
+    if changed:
+        bank([{"skill": "another"}])
+        with pytest.warns(UserWarning, match="is another file than the run used before"):
+            resumed.train(resume_from_checkpoint=checkpoint)
+        return
+    resumed.train(resume_from_checkpoint=checkpoint)
+    for (name, one), (_, other) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-14, msg=name)
+    assert resumed.memory == whole.memory and resumed.memory["skill_bank"][1] == 3
+
+
+def test_the_papers_numbers_are_the_defaults(make_args):
+    args = make_args(SGSDConfig, max_completion_length=1024)
+    # The authors' code, walawalagoose/SGSD: clip 3, |s| <= .05, at most 8 skills, refresh every 25 steps, T 1 in the loss.
+    assert (args.support_clip, args.support_threshold, args.max_skills) == (3.0, 0.05, 8)
+    assert (args.skill_bank_refresh_steps, args.loss_temperature, args.teacher_model_kind) == (25, 1.0, "live")
+    assert args.skill_bank is None and args.skill_embedding_model is None

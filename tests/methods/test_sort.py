@@ -5,12 +5,22 @@ import pytest
 import torch
 from datasets import Dataset
 from groups import ids_of, reward_boxed
-from pages import MOMENT, assert_same_step, gradients_of, moved, raw_logits, student_of, token_log_probs, whole_step
+from pages import (
+    MOMENT,
+    assert_same_step,
+    gradients_of,
+    grpo_by_hand,
+    moved,
+    raw_logits,
+    student_of,
+    token_log_probs,
+    whole_step,
+)
 
+from trl_opsd.experimental.sort.method import references, repair_loss
+from trl_opsd.experimental.sort.trainer import SORTConfig, SORTTrainer
 from trl_opsd.methods.base import RowFacts
-from trl_opsd.methods.sort import references, repair_loss
 from trl_opsd.teacher.contexts import Rollout
-from trl_opsd.trainers.sort import SORTConfig, SORTTrainer
 
 TEXTS = ("1+2=3", "so \\boxed{3}", "wait, 10 it is", "a", "b", "no", "5", "it is 6 then")  # one right, then none
 SMALL = {"max_completion_length": 40, "num_generations": 4, "per_device_train_batch_size": 8}
@@ -33,22 +43,6 @@ def build(build_group, rows):
 
 def groups_of(rows):
     return [rows[index] for index in (0, 5) for _ in range(4)]
-
-
-def grpo_by_hand(trainer, model, rows):
-    """-sum over tokens of A log q / their number, A by the group's mean and deviation."""
-    completions = trainer._generate_single_turn([None] * 8)[0]
-    rewards = torch.tensor([float("boxed" in trainer.tokenizer.decode(ids)) for ids in completions])
-    grouped = rewards.view(-1, 4)
-    advantages = ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)).flatten()
-    value, surrogate = 0.0, 0.0
-    for row, ids, advantage in zip(rows, completions, advantages, strict=True):
-        prompt = ids_of(trainer, row["prompt"], **trainer.args.chat_template_kwargs)
-        log_prob = token_log_probs(raw_logits(model, prompt, ids), ids, HEAT)
-        surrogate = surrogate - advantage * log_prob.sum()
-        value -= advantage * len(ids)
-    count = sum(map(len, completions))
-    return value / count, surrogate / count
 
 
 def assert_near(got, wanted):

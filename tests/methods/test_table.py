@@ -19,9 +19,14 @@ from groups import reward_boxed
 from steps import EXACT, loss_of_rows
 
 from trl_opsd import OGLSSDTrainer, OPSDTrainer, PurifiedOPSDTrainer
+from trl_opsd.experimental.egrsd.trainer import EGRSDTrainer
+from trl_opsd.experimental.msd.trainer import MSDTrainer
+from trl_opsd.experimental.sort.trainer import SORTTrainer
+from trl_opsd.experimental.ssopd.trainer import SSOPDTrainer
+from trl_opsd.experimental.trace.trainer import TRACETrainer
 from trl_opsd.trainers.antisd import AntiSDTrainer
+from trl_opsd.trainers.critique import CritiqueSDTrainer
 from trl_opsd.trainers.demopsd import DemoPSDTrainer
-from trl_opsd.trainers.egrsd import EGRSDTrainer
 from trl_opsd.trainers.mopd import MOPDTrainer
 from trl_opsd.trainers.pbsd import PBSDTrainer
 from trl_opsd.trainers.rcsd import RCSDTrainer
@@ -29,13 +34,18 @@ from trl_opsd.trainers.resd import RESDTrainer
 from trl_opsd.trainers.sdft import SDFTTrainer
 from trl_opsd.trainers.sdpo import SDPOTrainer
 from trl_opsd.trainers.sgsd import SGSDTrainer
-from trl_opsd.trainers.sort import SORTTrainer
 
 TEXTS = ("so \\boxed{3}", "wait, 10 it is", "a", "it is \\boxed{10} then", "no", "5 or \\boxed{6}")
 MOSTLY_WRONG = ("wait, 10 it is", "a", "so \\boxed{3}", "\\boxed{10}", "no", "5", "b", "it is 6 then")
 SKILLS = (["Add in pairs.", "Do not guess."], ["Carry."], ["Count up.", "Check.", "Box it."])
 FEEDBACK = ("test 2 failed", None, "off by 1")
+CRITIQUES = ("first add, then \\boxed{3}", "1+2 is 3, then go on", "it is right")
 RUBRICS = (["adds", "boxes"], [], ["adds"])
+
+
+def spans_of(rollout):
+    """A short key span in longer texts."""
+    return [(1, 4, "K", "a sum")] if len(rollout.completion) > 12 else []
 
 
 def no_columns(place: int) -> dict[str, Any]:
@@ -134,10 +144,32 @@ METHODS = {
         columns=lambda place: {"skills": SKILLS[place % 3]},
         count=trained_rollouts,
     ),
+    "CritiqueSD": Row(CritiqueSDTrainer, columns=lambda place: {"critique": CRITIQUES[place % 3]}),
     "RCSD": Row(RCSDTrainer, columns=lambda place: {"rubric": RUBRICS[place % 3]}),
     "PBSD": Row(
         PBSDTrainer,
         not_zero="a pair without a margin costs log 2 and pulls its sequences apart",
+        count=trained_rollouts,
+    ),
+    "SSOPD": Row(
+        SSOPDTrainer,
+        {**GROUPS, "clip": None, "frontier_strength": 2.0},
+        not_zero="GRPO stays",
+        equality=({}, {"frontier_strength": 0.0}),
+        count=sampled_tokens,
+        not_divided="GRPO's part is divided by tokens and the other by rollouts",
+    ),
+    "TRACE": Row(
+        TRACETrainer,
+        {**GROUPS, "clip": None, "span_weight": 2.0, "annotator_function": "test_table:spans_of"},
+        not_zero="GRPO stays, though off the spans alone",
+        count=sampled_tokens,
+        not_divided="GRPO's part is divided by tokens and the other by rollouts",
+    ),
+    "MSD": Row(
+        MSDTrainer,
+        {"critical_top_k": 8},
+        columns=lambda place: {"translation": f"add {place} numbers"},
         count=trained_rollouts,
     ),
     "SORT": Row(

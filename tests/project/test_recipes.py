@@ -21,7 +21,7 @@ from trl_opsd.trainers.baselines import BASELINES
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 # Rollouts of a step where it is not 32; these recipes stand in no line of the table of sizes but the first.
-LARGE = {"sdpo": 256, "mopd": 256, "demopsd": 512, "antisd": 256}
+LARGE = {"sdpo": 256, "mopd": 256, "demopsd": 512, "antisd": 256, "trace": 256, "ssopd": 256, "msd": 16}
 ALL_RECIPES = [ROOT / "trl_opsd" / "demo" / "opsd.yaml", *RECIPES]
 NEUTRAL = ["--use_cpu=true", "--bf16=false", "--dtype=float32", "--report_to=none"]
 LAUNCHERS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -75,6 +75,9 @@ def places(tmp_path, tiny_model):
         "skills": ["Count on.", "Check the sum."],
         "skill_scores": [1.0, 0.5],
         "rubric": ["adds"],
+        "critique": "1 more than it is right.",
+        "translation": "Add 1.",
+        "spans": [{"start": 0, "end": 1, "kind": "E", "type": "a slip"}],
         "plan": "Count on.",
     }
     data.write_text("\n".join(json.dumps(row | own) for row in rows))
@@ -214,6 +217,16 @@ OTHER_PAPERS = {  # which share less with OPSD
     "demopsd": {"divergence": "reverse_kl", "support_size": 100, "largest_plain_share": 0.15, "num_generations": 8},
     "antisd": {"ascent_strength": 0.5, "gate_closes_below": 0.93, "max_completion_length": 32768, "max_steps": 200},
     "sgsd": {"max_skills": 8, "support_clip": 3.0, "support_threshold": 0.05, "max_steps": 200, "temperature": 1.1},
+    "trace": {
+        "span_weight": 0.5,
+        "span_hold_steps": 10,
+        "max_span_share": 0.25,
+        "epsilon_high": 0.28,
+        "clip_value": 0.05,
+    },
+    "ssopd": {"frontier_strength": 0.5, "teacher_model_kind": "base"},
+    "msd": {"divergence": "reverse_kl", "critical_top_k": 32, "teacher_model_kind": "base"},
+    "critique": {"divergence": "forward_kl", "clip": "none"},
     "rcsd": {"support_size": 20, "clip_value": 0.05, "temperature": 1.2, "max_completion_length": 4096, "lora_r": 64},
 }
 SHARED = {"lora_r": 64, "lora_alpha": 128, "learning_rate": 5e-6, "temperature": 1.1, "teacher_model_kind": "base"}
@@ -228,6 +241,11 @@ def test_a_recipe_has_the_papers_setting(path):
 
 
 # What a recipe sets beside the method's defaults; `loss_temperature` None is the sampling temperature, which the first ones write.
+BESIDE_OF = {
+    "sort": {"max_completion_length"},  # as the baseline GRPO's
+    "critique": {"write_critique"},  # there is no other critic in a recipe
+    "trace": {"distilled_spans", "divergence"},  # the paper's for a base of this size
+}
 BESIDE = {"gradient_accumulation_steps", "prompt_template", "max_teacher_prompt_length", "loss_temperature"}
 
 
@@ -235,7 +253,7 @@ BESIDE = {"gradient_accumulation_steps", "prompt_template", "max_teacher_prompt_
 def test_a_recipe_is_its_methods_defaults_but_for_batch_and_prompts(path):
     defaults = {**vars(settings_of("opsd")()), **vars(settings_of(path.stem)())}
     beside = BESIDE | ({"per_device_train_batch_size"} if path.stem in LARGE else set())
-    beside |= {"max_completion_length"} if path.stem == "sort" else set()  # as the baseline GRPO's
+    beside |= BESIDE_OF.get(path.stem, set())
     given = {name: None if value == "none" else value for name, value in recipe_of(path).items()}
     differing = {name for name in given.keys() & defaults.keys() if given[name] != defaults[name]}
     assert differing <= beside

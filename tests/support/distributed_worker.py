@@ -24,11 +24,11 @@ from peft import LoraConfig, get_peft_model
 from trl_opsd.commands.train import TRAINERS, finish
 from trl_opsd.demo.tokenizer import build_tokenizer
 from trl_opsd.evaluation.callback import EvaluationCallback
+from trl_opsd.experimental.egrsd.trainer import EGRSDTrainer
 from trl_opsd.losses import tiles
 from trl_opsd.model.sharding import local_part, release, whole_shape
 from trl_opsd.trainers.antisd import AntiSDTrainer
 from trl_opsd.trainers.demopsd import DemoPSDTrainer
-from trl_opsd.trainers.egrsd import EGRSDTrainer
 
 IN_GROUPS = {"num_generations": GLOBAL_BATCH, "distillation_length": None}
 SETTINGS = {

@@ -18,16 +18,21 @@ from peft import LoraConfig
 
 from trl_opsd.commands.train import finish
 from trl_opsd.demo.tokenizer import build_tokenizer
+from trl_opsd.experimental.msd.trainer import MSDTrainer
+from trl_opsd.experimental.sort.trainer import SORTTrainer
+from trl_opsd.experimental.ssopd.trainer import SSOPDTrainer
+from trl_opsd.experimental.trace.trainer import TRACETrainer
+from trl_opsd.trainers.critique import CritiqueSDTrainer
 from trl_opsd.trainers.mopd import MOPDTrainer
 from trl_opsd.trainers.pbsd import PBSDTrainer
 from trl_opsd.trainers.rcsd import RCSDTrainer
 from trl_opsd.trainers.resd import RESDTrainer
 from trl_opsd.trainers.sdpo import SDPOTrainer
 from trl_opsd.trainers.sgsd import SGSDTrainer
-from trl_opsd.trainers.sort import SORTTrainer
 
 MIX = {"teacher_model_kind": "base", "live_share": 0.4}
 GROUP = {"num_generations": GLOBAL_BATCH, "support_size": 20}
+BANK = str(Path(__file__).parent / "skill_bank.jsonl")
 PAGES = {
     "sgsd": (SGSDTrainer, {}),
     "pbsd": (PBSDTrainer, {}),
@@ -36,9 +41,26 @@ PAGES = {
     "sdpo-mix": (SDPOTrainer, GROUP | MIX),
     "mopd": (MOPDTrainer, GROUP),
     "resd": (RESDTrainer, {"support_size": 20, "chat_template_kwargs": {"enable_thinking": False}}),
+    "critique": (CritiqueSDTrainer, {"critique_function": "page_worker:critique"}),
+    "sgsd-bank": (SGSDTrainer, {"skill_bank": BANK, "skill_bank_refresh_steps": 2}),
+    "msd": (MSDTrainer, {}),
+    "ssopd": (SSOPDTrainer, {"num_generations": GLOBAL_BATCH, "frontier_strength": 2.0}),
+    "trace": (
+        TRACETrainer,
+        {"num_generations": GLOBAL_BATCH, "span_weight": 2.0, "annotator_function": "page_worker:annotate"},
+    ),
     "sort": (SORTTrainer, {"num_generations": 2, "repair_weight": 0.5}),
 }
 TEXTS = ("1+2=3", "so 4", "wait, 10 it is", "a", "it is 3 then")
+
+
+def critique(rollout):
+    """None of some rollouts, so that ranks use other numbers of them."""
+    return None if "wait" in rollout.completion else f"{rollout.completion} was {rollout.reward}"
+
+
+def annotate(rollout):
+    return [(1, 3, "K", "a sum")] if len(rollout.completion) > 8 else []
 
 
 def give_rollouts(trainer):
@@ -70,6 +92,7 @@ def rows_of_pages():
             "skills": skills[index % 4],
             "rubric": ["adds"] * (index % 3),
             "plan": "add",
+            "translation": f"add {index}",
             "feedback": reports[index % 3],
         }
         for index in range(8)

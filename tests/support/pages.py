@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from groups import EXACT, bare
+from groups import EXACT, bare, ids_of
 
 from trl_opsd.teacher.contexts import Moment
 
@@ -103,3 +103,24 @@ def weights_after_steps(build, trainer_class, splits=((8, 1), (4, 2), (2, 4)), *
         trainer.train()
         results.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
     return results, start
+
+
+def grpo_by_hand(trainer, model, rows, factors=None):
+    """GRPO's loss of groups of four by its definition, and what has its gradient: - sum of f A log q / number of tokens.
+
+    A is the reward by the group's mean and deviation, right where the completion boxes anything; `factors` are f of each rollout's
+    tokens, 1 without them.
+    """
+    completions = trainer._generate_single_turn([None] * len(rows))[0]
+    rewards = torch.tensor([float("boxed" in trainer.tokenizer.decode(ids)) for ids in completions])
+    grouped = rewards.view(-1, 4)
+    advantages = ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)).flatten()
+    value, surrogate = 0.0, 0.0
+    for index, (row, ids, advantage) in enumerate(zip(rows, completions, advantages, strict=True)):
+        prompt = ids_of(trainer, row["prompt"], **trainer.args.chat_template_kwargs)
+        log_prob = token_log_probs(raw_logits(model, prompt, ids), ids, trainer.args.temperature)
+        factor = torch.ones(len(ids)) if factors is None else torch.tensor(factors[index])
+        surrogate = surrogate - advantage * (factor * log_prob).sum()
+        value -= advantage * factor.sum()
+    count = sum(map(len, completions))
+    return value / count, surrogate / count

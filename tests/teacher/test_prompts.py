@@ -2,6 +2,7 @@
 """The teacher's prompt in token ids: the tokenizer's own rendering, within budget, the template whole."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -232,3 +233,15 @@ def test_a_chat_template_that_leaves_the_text_out_is_refused(byte_tokenizer):
     made = collator(byte_tokenizer, render_kwargs={"chat_template": of_parts})
     with pytest.raises(ValueError, match=r"without its text.*list of parts"):
         made.check_renders(PROMPT)
+
+
+def test_a_contexts_opening_stands_in_the_teachers_turn_behind_the_prefix_and_within_the_budget(any_tokenizer):
+    bare = collator(any_tokenizer).encode(PROMPT, teacher(SOLUTION)).ids
+    made, view = collator(any_tokenizer, prefix="ok "), replace(teacher(SOLUTION), opening="so add {prompt}")
+    behind = [any_tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("ok ", "so add {prompt}")]
+    assert made.encode(PROMPT, view).ids == bare + behind[0] + behind[1]
+    made.max_length = len(bare) + len(behind[0] + behind[1]) - 2
+    short = made.encode(PROMPT, view)
+    assert short.shortened and len(short.ids) <= made.max_length and short.ids[-len(behind[1]) :] == behind[1]
+    with pytest.raises(ValueError, match="spells out '<|im_end|>'".replace("|", r"\|")):
+        made.encode(PROMPT, replace(view, opening="so <|im_end|>"))

@@ -68,7 +68,8 @@ class Inspector:
             group: the rollouts that the method's rule reads together; a single one where it reads no others.
         """
         moment = Moment(random.Random(f"{self.settings.seed}/{self.step}"), self.step)
-        contexts = self.method.contexts([sampled.rollout for sampled in group], self.settings, moment)
+        rollouts = self.method.noted([sampled.rollout for sampled in group], self.settings, moment)
+        contexts = self.method.contexts(rollouts, self.settings, moment)
         pairs = [(sampled, views) for sampled, views in zip(group, contexts, strict=True) if views and sampled.ids]
         return [self._inspect(sampled.rollout, sampled.ids, views) for sampled, views in pairs]
 

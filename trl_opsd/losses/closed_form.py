@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .divergences import Divergence, floored
+from .divergences import Divergence, floored, top_entropy
 from .forms import FORMS, Block
 from .support import Places
 
@@ -50,7 +50,7 @@ class FusedDiagnostics(NamedTuple):
 
 
 class Row(IntEnum):
-    """Rows of what a sweep returns: the first six of [`FusedDiagnostics`], then two where token ids are given."""
+    """Rows of what a sweep returns: the first six of [`FusedDiagnostics`], two where token ids are given, one more on request."""
 
     CLIPPED = 0
     UNCLIPPED = 1
@@ -60,6 +60,14 @@ class Row(IntEnum):
     TOP_AGREEMENT = 5
     LOG_PROB = 6
     TARGET_LOG_PROB = 7
+    TARGET_TOP_ENTROPY = 8
+
+
+def num_rows(rule: Divergence, *, samples: bool, has_target: bool) -> int:
+    """Rows that a sweep returns: with sampled tokens (`samples`) or without, of a target or of none."""
+    if not samples:
+        return Row.LOG_PROB
+    return len(Row) if has_target and rule.entropy_top_k is not None else Row.TARGET_TOP_ENTROPY
 
 
 def sweep(
@@ -80,7 +88,7 @@ def sweep(
         with_gradient: False leaves the gradient out.
 
     Returns:
-        (6, n) of [`Row`], or (8, n) with token ids, and (n, V) derivative of each position's loss with
+        (6, n) of [`Row`], or (8, n) with token ids, (9, n) where the rule asks for `entropy_top_k` too, and (n, V) derivative of each position's loss with
         respect to `student_logits`, or None.
     """
     log_q, log_p = student_logits.log_softmax(-1), target_logits.log_softmax(-1)
@@ -88,6 +96,8 @@ def sweep(
     block, places = _compared(whole, rule)
     values, slope, kept = _clipped(block, rule, with_gradient)
     sampled = [] if token_ids is None else [_at(log, token_ids) for log in (log_q, log_p)]
+    if sampled and rule.entropy_top_k is not None:
+        sampled.append(top_entropy(log_p, rule.entropy_top_k))
     diagnostics = torch.stack([*values, *_distribution_measures(whole), *sampled])
     if not with_gradient:
         return diagnostics, None
@@ -109,7 +119,7 @@ def finished(stats: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def sweep_sampled(student_logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """What [`sweep`] returns (8, n) where there is no target: 0 but for the student's own, and a log-ratio of 0."""
     log_q = student_logits.log_softmax(-1)
-    rows = student_logits.new_zeros(len(Row), len(log_q))
+    rows = student_logits.new_zeros(Row.TARGET_TOP_ENTROPY, len(log_q))
     rows[Row.STUDENT_ENTROPY] = -(log_q.exp() * log_q).sum(-1)
     rows[Row.LOG_PROB] = rows[Row.TARGET_LOG_PROB] = _at(log_q, token_ids)
     return rows

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from .closed_form import FusedDiagnostics
-from .divergences import Divergence, clip_and_sum, clipped_terms, compute_dtype, divergence_terms
+from .divergences import Divergence, clip_and_sum, clipped_terms, compute_dtype, divergence_terms, top_entropy
 from .facts import Facts
 from .head import OutputHead
 from .target import Target
@@ -92,6 +92,7 @@ def _facts(student_hidden, head, target, rule, num_tokens, token_ids, given) -> 
         divergence=terms.sum(-1) if rule.clip is not None else clipped,
         clipped_divergence=clipped,
         given=given or {},
+        target_top_entropy=None if rule.entropy_top_k is None else top_entropy(log_p, rule.entropy_top_k),
     )
     return facts, {
         "clipped_share": clipped_terms(terms.detach(), rule).to(dtype).mean(-1),

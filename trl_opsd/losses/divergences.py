@@ -38,6 +38,8 @@ class Divergence:
             2607.02502, has 1e-8).
         relative_floor: lowest ratio of a compared entry of the target to the student's, held constant, in (0, 1), or
             None (RESD, arXiv 2605.12741). A floored target is not normalised again, so a divergence may be below 0.
+        entropy_top_k: also find, for the facts, the target's entropy over its so many likeliest tokens, renormalised, >= 1 (MSD,
+            arXiv 2605.02971, has 32); None leaves it out. It changes no divergence.
 
     Raises:
         ValueError: for a value outside these ranges.
@@ -51,8 +53,11 @@ class Divergence:
     support: Support | None = None
     target_floor: float | None = None
     relative_floor: float | None = None
+    entropy_top_k: int | None = None
 
     def __post_init__(self):
+        if self.entropy_top_k is not None and self.entropy_top_k < 1:
+            raise ValueError(f"entropy_top_k={self.entropy_top_k} keeps no token; set 1 or more, or None.")
         if self.name not in DIVERGENCES:
             raise ValueError(f"divergence={self.name!r} is not known; set one of {DIVERGENCES}.")
         if self.clip not in CLIPS:
@@ -155,6 +160,12 @@ def floored(log_q: torch.Tensor, log_p: torch.Tensor, rule: Divergence) -> torch
     if rule.relative_floor is not None:
         log_p = torch.maximum(log_p, log_q.detach() + math.log(rule.relative_floor))
     return log_p
+
+
+def top_entropy(log_p: torch.Tensor, k: int) -> torch.Tensor:
+    """Entropy (...) in nats of the k likeliest entries of log-probabilities (..., V), renormalised; of all V where k is more."""
+    kept = log_p.topk(min(k, log_p.shape[-1]), dim=-1, sorted=False).values.log_softmax(-1)
+    return torch.special.entr(kept.exp()).sum(-1)
 
 
 def clipped_terms(terms: torch.Tensor, rule: Divergence) -> torch.Tensor:

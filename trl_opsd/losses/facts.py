@@ -26,6 +26,7 @@ class Facts:
         divergence: over the support and under the floors, before the clip.
         clipped_divergence: after the clip; the same tensor where there is none.
         given: the caller's columns of these positions, (n,) or (K, n), and its 0-d tensors.
+        target_top_entropy: of the target's likeliest tokens, see `Divergence.entropy_top_k`; None where that is.
     """
 
     log_prob: torch.Tensor | None
@@ -35,10 +36,11 @@ class Facts:
     divergence: torch.Tensor | None
     clipped_divergence: torch.Tensor | None
     given: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    target_top_entropy: torch.Tensor | None = field(default=None, kw_only=True)
 
     @classmethod
     def of(cls, stats: torch.Tensor, given: Mapping[str, torch.Tensor], *, has_target: bool = True) -> Facts:
-        """From what a sweep returned, (6, n) or (8, n)."""
+        """From what a sweep returned, (6, n), (8, n) or (9, n)."""
         samples = len(stats) > Row.LOG_PROB
         return cls(
             log_prob=stats[Row.LOG_PROB] if samples else None,
@@ -48,6 +50,7 @@ class Facts:
             divergence=stats[Row.UNCLIPPED] if has_target else None,
             clipped_divergence=stats[Row.CLIPPED] if has_target else None,
             given=given,
+            target_top_entropy=stats[Row.TARGET_TOP_ENTROPY] if len(stats) > Row.TARGET_TOP_ENTROPY else None,
         )
 
     @property

@@ -12,6 +12,8 @@ import math
 import torch
 from torch.nn.functional import softplus
 
+_NOTHING = 1e-6  # a mean weight below it is rounding
+
 
 def half_softplus(log_prob_ratio: torch.Tensor) -> torch.Tensor:
     """phi(u) = (softplus(u) - log 2) / 2 (AntiSD, arXiv 2605.11609), >= -log(2) / 2, in the shape of `log_prob_ratio`.
@@ -129,6 +131,36 @@ def mixed_likelihood(log_prob: torch.Tensor, other_log_prob: torch.Tensor, *, sh
         share: a, in [0, 1].
     """
     return ((1 - share) * log_prob + share * other_log_prob).exp().detach()
+
+
+def critical_weight(top_entropy: torch.Tensor, log_prob: torch.Tensor, mask: torch.Tensor, *, k: int) -> torch.Tensor:
+    """w_T w_S over its mean in the rollout, detached: w_T = 1 - H_k / log k, w_S = 1 - q(y) (MSD, arXiv 2605.02971).
+
+    It is large where the teacher is sure and the student was not. That w_T is this function of the entropy, and that weights have
+    mean 1, is our reading.
+
+    Args:
+        top_entropy: (B, T) entropy in nats of the target's k likeliest tokens, renormalised.
+        log_prob: (B, T) log q(y).
+        mask: (B, T), nonzero where a token counts; the others get 0.
+        k: >= 2.
+
+    Returns:
+        (B, T); 0 in a rollout where nothing is critical.
+    """
+    product = ((1 - top_entropy / math.log(k)) * -torch.expm1(log_prob)).clamp(min=0).detach()
+    mean = masked_mean(product, mask).unsqueeze(-1)
+    return torch.where((mask != 0) & (mean > _NOTHING), product / mean.clamp(min=_NOTHING), 0.0)
+
+
+def held_then_falling(step: int, *, largest: float, hold: int, fall: int) -> float:
+    """`largest` for `hold` steps, then linearly to 0 over `fall` further ones: TRACE's lambda (arXiv 2605.10194)."""
+    return largest * min(1.0, max(0.0, 1 - (step - hold) / fall))
+
+
+def frontier_weight(share: float) -> float:
+    """4 p (1 - p) of the share p of right rollouts, in [0, 1]: 1 where right and wrong balance (SSOPD, arXiv 2605.17497)."""
+    return 4 * share * (1 - share)
 
 
 def teacher_polarity(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .closed_form import Row, finished, sweep, sweep_sampled
+from .closed_form import Row, finished, num_rows, sweep, sweep_sampled
 from .divergences import Divergence
 from .facts import Facts, columns_at
 from .projection import Projection
@@ -83,7 +83,8 @@ class Work:
 
     def empty_stats(self) -> torch.Tensor:
         """What a sweep returns of no position."""
-        return self.weights.new_zeros(Row.LOG_PROB if self.token_ids is None else len(Row), 0)
+        samples = self.token_ids is not None
+        return self.weights.new_zeros(num_rows(self.divergence, samples=samples, has_target=self.target is not None), 0)
 
     def tiles(self, hidden: torch.Tensor, *, with_target: bool = True) -> Iterator[Tile]:
         """Logits of one tile of positions after another, in buffers that they share."""

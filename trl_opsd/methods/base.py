@@ -12,7 +12,7 @@ All three read the same facts. In `token_weight` they are flat, (n,), a tile at 
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -99,6 +99,7 @@ class Method:
         loss: from (facts, settings, moment) to what is minimised: terms (B, D), averaged as `loss_reduction` says, or one
             number a rollout (B,), averaged over rollouts. Its gradient flows through `log_prob` and, where the method has a
             target, through `divergence` (under a clip `clipped_divergence`).
+        averages_all: a loss of one number a rollout is averaged over all rollouts, those without a context too.
         advantages: from (facts, settings, moment) to the advantages (B, D) of TRL's policy-gradient loss; the facts'
             `advantage` is TRL's own times `reward_weight`.
         has_target: some context has an anchor, so that there is a divergence; False where views are only read.
@@ -118,7 +119,8 @@ class Method:
             the user's says of it; called once a generation batch, before all other rules and once rewards are known. It must
             be the same wherever the rollout stands, and picklable.
         asks: from (rollout, settings) to the context that the model answers before contexts are made, or None;
-            `Rollout.written` holds the answer.
+            `Rollout.written` holds the answer. The weights that the context names, "teacher" or "live", write it, under vLLM the
+            student's.
         extras: from (rollouts of one prompt, settings, moment) to one sequence beside each rollout, or None.
         marks: from (rollouts of one prompt, settings, moment) to a number for each rollout, or to one for each of its tokens,
             which the facts' `mark` holds; `Rollout.token_ends` is then known.
@@ -137,6 +139,7 @@ class Method:
     paper: Mapping[str, str] = field(default_factory=dict)
     token_weight: FactRule | None = None
     loss: FactRule | None = None
+    averages_all: bool = False
     advantages: FactRule | None = None
     has_target: bool = True
     reads_views: bool = False
@@ -161,3 +164,10 @@ class Method:
             raise ValueError(f"{self.name}: {' and '.join(ways)} are given; a method has one way to its loss.")
         if not self.has_target and not {"loss", "advantages"} & set(ways):
             raise ValueError(f"{self.name}: without a target there is no divergence; give a loss or advantages.")
+
+    def noted(self, rollouts: Sequence[Rollout], settings: Any, moment: Moment) -> list[Rollout]:
+        """The rollouts with what `notes` says of them."""
+        if self.notes is None:
+            return list(rollouts)
+        notes = self.notes(rollouts, settings, moment)
+        return [replace(rollout, note=note) for rollout, note in zip(rollouts, notes, strict=True)]

@@ -5,8 +5,8 @@ y+ answers the teacher's prompt, which shows the solution, and y- the bare one. 
 sum over the sequence under student and frozen teacher, the loss of a pair is -log sigmoid(beta (r(y+) - r(y-))): DPO whose
 reference reads more than the policy does.
 
-Differences to the paper, whose text we know through notes: y+ is written by the student's weights of now, where it is the
-teacher that speaks there; beta, the learning rate and which copy the teacher is were not found, so 0.1, OPSD's and the
+Differences to the paper, whose text we know through notes: under vLLM y+ is written by the student's weights of now, where it is
+the teacher that speaks there; beta, the learning rate and which copy the teacher is were not found, so 0.1, OPSD's and the
 initial weights are ours. No pair is filtered by whether its answers are right, as far as we know there neither.
 """
 

@@ -2,24 +2,26 @@
 """RCSD: the teacher reads the answer, a rubric, and what it wrote itself about both (arXiv 2606.19327).
 
 1. The model is shown problem, solution and rubric, and writes what these require, without solving the problem.
-2. The teacher reads all of it and scores the student's rollout.
+2. The teacher goes on in the same turn: a bridge tells it to solve the problem without citing any of it, and it scores the student's
+   rollout.
 3. Forward KL over the teacher's 20 likeliest tokens, both sides renormalised, each term cut at 0.05. Mass outside the 20 is
    not seen: a student may move any of it.
 
-Differences to the official code: the text of 1. is written by the student's weights of now, there by the initial ones; and it
-stands with the instruction not to cite it in the user's message, there in the teacher's turn. The rubric comes from the column
-`rubric`, a list of texts or one; the generator of rubrics that the paper trains first is not here.
+Without 1. (`write_analysis=False`) the instruction not to cite stands in the user's message, and with no rubric either this is OPSD.
+
+Differences to the official code: under vLLM the text of 1. is written by the student's weights, there by the teacher's, for vLLM's
+engine holds no others. The rubric comes from the column `rubric`, a list of texts or one, and a row without one is counted; the
+generator of rubrics that the paper trains first is not here. The words of prompts and bridge are ours.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from ..rows.texts import is_missing
-from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
+from ..teacher.contexts import Contexts, Counted, Moment, Rollout, TeacherContext
 from .base import Method
 
 _RUBRIC = "\n\nWhat a good solution fulfils:\n"
-_NOTES = "\n\nNotes on what is required:\n"
 
 
 def analysis_request(rollout: Rollout, settings: Any) -> TeacherContext | None:
@@ -28,12 +30,21 @@ def analysis_request(rollout: Rollout, settings: Any) -> TeacherContext | None:
 
 
 def guided_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
-    """The teacher reads problem, solution, rubric and analysis; its view is the target."""
-    return [(_context("guided", rollout, _rubric(rollout) + _analysis(rollout), anchor=1.0),) for rollout in group]
+    """The teacher reads problem, solution, rubric and analysis; its view is the target. A row without a rubric is counted."""
+    return [_guided(rollout, settings) for rollout in group]
 
 
-def _context(template: str, rollout: Rollout, guidance: str, **weights: float) -> TeacherContext:
-    return TeacherContext(template, rollout.solution, texts=(("guidance", guidance),), **weights)
+def _guided(rollout: Rollout, settings: Any) -> Contexts:
+    rubric, written = _rubric(rollout), rollout.written
+    if written is None or is_missing(written.text):
+        views = (_context("guided", rollout, rubric, anchor=1.0),)
+    else:
+        views = (_context("analysis", rollout, rubric, anchor=1.0, opening=written.text.strip() + settings.bridge),)
+    return views if rubric else Counted(views, "no rubric")
+
+
+def _context(template: str, rollout: Rollout, guidance: str, **rest: Any) -> TeacherContext:
+    return TeacherContext(template, rollout.solution, texts=(("guidance", guidance),), **rest)
 
 
 def _rubric(rollout: Rollout) -> str:
@@ -41,11 +52,6 @@ def _rubric(rollout: Rollout) -> str:
     if rubric is None or isinstance(rubric, str):
         return "" if is_missing(rubric) else _RUBRIC + rubric
     return _RUBRIC + "\n".join(f"- {criterion}" for criterion in rubric) if rubric else ""
-
-
-def _analysis(rollout: Rollout) -> str:
-    written = rollout.written
-    return "" if written is None or is_missing(written.text) else _NOTES + written.text.strip()
 
 
 RCSD = Method(

@@ -9,10 +9,14 @@ right rollout and -1 for a wrong one, the loss of a rollout is the sum over k of
 A teacher that found a right rollout likelier than the student did is followed, one that found a wrong rollout likelier is
 fled from, and one that has no opinion is left out. Far from the student the pull fades (see `losses.bounded_square`).
 
-Ours reads skills from the column `skills` of the dataset, a list of texts a row, and their retrieval scores from
-`skill_scores`. The paper finds them by embedding in a bank that it rewrites every 25 steps, a skill paired with a mistake:
-bank, retrieval and refresh are not here; pair the texts beforehand, and change the dataset between runs. Rows without a
-skill and rollouts without a reward are not trained on. Where skills are shown, a solution is not.
+Skills are found in a bank, a file (`skill_bank`): those nearest to the problem, each with the mistake of its own rank, and w_k is
+the softmax of their scores. Or they are written beforehand into the column `skills`, a list of texts a row, with scores in
+`skill_scores`. Rows without a skill and rollouts without a reward are left out and counted. Where skills are shown, a solution
+is not.
+
+Differences to the official code: the paper's rewriter of the bank is not here. The file is read again every
+`skill_bank_refresh_steps` steps, and a process of the user's may rewrite it meanwhile. Without `skill_embedding_model` texts are compared by the
+words they share, there by embeddings.
 """
 
 import math
@@ -22,28 +26,33 @@ from typing import Any
 import torch
 
 from ..losses import bounded_square, masked_mean, teacher_polarity
-from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
+from ..rows.token_texts import tokens_of_form
+from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Unused
 from .base import Method, RowFacts
-
-_MOST_NEWLINES = 8  # of a run, as in the official code
+from .skills import remember_bank, skills_from_bank
 
 
 def skill_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
     """One view of each skill, with the weight w_k.
 
     Args:
-        group: rollouts whose columns hold `skills`, a list of texts, and perhaps `skill_scores`, a number for each.
+        group: rollouts whose notes come from the bank, or whose columns hold `skills`, a list of texts, and perhaps
+            `skill_scores`, a number for each.
         settings: reads `max_skills`.
         moment: not read.
 
     Raises:
         ValueError: a row has another number of scores than of skills.
     """
-    return [() if rollout.reward is None else _views(rollout, settings.max_skills) for rollout in group]
+    return [_views(rollout, settings.max_skills) for rollout in group]
 
 
 def _views(rollout: Rollout, most: int) -> Contexts:
     skills, scores = rollout.columns.get("skills") or [], rollout.columns.get("skill_scores")
+    if rollout.note is not None:
+        skills, scores = (list(part) for part in zip(*rollout.note[0], strict=True))
+    if not skills or rollout.reward is None:
+        return Unused("no reward" if skills else "no skill")
     if scores is not None and len(scores) != len(skills):
         raise ValueError(
             f"`skill_scores` has {len(scores)} numbers for {len(skills)} texts in `skills`; give one for each, or None."
@@ -72,16 +81,6 @@ def judged_loss(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
     return (weights * masked_mean(bounded_square(ratio), mask)).sum(0)
 
 
-def tokens_of_form(tokenizer: Any, settings: Any) -> set[int]:
-    """Ids of control tokens, of the marks of a think block and of runs of newlines, where each is one token."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    ids = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
-    for text in ("<think>", "</think>", *("\n" * count for count in range(1, _MOST_NEWLINES + 1))):
-        encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids |= set(encoded) if len(encoded) == 1 else set()
-    return ids
-
-
 SGSD = Method(
     name="SGSD",
     contexts=skill_contexts,
@@ -91,9 +90,12 @@ SGSD = Method(
     has_target=False,
     reads_views=True,
     templates=lambda settings: {"skill": settings.skill_prompt_template},
-    needs_columns=("skills",),
+    notes=skills_from_bank,
+    remember=remember_bank,
+    report=lambda memory: {"skill_bank_read_at_step": memory["skill_bank"][1]} if memory else {},
+    needs_columns=lambda settings: () if settings.skill_bank else ("skills",),
     columns=("skills", "skill_scores"),
-    ignored_tokens=tokens_of_form,
+    ignored_tokens=lambda tokenizer, settings: tokens_of_form(tokenizer),
     paper={
         "title": "Skill-Conditioned Gated Self-Distillation for LLM Reasoning",
         "id": "2605.28791",

@@ -17,6 +17,12 @@ An answer to this problem that may be incomplete stands between the two marks.
 
 Say briefly what a good solution has to do: requirements, limits, and the steps of reasoning that must not be missing. Do not solve the problem."""
 
+BRIDGE = """
+
+So much for what is required, which is for me alone. Now I solve the problem afresh, from its statement and by my own reasoning, and mention neither an answer that I was given, nor requirements, nor this analysis. The final answer goes in \\boxed{}.
+
+"""
+
 GUIDED_PROMPT_TEMPLATE = """{prompt}
 
 An answer to this problem that may be incomplete stands between the two marks.
@@ -44,8 +50,12 @@ class RCSDSettings:
     analysis_prompt_template: str = option(
         ANALYSIS_PROMPT_TEMPLATE, "What the model answers first; holds `{prompt}`, `{solution}` and `{guidance}`."
     )
+    bridge: str = option(
+        BRIDGE, "What stands in the teacher's turn behind its analysis and before the rollout: not to cite any of it."
+    )
     guided_prompt_template: str = option(
-        GUIDED_PROMPT_TEMPLATE, "The teacher's last user message; holds `{prompt}`, `{solution}` and `{guidance}`."
+        GUIDED_PROMPT_TEMPLATE,
+        "The teacher's last user message where no analysis is written; holds `{prompt}`, `{solution}` and `{guidance}`.",
     )
 
     def check(self) -> None:

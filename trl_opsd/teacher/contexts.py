@@ -113,6 +113,7 @@ class TeacherContext:
             it are kept, and the weight beside them.
         weights: whose weights read it: "teacher", "base" (the initial ones) or "live" (the student's).
         texts: name and text of the template's further slots; they are never shortened.
+        opening: text that opens the teacher's turn, behind `teacher_prefix` and before the rollout.
     """
 
     template: str
@@ -123,6 +124,7 @@ class TeacherContext:
     read: float | None = None
     weights: str = "teacher"
     texts: tuple[tuple[str, str], ...] = ()
+    opening: str = ""
 
 
 class Unused(tuple):
@@ -130,15 +132,33 @@ class Unused(tuple):
 
     Args:
         reason: a few words in the singular, such as "no right peer"; the log counts the rollouts of each.
+        planned: that it is so is no fault of data or settings, and nothing to warn of.
+    """
+
+    reason: str
+    planned: bool
+
+    def __new__(cls, reason: str, *, planned: bool = False):
+        """Empty contexts with a reason."""
+        unused = super().__new__(cls)
+        unused.reason, unused.planned = reason, planned
+        return unused
+
+
+class Counted(tuple):
+    """Contexts of a rollout that is used, and what of it the log counts all the same.
+
+    Attributes:
+        reason: a few words, such as "no rubric".
     """
 
     reason: str
 
-    def __new__(cls, reason: str):
-        """Empty contexts with a reason."""
-        unused = super().__new__(cls)
-        unused.reason = reason
-        return unused
+    def __new__(cls, contexts: Sequence[TeacherContext], reason: str):
+        """The contexts with a reason."""
+        counted = super().__new__(cls, contexts)
+        counted.reason = reason
+        return counted
 
 
 Contexts = tuple[TeacherContext, ...]

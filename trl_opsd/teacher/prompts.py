@@ -90,11 +90,11 @@ class TeacherCollator:
         """
         if context.template == "plain":
             return EncodedContext(self._within_positions(self._render(prompt, self.student_kwargs)))
-        for text in (context.slot, *(text for _, text in context.texts)):
+        for text in (context.slot, context.opening, *(text for _, text in context.texts)):
             check_no_special_token({"prompt": "", "solution": text}, "teacher context", self.special_tokens)
         slot, cut = self._within_slot_budget(context)
         context = replace(context, slot=slot)
-        ids = self._privileged_ids(prompt, context.template, slot, context.texts)
+        ids = self._context_ids(prompt, context, slot)
         if self.max_length is None or len(ids) <= self.max_length:
             return EncodedContext(self._within_positions(ids), shortened=cut)
         return EncodedContext(self._shortened_ids(prompt, context), shortened=True)
@@ -154,7 +154,9 @@ class TeacherCollator:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tokenizer"}
         return repr((vocabulary, tokenizer.all_special_tokens, getattr(tokenizer, "chat_template", None), own))
 
-    def check_budget(self, prompt: Prompt, template: str, texts: Sequence[tuple[str, str]] = ()) -> None:
+    def check_budget(
+        self, prompt: Prompt, template: str, texts: Sequence[tuple[str, str]] = (), opening: str = ""
+    ) -> None:
         """Check that the budget leaves room for some of the slot's text.
 
         Raises:
@@ -162,21 +164,24 @@ class TeacherCollator:
         """
         if self.max_length is None:
             return
-        needed = len(self._privileged_ids(prompt, template, _CUT, texts)) + 1
+        needed = len(self._privileged_ids(prompt, template, _CUT, texts, opening)) + 1
         if needed > self.max_length:
             raise ValueError(
                 f"max_teacher_prompt_length={self.max_length} leaves nothing of the solution: template and problem "
                 f"alone take {needed} tokens. Raise max_teacher_prompt_length, or drop prompts this long."
             )
 
+    def _context_ids(self, prompt: Prompt, context: TeacherContext, slot: str) -> list[int]:
+        return self._privileged_ids(prompt, context.template, slot, context.texts, context.opening)
+
     def _privileged_ids(
-        self, prompt: Prompt, template: str, slot: str, texts: Sequence[tuple[str, str]] = ()
+        self, prompt: Prompt, template: str, slot: str, texts: Sequence[tuple[str, str]] = (), opening: str = ""
     ) -> list[int]:
         filled = partial(fill_template, self.templates[template], solution=slot, **dict(texts))
         prompt = rewrite_last_turn(prompt, lambda problem: filled(prompt=problem))
         ids = self._render(prompt, self.teacher_kwargs)
-        if self.prefix:
-            ids = ids + self.tokenizer(self.prefix, add_special_tokens=False)["input_ids"]
+        for text in filter(None, (self.prefix, opening)):
+            ids = ids + self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def _render(self, prompt: Prompt, template_kwargs: dict[str, Any]) -> list[int]:
@@ -203,13 +208,13 @@ class TeacherCollator:
 
     def _shortened_ids(self, prompt: Prompt, context: TeacherContext) -> list[int]:
         """The longest rendering within the budget, by bisection over the tokens of the slot that are kept."""
-        self.check_budget(prompt, context.template, context.texts)
+        self.check_budget(prompt, context.template, context.texts, context.opening)
         ends = token_ends(self.tokenizer, context.slot)
         low, high, best = 0, min(len(ends), self.max_length), None
         while low <= high:
             kept = (low + high) // 2
             text = shorten_text(context.slot, ends, kept)
-            ids = self._privileged_ids(prompt, context.template, text, context.texts)
+            ids = self._context_ids(prompt, context, text)
             if len(ids) <= self.max_length:
                 best, low = ids, kept + 1
             else:

@@ -67,7 +67,7 @@ class GroupReader:
         if self.method.label is not None:
             labels = [self.method.label(group, self.settings) for group in groups]
             metrics = self._count(labels, contexts, extras, len(groups[0]))
-        metrics |= self._count_unused(gather_object([getattr(views, "reason", "") for views in contexts[own]]))
+        metrics |= self._count_unused(gather_object([_reason(views) for views in contexts[own]]))
         return Reading(contexts[own], extras[own], marks[own], metrics)
 
     def _groups(self, rollouts: list[Rollout], size: int) -> tuple[list[list[Rollout]], slice]:
@@ -95,11 +95,13 @@ class GroupReader:
         shares = {f"groups/{label}": count / len(labels) for label, count in Counter(labels).items()}
         return {"groups/used": sum(used) / len(used), **shares}
 
-    def _count_unused(self, reasons: Sequence[str]) -> dict[str, float]:
-        """Shares of the rows that the method cannot use, by reason; warns when it can use none for long."""
-        found = Counter(reason for reason in reasons if reason)
+    def _count_unused(self, reasons: Sequence[tuple[str, bool, bool]]) -> dict[str, float]:
+        """Shares of rows by reason, and of those that are used all the same; warns when none can be used for long."""
+        found = Counter(reason for reason, *_ in reasons if reason)
         self._reasons.update(found)
-        self._unused = self._unused + 1 if found.total() == len(reasons) else 0
+        unused = sum(bool(reason) and not used for reason, used, _ in reasons)
+        faults = sum(bool(reason) and not used and not planned for reason, used, planned in reasons)
+        self._unused = self._unused + 1 if faults == len(reasons) else 0
         if self._unused == _BATCHES_TO_WARN > self._unsplit:  # else the warning above has said why
             warnings.warn(
                 f"{self.method.name} could use no rollout of {_BATCHES_TO_WARN} generation batches. Rollouts by reason, since "
@@ -109,7 +111,7 @@ class GroupReader:
         if not self._reasons:
             return {}
         shares = {f"rows/{reason.replace(' ', '_')}": found[reason] / len(reasons) for reason in self._reasons}
-        return {"rows/used": 1 - found.total() / len(reasons), **shares}
+        return {"rows/used": 1 - unused / len(reasons), **shares}
 
     def state(self) -> dict[str, Any]:
         """The counts so far, as JSON."""
@@ -124,3 +126,8 @@ class GroupReader:
         """Continue from `state`."""
         self._labels, self._unsplit = Counter(state["labels"]), state["unsplit"]
         self._reasons, self._unused = Counter(state.get("reasons", {})), state.get("unused", 0)
+
+
+def _reason(views: Contexts) -> tuple[str, bool, bool]:
+    """What the log counts of a rollout's contexts, whether they are used, and whether that they are not is planned."""
+    return getattr(views, "reason", ""), bool(views), getattr(views, "planned", False)

@@ -99,7 +99,7 @@ class Scorer:
 
     def encode(self, prompt: Prompt, view: TeacherContext, place: str) -> EncodedContext:
         """Ids of a view of a row at `place`, which stands in front of its errors."""
-        key = (str(prompt), view.template, view.slot, view.slot_tokens, view.texts)
+        key = (str(prompt), view.template, view.slot, view.slot_tokens, view.texts, view.opening)
         if key not in self._encoded:
             with named_place(place):
                 self._encoded[key] = self.collator.encode(prompt, view)

@@ -17,8 +17,8 @@ class SGSDConfig(SGSDSettings, OPSDConfig):
 class SGSDTrainer(SelfDistillationTrainer):
     """Follows or flees several teachers, each shown a skill, by how they judge the rollout (arXiv 2605.28791).
 
-    Takes the arguments of `trl.GRPOTrainer`. Rows have the column `skills`, a list of texts, and may have `skill_scores`.
-    Rewards decide what is right: `reward_funcs`, or math-verify on `solution`. See `SelfDistillationTrainer`.
+    Takes the arguments of `trl.GRPOTrainer`. Skills come from the file `skill_bank`, or from the column `skills`, a list of texts,
+    which may have `skill_scores` beside it. Rewards decide what is right: `reward_funcs`, or math-verify on `solution`. See `SelfDistillationTrainer`.
     """
 
     method = SGSD

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a generation batch's rows and rollouts to the columns that its loss reads."""
 
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -77,6 +79,7 @@ class TargetMaker:
     ):
         self.scorer, self.groups, self.settings, self.tokenizer = scorer, groups, settings, tokenizer
         self.method, self.longest, self.write, self.log = scorer.method, longest, write, log
+        self._told = False  # that vLLM does not write with the teacher's weights
 
     def prepare(self, rows: list[dict], mode: str) -> RolloutBatch:
         """Check rows and rewrite their prompts, before they are sampled from.
@@ -125,9 +128,9 @@ class TargetMaker:
 
     def read(self, batch: RolloutBatch, group_size: int, moment: Moment) -> None:
         """Ask the method for notes, contexts and extras of the rollouts; a collective."""
-        if self.method.notes is not None:
-            notes = self.method.notes(batch.rollouts, self.settings, moment)
-            batch.rollouts = [replace(each, note=note) for each, note in zip(batch.rollouts, notes, strict=True)]
+        tokens = self.scorer.collator.special_tokens
+        noted = self.method.noted(batch.rollouts, self.settings, moment)
+        batch.rollouts = [replace(each, note=_without_control(each.note, tokens)) for each in noted]
         if self.method.asks is not None:
             self._ask(batch)
         reading = self.groups.read(batch.rollouts, group_size, moment)
@@ -147,7 +150,10 @@ class TargetMaker:
             )
             for index, (row, prompt, view) in enumerate(zip(batch.rows, batch.prompts, asked, strict=True))
         ]
-        answers = self.write([prompt.ids for prompt in prompts])  # of every row: an engine samples on all ranks at once
+        with self._writing_as({view.weights for view in asked if view is not None}):
+            answers = self.write(
+                [prompt.ids for prompt in prompts]
+            )  # of every row: an engine samples on all ranks at once
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         used = [(place, ids) for place, ids in enumerate(answers) if asked[place] is not None]
         accelerator = self.scorer.accelerator
@@ -157,6 +163,23 @@ class TargetMaker:
         for place, ids in used:
             text = without_special_tokens(texts[place], self.scorer.collator.special_tokens)
             batch.rollouts[place] = replace(batch.rollouts[place], written=Written(text, ids))
+
+    def _writing_as(self, weights: set[str]) -> AbstractContextManager:
+        """The time in which the module has the weights that the asked contexts name; vLLM has the student's alone."""
+        names = {name for found in gather_object([sorted(weights)]) for name in found}
+        if len(names) > 1:
+            raise ValueError(f"{self.method.name}: asks names the weights {sorted(names)} in one batch; name one.")
+        live = names == {"live"} or self.settings.teacher_model_kind == "live"
+        if live or not self.settings.use_vllm:
+            return nullcontext() if live else self.scorer.teacher.active()
+        if not self._told and self.scorer.accelerator.is_main_process:
+            warnings.warn(
+                f"{self.method.name}: what the model writes before scoring is written by the student's weights of now, where it "
+                "would be the teacher's without vLLM, whose engine holds no others. Set use_vllm=False to have the teacher write.",
+                stacklevel=2,
+            )
+        self._told = True
+        return nullcontext()
 
     def _ids_of(self, extra: Extra) -> list[int]:
         """Tokens of an extra, as many as a rollout may have; a text ends with the end token."""
@@ -205,7 +228,7 @@ class TargetMaker:
             "rollout_reward": torch.tensor([float("nan") if r is None else float(r) for r in rewards], device=device),
             "rollout_index": torch.arange(first, first + len(rewards), device=device),
             "rollout_length": torch.tensor(lengths, device=device),
-            "rollout_trained": mask.any(dim=1) | torch.tensor(alone, device=device),
+            "rollout_trained": mask.any(dim=1) | torch.tensor(alone, device=device) | self.method.averages_all,
         }
         if self.method.marks is not None:
             columns["rollout_mark"] = _marks(batch.marks, mask)
@@ -247,3 +270,10 @@ def _marks(marks: Sequence[float | Sequence[float]], mask: torch.Tensor) -> torc
         values = list(mark[:length]) if isinstance(mark, Sequence) else [mark] * length
         rows.append([*values, *[0.0] * (length - len(values))])
     return torch.tensor(rows, device=mask.device, dtype=torch.float32).view(mask.shape)
+
+
+def _without_control(note: Any, tokens: Sequence[str]) -> Any:
+    """A note whose text, or a tuple's texts, spell out no control token: the teacher may be shown them."""
+    if isinstance(note, tuple):
+        return tuple(_without_control(part, tokens) for part in note)
+    return without_special_tokens(note, tokens) if isinstance(note, str) else note

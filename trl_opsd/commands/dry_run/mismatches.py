@@ -78,7 +78,7 @@ def check_thinking_switch(collator: TeacherCollator) -> str | None:
 
 def check_template_whole(template_name: str, template: str, rendered: str) -> str | None:
     """A piece of the teacher's template is not in what the teacher reads."""
-    pieces = [piece.strip() for piece in re.split(r"\{prompt\}|\{solution\}", template)]
+    pieces = [piece.strip() for piece in re.split(r"\{\w+\}", template)]
     lost = [piece for piece in pieces if piece and piece not in rendered]
     if not lost:
         return None
@@ -115,7 +115,7 @@ def check_reward_splits(
     solutions: Sequence[str | None],
     *,
     threshold: float,
-    num_generations: int,
+    num_generations: int | None,
     temperature: float,
     verifier: str = "math",
 ) -> str | None:
@@ -126,7 +126,7 @@ def check_reward_splits(
     wrong = reward([_WRONG_ANSWER] * len(known), known)
     pairs = [(best, worst) for best, worst in zip(right, wrong, strict=True) if best is not None]
     reason = None
-    if num_generations < 2:
+    if num_generations is not None and num_generations < 2:
         reason = f"num_generations={num_generations} makes groups of one"
     elif temperature == 0:
         reason = "temperature=0 makes all rollouts of a group equal"

@@ -57,7 +57,7 @@ def _report(name: str, arguments: Sequence[str], num_rows: int) -> list[str]:
     check_rows(rows, "train_dataset", needs_solution=method.needs_solution)
     config, tokenizer = load_config_and_tokenizer(args, model_args)
     check_model_config(config)
-    collator = TeacherCollator.from_settings(tokenizer, args)
+    collator = TeacherCollator.from_settings(tokenizer, args, templates=method.templates(args))
     views = [views_of(row, method, args, collator) for row in rows]
     print(f"{method.name} on {model_args.model_name_or_path}, data {script_args.dataset_name}\n")
     facts = run_facts(args, processes, size) + model_facts(config, model_args, views, args, name, arguments)
@@ -112,7 +112,7 @@ def find_mismatches(
             mismatches.check_reward_splits(
                 solutions,
                 threshold=threshold,
-                num_generations=args.num_generations,
+                num_generations=args.num_generations if method.needs_group or args.reward_weight > 0 else None,
                 temperature=args.temperature,
                 verifier=args.verifier,
             )

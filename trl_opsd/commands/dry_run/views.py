@@ -3,18 +3,19 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ...methods import Method
 from ...rows.texts import fill_template, rewrite_last_turn
-from ...teacher.contexts import Moment, Rollout, TeacherContext
+from ...teacher.contexts import Moment, Rollout, TeacherContext, Written
 from ...teacher.prompts import TeacherCollator, left_pad
 
 _BOUNDARY = 4  # tokens shown on each side
 _STAND_IN = 32  # tokens of a solution that stand in for a rollout
+_WRITTEN = Written("(what the model writes first stands here)", [])
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,20 @@ def views_of(row: dict[str, Any], method: Method, args: Any, collator: TeacherCo
 
 def _contexts(row: dict[str, Any], method: Method, args: Any) -> Iterator[tuple[str, TeacherContext]]:
     """Contexts of a stand-in group: the solution is a right rollout, an answer that is wrong the others."""
-    solution = row.get("solution")
-    group = [Rollout(row["prompt"], solution, "\\boxed{?}", 0.0)]
+    solution, columns = row.get("solution"), {name: row.get(name) for name in method.columns}
+    group = [Rollout(row["prompt"], solution, "\\boxed{?}", 0.0, columns=columns)]
     if method.needs_group:
-        group.insert(0, Rollout(row["prompt"], solution, solution or "a right rollout", 1.0))
-    contexts = method.contexts(group, args, Moment(random.Random(0)))[-1]
+        group.insert(0, Rollout(row["prompt"], solution, solution or "a right rollout", 1.0, columns=columns))
+    moment = Moment(random.Random(0))
+    group = method.noted(group, args, moment)
+    asked = None if method.asks is None else method.asks(group[-1], args)
+    if asked is not None:
+        yield f"{asked.template} (answered by the model first)", asked
+        group = [replace(rollout, written=_WRITTEN) for rollout in group]
+    contexts = method.contexts(group, args, moment)[-1]
     for context in dict.fromkeys(contexts):
-        weight = context.anchor or context.direction
-        yield f"{context.template} ({'anchor' if context.anchor else 'direction'} {weight:+.2g})", context
+        kind = "read" if context.read is not None else "anchor" if context.anchor else "direction"
+        yield f"{context.template} ({kind} {getattr(context, kind):+.2g})", context
 
 
 def row_lines(views: list[View], row: dict[str, Any], tokenizer: Any) -> Iterator[str]:

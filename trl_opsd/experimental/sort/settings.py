@@ -3,9 +3,9 @@
 
 from dataclasses import dataclass
 
-from ..rows.texts import check_template
-from .fields import option, require
-from .groups import GroupSettings
+from ...rows.texts import check_template
+from ...settings.fields import option, require
+from ...settings.groups import GroupSettings
 
 PLAN_PROMPT_TEMPLATE = """{prompt}
 

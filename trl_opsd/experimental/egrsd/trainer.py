@@ -3,11 +3,11 @@
 
 from dataclasses import dataclass
 
-from ..methods.egrsd import EGRSD
-from ..settings.egrsd import EGRSDSettings
-from ..settings.fields import require
-from .config import OPSDConfig
-from .self_distillation import SelfDistillationTrainer
+from ...settings.fields import require
+from ...trainers.config import OPSDConfig
+from ...trainers.self_distillation import SelfDistillationTrainer
+from .method import EGRSD
+from .settings import EGRSDSettings
 
 
 @dataclass

@@ -3,10 +3,10 @@
 
 from dataclasses import dataclass
 
-from ..methods.sort import SORT
-from ..settings.sort import SORTSettings
-from .config import OPSDConfig
-from .self_distillation import SelfDistillationTrainer
+from ...trainers.config import OPSDConfig
+from ...trainers.self_distillation import SelfDistillationTrainer
+from .method import SORT
+from .settings import SORTSettings
 
 
 @dataclass

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from ..losses import RunningMoments, brevity_reward, entropy_gate, evidence_weight, lookahead_minimum
-from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
-from .base import Method, RowFacts, Seen
+from ...losses import RunningMoments, brevity_reward, entropy_gate, evidence_weight, lookahead_minimum
+from ...methods.base import Method, RowFacts, Seen
+from ...teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 
 
 def solution_read(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
@@ -72,6 +72,8 @@ EGRSD = Method(
     has_target=False,
     reads_views=True,
     remember=remember_scale,
+    inferred="The bound e and the bonus b, that a batch's own rewards are among those it is put to scale by, and that the lookahead ends "
+    "with the rollout are inferred: the paper as we know it does not say.",
     paper={
         "title": "Respecting Self-Uncertainty in On-Policy Self-Distillation for Efficient LLM Reasoning",
         "id": "2605.13255",

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from .fields import option, require
+from ...settings.fields import option, require
 
 
 @dataclass

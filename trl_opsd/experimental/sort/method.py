@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from ..losses import masked_mean, mixed_likelihood
-from ..rows.texts import is_missing
-from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
-from .base import Extra, Method, RowFacts
-from .groups import group_label, split_by_reward
+from ...losses import masked_mean, mixed_likelihood
+from ...methods.base import Extra, Method, RowFacts
+from ...methods.groups import group_label, split_by_reward
+from ...rows.texts import is_missing
+from ...teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 
 
 def no_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
@@ -65,6 +65,8 @@ SORT = Method(
     reads_views=True,
     templates=lambda settings: {"plan": settings.plan_prompt_template},
     needs_columns=("plan",),
+    inferred="The paper was read as an abstract and a summary: the share a and the factor eta, the mean over repaired groups and all "
+    "settings of training are inferred.",
     columns=("plan",),
     paper={
         "title": "Selective Off-Policy Reference Tuning with Plan Guidance",
