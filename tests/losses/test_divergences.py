@@ -38,7 +38,11 @@ def test_value_and_gradient_equal_loops_over_the_vocabulary(name, clip):
         assert gradient[row].tolist() == pytest.approx(want_gradient, abs=1e-12)
 
 
-@pytest.mark.parametrize(("name", "clip"), RULES)
+# A reward that is held constant gives the derivative of reverse KL only while no entry is cut.
+DIFFERENTIATED = [rule for rule in RULES if rule[0] != "policy_reverse_kl" or rule[1] in (None, "token")]
+
+
+@pytest.mark.parametrize(("name", "clip"), DIFFERENTIATED)
 def test_gradient_equals_finite_differences(name, clip):
     target = draw(2, 3, 6, seed=1)
     assert torch.autograd.gradcheck(
@@ -56,7 +60,7 @@ def test_equal_distributions_have_divergence_exactly_zero(name, clip):
     assert gradient.abs().max() < 1e-7
 
 
-@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "reverse_kl"])
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if "reverse_kl" not in name or "skewed" in name])
 @pytest.mark.parametrize("clip", CLIPS)
 def test_target_probability_zero_gives_finite_value_and_gradient(name, clip):
     student, target = draw(3, 6).float().requires_grad_(), draw(3, 6, seed=1).float()

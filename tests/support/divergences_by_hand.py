@@ -38,6 +38,8 @@ def term_and_slope(name, q, p):
         return p * (math.log(p) - math.log(q)), -p
     if name == "reverse_kl":
         return q * (math.log(q) - math.log(p)), q * (math.log(q) - math.log(p) + 1)
+    if name == "policy_reverse_kl":  # where q is a distribution; the reward is held constant
+        return q * (math.log(q) - math.log(p)), q * (math.log(q) - math.log(p))
     kl_target, kl_student = p * math.log(p / m), q * math.log(q / m)
     if name == "skewed_forward_kl":
         return kl_target, -(1 - MIXTURE_WEIGHT) * p * q / m
