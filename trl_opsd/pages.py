@@ -43,6 +43,11 @@ PAGES = {
         "PBSD", "what is written with the solution is preferred to what is written without (arXiv 2605.05040)"
     ),
     "sort": Page("SORT", "GRPO, and the solution itself where every rollout is wrong (arXiv 2605.11505)"),
+    "vopd": Page("VOPD", "the sampled token's log-ratio, less its mean under the student (arXiv 2605.07865)"),
+    "rethinking-opd": Page("RethinkingOPD", "likely tokens rewarded by their log-ratio (arXiv 2604.13016)"),
+    "popd": Page("POPD", "the sampled token's log-ratio on a growing part of the rollout (arXiv 2605.31490)"),
+    "rlsd": Page("RLSD", "GRPO, its advantage spread over tokens by what a teacher says of them (arXiv 2604.03128)"),
+    "rlrt": Page("RLRT", "GRPO that rewards right tokens which the teacher did not expect (arXiv 2605.10781)"),
 }
 
 

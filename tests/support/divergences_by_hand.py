@@ -9,6 +9,8 @@ import torch
 from trl_opsd.losses import CLIPS, DIVERGENCES
 
 RULES = list(itertools.product(DIVERGENCES, CLIPS))
+# A reward that is held constant gives the derivative of reverse KL only while no entry is cut.
+DIFFERENTIATED = [rule for rule in RULES if rule[0] != "policy_reverse_kl" or rule[1] in (None, "token")]
 MIXTURE_WEIGHT, TEMPERATURE, CLIP_VALUE = 0.3, 1.3, 0.04
 
 

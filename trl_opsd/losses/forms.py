@@ -66,7 +66,9 @@ def _reverse_kl_slope(block, weight):
 
 def _policy_reverse_kl(log_q, log_p, weight):
     held = log_q.detach()
-    return held.softmax(-1) * (held - log_p).masked_fill(held.exp() == 0, 0.0) * (log_q - held).exp()
+    impossible = held.exp() == 0
+    reward = held.softmax(-1) * (held - log_p).masked_fill(impossible, 0.0)
+    return reward * (1 + (log_q - held).masked_fill(impossible, 0.0))
 
 
 def _policy_reverse_kl_slope(block, weight):
