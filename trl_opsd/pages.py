@@ -48,6 +48,9 @@ PAGES = {
     "popd": Page("POPD", "the sampled token's log-ratio on a growing part of the rollout (arXiv 2605.31490)"),
     "rlsd": Page("RLSD", "GRPO, its advantage spread over tokens by what a teacher says of them (arXiv 2604.03128)"),
     "rlrt": Page("RLRT", "GRPO that rewards right tokens which the teacher did not expect (arXiv 2605.10781)"),
+    "dasd": Page(
+        "DASD", "GRPO, sure tokens pulled to the teacher, others pushed away (arXiv 2605.22263)", experimental=True
+    ),
 }
 
 

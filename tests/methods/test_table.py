@@ -19,6 +19,7 @@ from groups import reward_boxed
 from steps import EXACT, loss_of_rows
 
 from trl_opsd import OGLSSDTrainer, OPSDTrainer, PurifiedOPSDTrainer
+from trl_opsd.experimental.dasd.trainer import DASDTrainer
 from trl_opsd.trainers.antisd import AntiSDTrainer
 from trl_opsd.trainers.demopsd import DemoPSDTrainer
 from trl_opsd.trainers.egrsd import EGRSDTrainer
@@ -32,6 +33,8 @@ from trl_opsd.trainers.sdpo import SDPOTrainer
 from trl_opsd.trainers.sgsd import SGSDTrainer
 from trl_opsd.trainers.sort import SORTTrainer
 from trl_opsd.trainers.vopd import VOPDTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* is experimental")  # which pages of experimental/ say
 
 TEXTS = ("so \\boxed{3}", "wait, 10 it is", "a", "it is \\boxed{10} then", "no", "5 or \\boxed{6}")
 MOSTLY_WRONG = ("wait, 10 it is", "a", "so \\boxed{3}", "\\boxed{10}", "no", "5", "b", "it is 6 then")
@@ -160,6 +163,13 @@ METHODS = {
         texts=MOSTLY_RIGHT,
         not_zero="it is GRPO where the teacher says nothing",
         equality=({}, {"evidence_strength": 0.0}),
+        count=sampled_tokens,
+    ),
+    "DASD": Row(
+        DASDTrainer,
+        {**GROUPS, "gradient_accumulation_steps": 1, "direction_strength": 2.0},
+        not_zero="it is GRPO where the teacher says nothing",
+        equality=({}, {"direction_strength": 0.0}),
         count=sampled_tokens,
     ),
 }

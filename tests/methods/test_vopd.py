@@ -187,7 +187,10 @@ def test_one_by_four_equals_two_by_two_accumulation(build):
         ({"divergence": "forward_kl"}, "divergence='forward_kl' is not possible.*Leave it 'reverse_kl'"),
         ({"clip": "upper"}, "clip='upper' is not possible.*Leave it None"),
         ({"baseline_size": 0}, "baseline_size=0.*set it to 1 or more"),
-        ({"baseline_size": 5, "use_baseline": False}, "baseline_size=5 with use_baseline=False.*Set baseline_size=None"),
+        (
+            {"baseline_size": 5, "use_baseline": False},
+            "baseline_size=5 with use_baseline=False.*Set baseline_size=None",
+        ),
         ({"ratio_floor_share": 0.3}, "ratio_floor_share=0.3 with use_baseline=True.*Set use_baseline=False"),
         ({"ratio_floor_share": 1.0, "use_baseline": False}, r"ratio_floor_share=1.0.*in \(0, 1\)"),
         ({"epsilon": -0.1}, "epsilon=-0.1.*0 or more"),
@@ -208,7 +211,7 @@ def test_bounds_of_the_ratio_are_read_without_a_reward_and_do_not_warn(make_args
 
 
 def test_another_temperature_of_the_loss_is_refused_before_training(build):
-    with pytest.raises(ValueError, match="loss_temperature=0.7 with temperature=1.0"):
+    with pytest.raises(ValueError, match=r"loss_temperature=0.7 with temperature=1.0"):
         build(VOPDTrainer, **SMALL, loss_temperature=0.7)
 
 

@@ -33,7 +33,7 @@ def peers_of_right_rollouts(group: Sequence[Rollout], settings: Any, moment: Mom
         moment: its `draw` picks the peer.
     """
     right, _ = split_by_reward(group, settings.reward_threshold)
-    contexts: list[Contexts] = [Unused("no right rollout")] * len(group)
+    contexts: list[Contexts] = [Unused("not right")] * len(group)
     for index in right:
         peers = [group[peer].completion for peer in right if peer != index]
         contexts[index] = _view(moment.draw.choice(peers), settings) if peers else Unused("no right peer")
