@@ -30,6 +30,8 @@ __all__ = sorted(_HOME_OF)
 if TYPE_CHECKING:  # for editors and type checkers, to which `X as X` says that X is public
     from ._trl.versions import UnsupportedTRLError as UnsupportedTRLError
     from .evaluation.callback import EvaluationCallback as EvaluationCallback
+    from .experimental.dasd.trainer import DASDConfig as DASDConfig
+    from .experimental.dasd.trainer import DASDTrainer as DASDTrainer
     from .experimental.gkd import OPSDGKDConfig as OPSDGKDConfig
     from .experimental.gkd import OPSDGKDTrainer as OPSDGKDTrainer
     from .methods import Method as Method
@@ -49,10 +51,18 @@ if TYPE_CHECKING:  # for editors and type checkers, to which `X as X` says that 
     from .trainers.opsd import OPSDTrainer as OPSDTrainer
     from .trainers.pbsd import PBSDConfig as PBSDConfig
     from .trainers.pbsd import PBSDTrainer as PBSDTrainer
+    from .trainers.popd import POPDConfig as POPDConfig
+    from .trainers.popd import POPDTrainer as POPDTrainer
     from .trainers.purified_opsd import PurifiedOPSDConfig as PurifiedOPSDConfig
     from .trainers.purified_opsd import PurifiedOPSDTrainer as PurifiedOPSDTrainer
     from .trainers.rcsd import RCSDConfig as RCSDConfig
     from .trainers.rcsd import RCSDTrainer as RCSDTrainer
+    from .trainers.rethinking_opd import RethinkingOPDConfig as RethinkingOPDConfig
+    from .trainers.rethinking_opd import RethinkingOPDTrainer as RethinkingOPDTrainer
+    from .trainers.rlrt import RLRTConfig as RLRTConfig
+    from .trainers.rlrt import RLRTTrainer as RLRTTrainer
+    from .trainers.rlsd import RLSDConfig as RLSDConfig
+    from .trainers.rlsd import RLSDTrainer as RLSDTrainer
     from .trainers.sdpo import SDPOConfig as SDPOConfig
     from .trainers.sdpo import SDPOTrainer as SDPOTrainer
     from .trainers.self_distillation import SelfDistillationTrainer as SelfDistillationTrainer
@@ -60,6 +70,8 @@ if TYPE_CHECKING:  # for editors and type checkers, to which `X as X` says that 
     from .trainers.sgsd import SGSDTrainer as SGSDTrainer
     from .trainers.sort import SORTConfig as SORTConfig
     from .trainers.sort import SORTTrainer as SORTTrainer
+    from .trainers.vopd import VOPDConfig as VOPDConfig
+    from .trainers.vopd import VOPDTrainer as VOPDTrainer
 
 
 def __getattr__(name: str):

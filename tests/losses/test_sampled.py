@@ -180,6 +180,8 @@ def test_a_relative_ratio_has_mean_magnitude_1_over_valid_tokens_and_survives_ze
         assert got[row][valid].abs().mean().item() == pytest.approx(1.0, abs=1e-15)
         assert torch.equal(got[row][valid].sign(), ratio[row][valid].sign())
     assert not relative_ratio(torch.zeros(3, 6), MASK).any()
+    rounding = 1e-8 * ratio.nan_to_num()
+    torch.testing.assert_close(relative_ratio(rounding, MASK), rounding.masked_fill(MASK == 0, 0.0) / 0.01)
 
 
 def direction(entropy, ratio=None, quantile=0.2, mask=MASK):

@@ -169,7 +169,8 @@ METHODS = {
         DASDTrainer,
         {**GROUPS, "gradient_accumulation_steps": 1, "direction_strength": 2.0},
         not_zero="it is GRPO where the teacher says nothing",
-        equality=({}, {"direction_strength": 0.0}),
+        # The read view is kept in float32, and its rounding is divided by 0.01 nats.
+        equality=({"direction_strength": 0.1}, {"direction_strength": 0.0}),
         count=sampled_tokens,
     ),
 }

@@ -125,14 +125,20 @@ def floored_log_ratio(log_prob_ratio: torch.Tensor, *, share: float) -> torch.Te
     return log_prob_ratio.clamp(min=math.log(share / (1 - share)))
 
 
-def relative_ratio(log_prob_ratio: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """u over the mean |u| of its rollout, both (B, T), so that 1 is a typical token; 0 outside the mask and where all u are.
+def relative_ratio(log_prob_ratio: torch.Tensor, mask: torch.Tensor, *, least: float = 0.01) -> torch.Tensor:
+    """u over the mean |u| of its rollout, both (B, T), so that 1 is a typical token; 0 outside the mask.
 
-    DASD (arXiv 2605.22263) reads a normalised ratio; that it is this one is our reading.
+    DASD (arXiv 2605.22263) reads a normalised ratio; that it is this one is our reading. So is `least`: without it, a teacher
+    that agrees up to rounding would have its roundings magnified to the size of a typical token.
+
+    Args:
+        log_prob_ratio: u, in nats.
+        mask: nonzero where a token is valid.
+        least: smallest mean that is divided by, in nats, > 0; 0.01 is about what bfloat16 rounds.
     """
     ratio = torch.where(mask != 0, log_prob_ratio, 0.0)
     mean = ratio.abs().sum(-1, keepdim=True) / (mask != 0).sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(mean > 0, ratio / mean, 0.0)
+    return ratio / mean.clamp(min=least)
 
 
 def entropy_direction(

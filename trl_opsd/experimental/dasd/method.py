@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DASD: pull sure tokens to the teacher, push unsure ones away from it (arXiv 2605.22263).
 
-    A_t = A + beta omega d,  omega = tanh((tau - H) / sigma) sigmoid(|d| - 1),  d = u / mean |u|,
+    A_t = A + beta omega d,  omega = tanh((tau - H) / sigma) sigmoid(|d| - 1),  d = u / max(mean |u|, 0.01),
     u = log teacher(y_t) - log student(y_t)
 
 in GRPO's clipped loss, with the second term held constant. H is the student's entropy, tau the quantile rho of it in the rollout,
@@ -60,7 +60,7 @@ DASD = Method(
     reads_views=True,
     reads_old=True,
     inferred=(
-        "That the log-ratio is divided by its mean size in the rollout, beta 0.1, the live teacher, and the deviation of the "
+        "That the log-ratio is divided by its mean size in the rollout (at least 0.01 nats), beta 0.1, the live teacher, and the deviation of the "
         "entropy about its mean are inferred: the paper was read through notes, and there is no code."
     ),
     paper={
