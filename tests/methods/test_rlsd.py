@@ -204,6 +204,16 @@ def test_rlsds_strength_falls_to_0_and_then_no_teacher_is_asked(build, dataset, 
     assert_same_gradients(trainer.model, student)
 
 
+def test_a_run_goes_on_when_no_teacher_is_asked_any_more(build):
+    trainer = build(RLSDTrainer, **SMALL, evidence_steps=1, max_steps=3)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["groups/mixed"] for entry in logs] == [1.0] * 3
+    assert all(math.isfinite(entry["grad_norm"]) and entry["grad_norm"] > 0 for entry in logs)
+    assert logs[0]["divergence"] != 0 and all(math.isfinite(entry.get("divergence", 0.0)) for entry in logs)
+    assert not any("rows/used" in entry for entry in logs)  # GRPO is no failure that ten batches would warn of
+
+
 @pytest.fixture
 def read(make_args):
     """What RLRT's teacher reads of each rollout: a text, or why there is none."""

@@ -9,7 +9,8 @@ from groups import EXACT, bare, ids_of, logits_of, privileged
 from loss_problem import draw
 from pages import MOMENT, assert_same_gradients, moved, prepared, raw_logits, weights_after_steps
 
-from trl_opsd.losses import OutputHead, Target, fused_divergence, fused_fact_loss
+from trl_opsd.losses import Facts, OutputHead, Target, fused_divergence, fused_fact_loss
+from trl_opsd.methods.groups import policy_ratio
 from trl_opsd.methods.vopd import VOPD, policy_gradient
 from trl_opsd.trainers.vopd import VOPDConfig, VOPDTrainer
 
@@ -171,6 +172,17 @@ def test_the_floor_is_biased(make_args):
         gradient, student, *_ = enumerated(make_args(VOPDConfig, **form))
         gradients.append((student.softmax(-1)[..., None] * gradient).sum(1))
     assert (gradients[0] - gradients[1]).abs().max() > 0.01
+
+
+def test_a_token_weighs_by_trainer_over_engine_too(make_args):
+    log_prob, advantage = draw(5) - 2, draw(5, seed=1)
+    weights = torch.tensor([0.5, 1.0, 2.0, 1.5, 0.1], dtype=torch.float64)
+    ratios = []
+    for engine_weight in (torch.ones(5), weights):
+        facts = Facts(log_prob, *[None] * 5, given={"old_log_prob": log_prob, "engine_weight": engine_weight})
+        ratios.append(policy_ratio(facts, advantage, make_args(VOPDConfig)))
+    assert ratios[0].tolist() == [1.0] * 5 and ratios[1].tolist() == weights.tolist()
+    assert make_args(VOPDConfig, engine_weight_cap=2.0).vllm_importance_sampling_correction
 
 
 def test_one_by_four_equals_two_by_two_accumulation(build):

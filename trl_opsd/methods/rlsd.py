@@ -49,6 +49,7 @@ def confirmed_advantage(facts: RowFacts, settings: Any, moment: Moment) -> torch
 RLSD = Method(
     name="RLSD",
     contexts=solution_while_it_counts,
+    needs_group=True,  # to say which groups are mixed
     needs_reward=True,
     label=group_label,
     advantages=confirmed_advantage,
