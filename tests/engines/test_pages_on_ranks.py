@@ -11,7 +11,7 @@ import pytest
 from launching import run
 
 WORKER = str(Path(__file__).parents[1] / "support" / "page_worker.py")
-PAGES = ("sgsd", "pbsd", "rcsd", "sdpo", "sdpo-mix", "sort")
+PAGES = ("sgsd", "pbsd", "rcsd", "sdpo", "sdpo-mix", "sort", "vopd", "rethinking-opd", "rlrt")
 
 
 def run_alone(folder, *options):

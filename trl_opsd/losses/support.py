@@ -113,21 +113,21 @@ class Support:
         """The gradient to the logits (..., V) from the slope over the compared entries.
 
         Args:
-            slope: (..., K) or (..., K + 1), the derivative s with respect to their log-probabilities.
-            q: the student's probabilities of the same entries.
+            slope: (..., K) or (..., K + 1), the derivative s with respect to their log-probabilities; 0 where a slot is left out.
+            q: the student's probabilities of the same entries; 0 where a slot is left out.
             all_q: (..., V) the student's probabilities.
             places: of these positions.
         """
         total = slope.sum(-1, keepdim=True)
         if self.remainder == WHOLE:  # d log q_i / dz = 1[v = i] - q over the whole vocabulary
-            return (all_q * -total).scatter_add_(-1, places.index, _without(slope, places, 0.0))
+            return (all_q * -total).scatter_add_(-1, places.index, slope)
         gradient = slope.addcmul(q, total, value=-1)
         if self.remainder == "tail":
             whole = self._outside(all_q * (gradient[..., -1:] / q[..., -1:]), places)
             gradient = gradient[..., :-1]
         else:
             whole = torch.zeros_like(all_q)
-        return whole.scatter_add_(-1, places.index, _without(gradient, places, 0.0))
+        return whole.scatter_add_(-1, places.index, gradient)
 
     def _likeliest(self, log_prob: torch.Tensor) -> torch.Tensor:
         return log_prob.detach().topk(self.k, dim=-1, sorted=False).indices
