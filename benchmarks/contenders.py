@@ -16,25 +16,54 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl_opsd.losses import (
     BoundedShape,
     Divergence,
+    Facts,
     LinearShape,
+    MixtureShape,
     OutputHead,
     Shape,
+    Support,
     Target,
+    clipped_ratio,
+    control_variate_advantage,
     dense_divergence_from_hidden,
+    dense_fact_loss,
     fused_divergence,
+    fused_fact_loss,
 )
 
 TEMPERATURE = 1.1
 
 
 class Case(NamedTuple):
-    """A loss: ours, and TRL's number for its divergence, or what the other contenders lack."""
+    """A loss: ours, and TRL's number for its divergence, or what the other contenders lack.
+
+    `loss_of` makes terms of facts in the divergence's place; `num_target_products` is 0 where it reads no target.
+    """
 
     divergence: Divergence
     trl_beta: float | None = None
     lack: str | None = None
     shape: Shape = Shape()
     num_target_products: int = 1
+    weight_of: Callable[[Facts], torch.Tensor] | None = None
+    loss_of: Callable[[Facts], torch.Tensor] | None = None
+
+
+def ratio(facts: Facts, advantage: torch.Tensor) -> torch.Tensor:
+    """PPO's cut ratio to the policy that sampled, which is the student."""
+    return clipped_ratio(facts.log_prob, facts.log_prob.detach(), advantage, low=0.2, high=0.2)
+
+
+def sampled_token(facts: Facts) -> torch.Tensor:
+    """POPD, and in cost EGRSD: a policy gradient whose teacher's numbers are given."""
+    advantage = facts.given["view_log_prob"] - facts.log_prob.detach()
+    return -advantage * ratio(facts, advantage) * facts.log_prob / len(facts.log_prob)
+
+
+def vopd(facts: Facts) -> torch.Tensor:
+    """vOPD: the log-ratio less its mean."""
+    advantage = control_variate_advantage(facts.log_prob_ratio, facts.divergence)
+    return -advantage * ratio(facts, advantage) * facts.log_prob / len(facts.log_prob)
 
 
 CASES = {}
@@ -50,6 +79,34 @@ CASES["purified"] = Case(
     shape=BoundedShape(),
     num_target_products=2,
 )
+
+_LACK = "has no such method"
+_LIKELY = Support(100)
+_REVERSE = Divergence("reverse_kl", temperature=TEMPERATURE)
+CASES |= {
+    "sdpo": Case(
+        Divergence("jsd", temperature=TEMPERATURE, support=_LIKELY),
+        lack=_LACK,
+        weight_of=lambda facts: ratio(facts, facts.log_prob),
+    ),
+    "demopsd": Case(
+        Divergence("reverse_kl", temperature=TEMPERATURE, support=_LIKELY, target_floor=1e-8),
+        lack=_LACK,
+        shape=MixtureShape(),
+        num_target_products=2,
+        weight_of=lambda facts: ratio(facts, facts.log_prob),
+    ),
+    "sampled token": Case(_REVERSE, lack=_LACK, num_target_products=0, loss_of=sampled_token),
+    "vopd": Case(_REVERSE, lack=_LACK, loss_of=vopd),
+    "rethinking-opd": Case(
+        Divergence("policy_reverse_kl", temperature=TEMPERATURE, support=Support(16, remainder="whole")), lack=_LACK
+    ),
+    "rethinking-opd, k 0": Case(
+        Divergence("policy_reverse_kl", temperature=TEMPERATURE, support=Support(1, "sampled", "whole")),
+        lack=_LACK,
+        weight_of=lambda facts: ratio(facts, facts.log_prob_ratio),
+    ),
+}
 
 
 class Inputs(NamedTuple):
@@ -132,6 +189,8 @@ def top_100(inputs: Inputs, case: Case) -> torch.Tensor:
 
 
 def ours(inputs: Inputs, case: Case) -> torch.Tensor:
+    if case.loss_of is not None:
+        return fused_fact_loss(*_hidden(inputs, case), **_fact_settings(inputs, case))[0]
     return fused_divergence(*_hidden(inputs, case), **_settings(inputs, case, len(inputs.student)))[0]
 
 
@@ -192,10 +251,14 @@ def exact(inputs: Inputs, case: Case, rows_at_a_time: int = 64) -> Gradients:
     """Loss and both gradients in float64, by the plain form."""
     size, total, grads = len(inputs.student), 0.0, []
     weight = inputs.weight.detach().double().requires_grad_()
+    rows_at_a_time = rows_at_a_time if case.loss_of is None else size  # its terms are divided by their number
     for start in range(0, size, rows_at_a_time):
         part = inputs.at(slice(start, start + rows_at_a_time))._replace(weight=weight).to(torch.float64)
         part = part._replace(student=part.student.detach().requires_grad_())
-        loss, _ = dense_divergence_from_hidden(*_hidden(part, case), **_settings(part, case, size))
+        if case.loss_of is None:
+            loss, _ = dense_divergence_from_hidden(*_hidden(part, case), **_settings(part, case, size))
+        else:
+            loss, _ = dense_fact_loss(*_hidden(part, case), **_fact_settings(part, case))
         loss.backward()
         total += loss.item()
         grads.append(part.student.grad)
@@ -204,9 +267,21 @@ def exact(inputs: Inputs, case: Case, rows_at_a_time: int = 64) -> Gradients:
 
 def _hidden(inputs: Inputs, case: Case) -> tuple:
     direction = inputs.direction if case.shape.uses_direction else None
-    return inputs.student, OutputHead(inputs.weight), Target(inputs.anchor, direction, case.shape)
+    target = Target(inputs.anchor, direction, case.shape) if case.num_target_products else None
+    return inputs.student, OutputHead(inputs.weight), target
 
 
 def _settings(inputs: Inputs, case: Case, size: int) -> dict[str, Any]:
     weights = torch.full((len(inputs.student),), 1 / size, device=inputs.student.device, dtype=torch.float64)
-    return {"token_weights": weights, "divergence": case.divergence}
+    settings = {"token_weights": weights, "divergence": case.divergence}
+    return settings | ({} if case.weight_of is None else {"weight_of": case.weight_of, "token_ids": _tokens(inputs)})
+
+
+def _fact_settings(inputs: Inputs, case: Case) -> dict[str, Any]:
+    given = {"view_log_prob": torch.full((len(inputs.student),), -2.0, device=inputs.student.device)}
+    return {"token_ids": _tokens(inputs), "loss_of": case.loss_of, "given": given, "divergence": case.divergence}
+
+
+def _tokens(inputs: Inputs) -> torch.Tensor:
+    """(N,) any tokens; what they are costs nothing."""
+    return (inputs.student[:, 0] * 1000).abs().long() % len(inputs.weight)

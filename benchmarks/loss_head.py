@@ -13,7 +13,9 @@ Contenders run in turn within each repeat, so that a busy machine slows all alik
             its errors say how far from the full one
   ours      `trl_opsd.losses.fused_divergence`
   compiled  the same with its elementwise work fused by torch.compile; only where `--backends` names it
-"clip" is OPSD's upper clip. The nine contexts of OGLS-SD are one direction when the loss begins. Errors are those of the gradient (largest difference over the largest
+"clip" is OPSD's upper clip. Losses of methods stand behind the divergences: `sampled token` is that of POPD (and, in cost, of EGRSD), whose
+teacher was projected when it scored. Methods whose advantages go into TRL's loss have no row: that loss is TRL's. "methods / OPSD" divides
+times by that of `forward_kl, clip`. The nine contexts of OGLS-SD are one direction when the loss begins. Errors are those of the gradient (largest difference over the largest
 entry, of hidden states and head) and of the loss (nats) against float64 from the same inputs, in blocks of positions.
 A contender that has no such loss, does not run here or runs out of memory gets a row with a `note`.
 `bfloat16` is autocast over float32 tensors, as the trainers run; `pure-bfloat16` holds everything in bfloat16. On a CPU our
@@ -43,6 +45,7 @@ PRESETS = {
 }
 DTYPES = ("float32", "bfloat16", "pure-bfloat16")
 OPSD, OGLS_SD = "forward_kl, clip", "ogls_sd"
+METHODS = [what for what, case in CASES.items() if case.weight_of or case.loss_of or "opd" in what]
 
 
 @dataclass
@@ -172,6 +175,8 @@ def print_ratios(rows: list[dict[str, Any]]) -> None:
             print("| " + " | ".join(cells) + " |")
         opsd = (OPSD, "ours")
         print(f"\nOGLS-SD / OPSD: {ratio((OGLS_SD, 'ours'), opsd)}; ", end="")
+        shares = [f"{what} {ratio((what, 'ours'), opsd)}" for what in METHODS if (what, "ours") in chosen]
+        print("methods / OPSD:", ", ".join(shares) or "-")
 
 
 def main(arguments: list[str] | None = None) -> None:

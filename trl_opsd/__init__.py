@@ -30,6 +30,8 @@ __all__ = sorted(_HOME_OF)
 if TYPE_CHECKING:  # for editors and type checkers, to which `X as X` says that X is public
     from ._trl.versions import UnsupportedTRLError as UnsupportedTRLError
     from .evaluation.callback import EvaluationCallback as EvaluationCallback
+    from .experimental.dasd.trainer import DASDConfig as DASDConfig
+    from .experimental.dasd.trainer import DASDTrainer as DASDTrainer
     from .experimental.egrsd.trainer import EGRSDConfig as EGRSDConfig
     from .experimental.egrsd.trainer import EGRSDTrainer as EGRSDTrainer
     from .experimental.gkd import OPSDGKDConfig as OPSDGKDConfig
@@ -61,12 +63,20 @@ if TYPE_CHECKING:  # for editors and type checkers, to which `X as X` says that 
     from .trainers.opsd import OPSDTrainer as OPSDTrainer
     from .trainers.pbsd import PBSDConfig as PBSDConfig
     from .trainers.pbsd import PBSDTrainer as PBSDTrainer
+    from .trainers.popd import POPDConfig as POPDConfig
+    from .trainers.popd import POPDTrainer as POPDTrainer
     from .trainers.purified_opsd import PurifiedOPSDConfig as PurifiedOPSDConfig
     from .trainers.purified_opsd import PurifiedOPSDTrainer as PurifiedOPSDTrainer
     from .trainers.rcsd import RCSDConfig as RCSDConfig
     from .trainers.rcsd import RCSDTrainer as RCSDTrainer
     from .trainers.resd import RESDConfig as RESDConfig
     from .trainers.resd import RESDTrainer as RESDTrainer
+    from .trainers.rethinking_opd import RethinkingOPDConfig as RethinkingOPDConfig
+    from .trainers.rethinking_opd import RethinkingOPDTrainer as RethinkingOPDTrainer
+    from .trainers.rlrt import RLRTConfig as RLRTConfig
+    from .trainers.rlrt import RLRTTrainer as RLRTTrainer
+    from .trainers.rlsd import RLSDConfig as RLSDConfig
+    from .trainers.rlsd import RLSDTrainer as RLSDTrainer
     from .trainers.sdft import SDFTConfig as SDFTConfig
     from .trainers.sdft import SDFTTrainer as SDFTTrainer
     from .trainers.sdpo import SDPOConfig as SDPOConfig
@@ -74,6 +84,8 @@ if TYPE_CHECKING:  # for editors and type checkers, to which `X as X` says that 
     from .trainers.self_distillation import SelfDistillationTrainer as SelfDistillationTrainer
     from .trainers.sgsd import SGSDConfig as SGSDConfig
     from .trainers.sgsd import SGSDTrainer as SGSDTrainer
+    from .trainers.vopd import VOPDConfig as VOPDConfig
+    from .trainers.vopd import VOPDTrainer as VOPDTrainer
 
 
 def __getattr__(name: str):

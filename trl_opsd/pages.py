@@ -52,6 +52,14 @@ PAGES = {
     ),
     "trace": Page("TRACE", "GRPO, and decisive spans are distilled for the first steps (arXiv 2605.10194)", True),
     "msd": Page("MSD", "safety in English is carried to the language of the request (arXiv 2605.02971)", True),
+    "vopd": Page("VOPD", "the sampled token's log-ratio, less its mean under the student (arXiv 2605.07865)"),
+    "rethinking-opd": Page("RethinkingOPD", "likely tokens rewarded by their log-ratio (arXiv 2604.13016)"),
+    "popd": Page("POPD", "the sampled token's log-ratio on a growing part of the rollout (arXiv 2605.31490)"),
+    "rlsd": Page("RLSD", "GRPO, its advantage spread over tokens by what a teacher says of them (arXiv 2604.03128)"),
+    "rlrt": Page("RLRT", "GRPO that rewards right tokens which the teacher did not expect (arXiv 2605.10781)"),
+    "dasd": Page(
+        "DASD", "GRPO, sure tokens pulled to the teacher, others pushed away (arXiv 2605.22263)", experimental=True
+    ),
 }
 
 

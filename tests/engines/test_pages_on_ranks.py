@@ -25,6 +25,9 @@ PAGES = (
     "msd",
     "ssopd",
     "trace",
+    "vopd",
+    "rethinking-opd",
+    "rlrt",
 )
 
 

@@ -7,7 +7,16 @@ import math
 
 import pytest
 import torch
-from divergences_by_hand import CLIP_VALUE, RULES, TEMPERATURE, draw, settings, softmax_by_hand, term_and_slope
+from divergences_by_hand import (
+    CLIP_VALUE,
+    DIFFERENTIATED,
+    RULES,
+    TEMPERATURE,
+    draw,
+    settings,
+    softmax_by_hand,
+    term_and_slope,
+)
 
 from trl_opsd.losses import CLIPS, DIVERGENCES, Divergence, token_divergence
 
@@ -38,7 +47,7 @@ def test_value_and_gradient_equal_loops_over_the_vocabulary(name, clip):
         assert gradient[row].tolist() == pytest.approx(want_gradient, abs=1e-12)
 
 
-@pytest.mark.parametrize(("name", "clip"), RULES)
+@pytest.mark.parametrize(("name", "clip"), DIFFERENTIATED)
 def test_gradient_equals_finite_differences(name, clip):
     target = draw(2, 3, 6, seed=1)
     assert torch.autograd.gradcheck(
@@ -56,7 +65,7 @@ def test_equal_distributions_have_divergence_exactly_zero(name, clip):
     assert gradient.abs().max() < 1e-7
 
 
-@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "reverse_kl"])
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if "reverse_kl" not in name or "skewed" in name])
 @pytest.mark.parametrize("clip", CLIPS)
 def test_target_probability_zero_gives_finite_value_and_gradient(name, clip):
     student, target = draw(3, 6).float().requires_grad_(), draw(3, 6, seed=1).float()

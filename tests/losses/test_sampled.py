@@ -8,12 +8,15 @@ import torch
 from divergences_by_hand import draw
 
 from trl_opsd.losses import (
+    Support,
     bounded_square,
     brevity_reward,
+    clipped_ratio,
     control_variate_advantage,
     entropy_direction,
     entropy_gate,
     evidence_weight,
+    floored_log_ratio,
     half_softplus,
     importance_weight,
     lookahead_minimum,
@@ -177,6 +180,8 @@ def test_a_relative_ratio_has_mean_magnitude_1_over_valid_tokens_and_survives_ze
         assert got[row][valid].abs().mean().item() == pytest.approx(1.0, abs=1e-15)
         assert torch.equal(got[row][valid].sign(), ratio[row][valid].sign())
     assert not relative_ratio(torch.zeros(3, 6), MASK).any()
+    rounding = 1e-8 * ratio.nan_to_num()
+    torch.testing.assert_close(relative_ratio(rounding, MASK), rounding.masked_fill(MASK == 0, 0.0) / 0.01)
 
 
 def direction(entropy, ratio=None, quantile=0.2, mask=MASK):
@@ -264,3 +269,57 @@ def test_the_logged_divergence_of_views_is_reverse_kl_in_expectation_over_the_st
     kl = (log_q.exp() * (log_q - log_p)).sum(-1)
     assert (log_q.exp() * values).sum().item() == pytest.approx((0.75 * kl[0] + 0.25 * kl[1]).item())
     assert sampled_divergence(log_q, log_p, 0 * weights).tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("largest", [None, 3.0])
+def test_the_clipped_ratio_gives_the_gradient_of_ppos_loss(largest):
+    old, advantage = draw(400) - 2, draw(400, seed=1)
+    log_prob = (old + 0.8 * draw(400, seed=2)).requires_grad_()
+    ratio = torch.exp(log_prob - old)
+    bounded = ratio if largest is None else ratio.clamp(max=largest)  # TRL's `delta`
+    loss = -torch.minimum(bounded * advantage, ratio.clamp(0.8, 1.28) * advantage)
+    (want,) = torch.autograd.grad(loss.sum(), log_prob)
+    got = clipped_ratio(log_prob, old, advantage, low=0.2, high=0.28, largest=largest)
+    torch.testing.assert_close(-advantage * got, want, rtol=0, atol=1e-14)
+    assert not got.requires_grad and 0 < (got == 0).sum() < 300
+    assert (ratio > 3).any() and (largest is None) == bool((got > 3).any())
+
+
+def test_the_dual_clip_is_that_of_the_papers_that_bound_the_loss_below():
+    """max(min(r A, clip(r) A), c A) for A < 0, as dual-clip PPO is written."""
+    old, advantage = draw(400) - 2, -draw(400, seed=1).abs()
+    log_prob = (old + 0.8 * draw(400, seed=2)).requires_grad_()
+    ratio = torch.exp(log_prob - old)
+    plain = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    (want,) = torch.autograd.grad(-torch.maximum(plain, 3.0 * advantage).sum(), log_prob)
+    got = clipped_ratio(log_prob, old, advantage, low=0.2, high=0.2, largest=3.0)
+    torch.testing.assert_close(-advantage * got, want, rtol=0, atol=1e-14)
+
+
+def test_an_old_policys_tokens_with_the_ratio_give_the_gradient_of_reverse_kl_to_the_policy_of_now():
+    old = draw(5, 7, seed=2).log_softmax(-1)
+
+    def weighed(u, log_q, log_p):  # `enumerated` weighs with q; tokens come from the old policy
+        ratio = clipped_ratio(log_q, old, u, low=1e9, high=1e9)
+        return -u * ratio * (old - log_q).exp()
+
+    got, *logits = enumerated(weighed)
+    torch.testing.assert_close(got, gradient_of(*logits, "reverse_kl"), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_a_control_variate_over_likely_tokens_alone_is_unbiased_but_has_another_mean(k):
+    student, target = 1.5 * draw(5, 7).requires_grad_(), draw(5, 7, seed=1)
+    log_q, log_p = student.log_softmax(-1), target.log_softmax(-1)
+    support = Support(k, "student", "renormalise")
+    baseline = token_divergence(student, target, divergence="reverse_kl", support=support).detach()
+    q, advantage = log_q.exp().detach(), control_variate_advantage((log_p - log_q).detach(), baseline[:, None])
+    got = torch.autograd.grad(-(q * advantage * log_q).sum(), student)[0]
+    torch.testing.assert_close(got, gradient_of(student, target, "reverse_kl"), rtol=0, atol=1e-14)
+    assert (q * advantage).sum(-1).abs().min() > 1e-3
+
+
+def test_the_floor_of_the_log_ratio_is_the_log_odds_of_its_share():
+    u = torch.linspace(-5, 5, 11, dtype=torch.float64)
+    torch.testing.assert_close(floored_log_ratio(u, share=0.1), u.clamp(min=math.log(1 / 9)), rtol=0, atol=1e-15)
+    assert floored_log_ratio(u, share=0.5).min() == 0

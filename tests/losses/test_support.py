@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from divergences_by_hand import MIXTURE_WEIGHT, RULES, TEMPERATURE, draw, settings, term_and_slope
-from loss_problem import Problem, assert_equal_runs
+from loss_problem import TOKENS, Problem, assert_equal_runs
 
 from trl_opsd.losses import (
     CLIPS,
@@ -60,9 +60,8 @@ def test_a_support_equals_a_hand_built_distribution(name, of, remainder, k):
     q, p = (torch.softmax(logits / TEMPERATURE, -1) for logits in (student, target))
     for row in range(4):
         kept = set()
-        for side, prob in (("student", q[row]), ("target", p[row])):
-            if of in (side, "union"):
-                kept |= set(sorted(range(6), key=lambda v: -prob[v])[:k])
+        sides = [set(sorted(range(6), key=lambda v: -prob[v])[:k]) for prob in (q[row], p[row])]
+        kept = {"student": sides[0], "target": sides[1], "union": sides[0] | sides[1]}.get(of, sides[0] & sides[1])
         small = []
         for prob in (q[row].tolist(), p[row].tolist()):
             mass = sum(prob[v] for v in kept)
@@ -189,3 +188,108 @@ def test_a_support_leaves_the_entropies_and_the_agreement_those_of_the_whole_voc
 def test_a_setting_out_of_range_is_named_with_its_value(field, value):
     with pytest.raises(ValueError, match=f"{field}={value!r}.* set "):
         Support(**{"k": 2, field: value})
+
+
+def policy_gradient_by_hand(student, target, kept_of):
+    """Value (n,) and gradient (n, V) of minus sum over kept k of r_k exp(log q_k - sg log q_k), r = sg[w (log p - log q)], by loops."""
+    student = student.detach().requires_grad_()
+    log_q, log_p = student.log_softmax(-1), target.log_softmax(-1)
+    values = []
+    for row in range(len(student)):
+        kept = sorted(kept_of(log_q[row], log_p[row]))
+        mass, value = sum(log_q[row, k].exp().item() for k in kept), torch.zeros((), dtype=student.dtype)
+        for k in kept:
+            reward = log_q[row, k].exp().item() / mass * (log_p[row, k] - log_q[row, k]).item()
+            value = value - reward * (log_q[row, k] - log_q[row, k].item()).exp()
+        values.append(value)
+    values = torch.stack(values)
+    return values.detach(), torch.autograd.grad(values.sum(), student)[0]
+
+
+def likeliest(log, k):
+    return set(sorted(range(len(log)), key=lambda v: -log[v].item())[:k])
+
+
+SETS = {
+    "student": lambda log_q, log_p: likeliest(log_q, 3),
+    "target": lambda log_q, log_p: likeliest(log_p, 3),
+    "union": lambda log_q, log_p: likeliest(log_q, 3) | likeliest(log_p, 3),
+    "intersection": lambda log_q, log_p: likeliest(log_q, 3) & likeliest(log_p, 3),
+}
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("of", [*SUPPORTS, "sampled"])
+@pytest.mark.parametrize("k", [1, 4])
+def test_fused_equals_dense_for_token_rewards_over_every_set(clip, of, k):
+    for shape, variant in ((BoundedShape(2.0, 0.7), "all"), (Shape(), "softcap"), (Shape(), "bias")):
+        problem = Problem(("policy_reverse_kl", clip), shape, variant)
+        problem.narrow(support=Support(k, of, "whole"))
+        dense = problem.run(dense_divergence_from_hidden, token_ids=TOKENS)
+        got = problem.run(fused_divergence, tile_tokens=2, token_ids=TOKENS)
+        assert_equal_runs(got, dense, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "policy_reverse_kl"])
+def test_entries_that_make_no_distribution_have_no_divergence(name):
+    with pytest.raises(ValueError, match=f"divergence='{name}' with remainder='whole'.*Set divergence='policy"):
+        Divergence(name, support=Support(3, "student", "whole"))
+
+
+@pytest.mark.parametrize("of", SETS)
+def test_token_rewards_over_a_set_are_a_policy_gradient_with_the_students_share_of_the_set(of):
+    student, target = draw(12, 9), draw(12, 9, seed=1)
+    sizes = {len(SETS[of](q, p)) for q, p in zip(student.log_softmax(-1), target.log_softmax(-1), strict=True)}
+    assert {"union": len(sizes) > 1, "intersection": 0 in sizes and 2 in sizes}.get(of, sizes == {3})
+    got = fused_on_logits(student, target, Divergence("policy_reverse_kl", support=Support(3, of, "whole")))
+    for ours, hand in zip(got, policy_gradient_by_hand(student, target, SETS[of]), strict=True):
+        torch.testing.assert_close(ours, hand, rtol=0, atol=1e-13)
+
+
+def test_token_rewards_over_the_whole_vocabulary_are_reverse_kl():
+    """Identity 1, for k = V and the ratio 1."""
+    student, target = 1.5 * draw(6, 7), draw(6, 7, seed=1)
+    want = fused_on_logits(student, target, Divergence("reverse_kl"))
+    for support in (None, Support(7, "union", "whole"), Support(9, "student", "whole")):
+        got = fused_on_logits(student, target, Divergence("policy_reverse_kl", support=support))
+        for ours, theirs in zip(got, want, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("k", [2, 4, 6])
+def test_below_the_vocabulary_token_rewards_differ_from_renormalised_reverse_kl_by_what_leaks_outside(k):
+    """The value is reverse KL of the renormalised sides plus the log-ratio of the masses; the gradient keeps the mass that
+    renormalising would centre away: it pushes the whole set down where rewards are negative on average."""
+    student, target = draw(50, 7), draw(50, 7, seed=1)
+    log_q, log_p = student.log_softmax(-1), target.log_softmax(-1)
+    kept = student.topk(k).indices
+    mass_q, mass_p = (log.exp().gather(-1, kept).sum(-1) for log in (log_q, log_p))
+    value, gradient = fused_on_logits(
+        student, target, Divergence("policy_reverse_kl", support=Support(k, "student", "whole"))
+    )
+    renormalised = Divergence("reverse_kl", support=Support(k, "student", "renormalise"))
+    centred_value, centred = fused_on_logits(student, target, renormalised)
+    torch.testing.assert_close(value, centred_value + (mass_q / mass_p).log(), rtol=0, atol=1e-13)
+    shares = torch.zeros_like(student).scatter(-1, kept, (log_q.gather(-1, kept)).softmax(-1))
+    bias = value[:, None] * (shares - log_q.exp())
+    torch.testing.assert_close(gradient, centred + bias, rtol=0, atol=1e-13)
+    assert bias.abs().max() > 0.05 * centred.abs().max()
+
+
+def test_the_sampled_token_alone_is_the_policy_gradient_with_the_log_ratio():
+    student, target = draw(5, 7).requires_grad_(), draw(5, 7, seed=1)
+    tokens, rule = (
+        torch.tensor([0, 6, 3, 3, 1]),
+        Divergence("policy_reverse_kl", support=Support(1, "sampled", "whole")),
+    )
+    head, ones = OutputHead(torch.eye(7, dtype=torch.float64)), torch.ones(5, dtype=torch.float64)
+    settings = {"token_weights": ones, "divergence": rule, "token_ids": tokens}
+    log_q, log_p = student.log_softmax(-1), target.log_softmax(-1)
+    ratio = (log_p - log_q).gather(-1, tokens[:, None]).squeeze(-1).detach()
+    want = torch.autograd.grad(-(ratio * log_q.gather(-1, tokens[:, None]).squeeze(-1)).sum(), student)[0]
+    for form in (fused_divergence, dense_divergence_from_hidden):
+        loss, diagnostics = form(student, head, Target(target), **settings)
+        torch.testing.assert_close(torch.autograd.grad(loss, student)[0], want, rtol=0, atol=1e-14)
+        torch.testing.assert_close(diagnostics.loss, -ratio, rtol=0, atol=1e-14)
+    with pytest.raises(ValueError, match="of='sampled' without token_ids"):
+        fused_divergence(student, head, Target(target), token_weights=ones, divergence=rule)

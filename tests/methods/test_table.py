@@ -19,6 +19,7 @@ from groups import reward_boxed
 from steps import EXACT, loss_of_rows
 
 from trl_opsd import OGLSSDTrainer, OPSDTrainer, PurifiedOPSDTrainer
+from trl_opsd.experimental.dasd.trainer import DASDTrainer
 from trl_opsd.experimental.egrsd.trainer import EGRSDTrainer
 from trl_opsd.experimental.msd.trainer import MSDTrainer
 from trl_opsd.experimental.sort.trainer import SORTTrainer
@@ -29,14 +30,22 @@ from trl_opsd.trainers.critique import CritiqueSDTrainer
 from trl_opsd.trainers.demopsd import DemoPSDTrainer
 from trl_opsd.trainers.mopd import MOPDTrainer
 from trl_opsd.trainers.pbsd import PBSDTrainer
+from trl_opsd.trainers.popd import POPDTrainer
 from trl_opsd.trainers.rcsd import RCSDTrainer
 from trl_opsd.trainers.resd import RESDTrainer
+from trl_opsd.trainers.rethinking_opd import RethinkingOPDTrainer
+from trl_opsd.trainers.rlrt import RLRTTrainer
+from trl_opsd.trainers.rlsd import RLSDTrainer
 from trl_opsd.trainers.sdft import SDFTTrainer
 from trl_opsd.trainers.sdpo import SDPOTrainer
 from trl_opsd.trainers.sgsd import SGSDTrainer
+from trl_opsd.trainers.vopd import VOPDTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* is experimental")  # which pages of experimental/ say
 
 TEXTS = ("so \\boxed{3}", "wait, 10 it is", "a", "it is \\boxed{10} then", "no", "5 or \\boxed{6}")
 MOSTLY_WRONG = ("wait, 10 it is", "a", "so \\boxed{3}", "\\boxed{10}", "no", "5", "b", "it is 6 then")
+MOSTLY_RIGHT = ("so \\boxed{3}", "\\boxed{10}", "a", "it is \\boxed{10} then", "5 or \\boxed{6}", "no")
 SKILLS = (["Add in pairs.", "Do not guess."], ["Carry."], ["Count up.", "Check.", "Box it."])
 FEEDBACK = ("test 2 failed", None, "off by 1")
 CRITIQUES = ("first add, then \\boxed{3}", "1+2 is 3, then go on", "it is right")
@@ -81,6 +90,7 @@ class Row:
         not_divided: why the loss of a batch is not that of its groups by one count; empty where it is.
         memory: what the method remembers, held where groups are compared with and without companions, which it also
             sums up; None where it remembers nothing.
+        updates: of a generation batch, in the run that is resumed.
     """
 
     trainer: type
@@ -92,6 +102,7 @@ class Row:
     count: Callable[[Any], float] = trained_tokens
     not_divided: str = ""
     memory: dict[str, Any] | None = None
+    updates: int = 2
 
 
 GROUPS = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 24}
@@ -181,6 +192,39 @@ METHODS = {
         equality=({}, {"plan_share": 0.0}),
         count=trained_rollouts,
         not_divided="GRPO's part is divided by tokens and the repair by repaired groups",
+    ),
+    "vOPD": Row(VOPDTrainer, {"max_completion_length": 24, "gradient_accumulation_steps": 1}),
+    "Rethinking OPD": Row(
+        RethinkingOPDTrainer,
+        {"max_completion_length": 24, "num_generations": 1, "support_of": "union", "support_size": 4},
+        updates=1,
+    ),
+    "Rethinking OPD, sampled token": Row(
+        RethinkingOPDTrainer, {"max_completion_length": 24, "num_generations": 1, "support_size": 0}
+    ),
+    "POPD": Row(POPDTrainer, {"max_completion_length": 24, "distillation_length": "4..8 in 3"}),
+    "RLSD": Row(
+        RLSDTrainer,
+        {**GROUPS, "gradient_accumulation_steps": 1, "evidence_bound": 0.9},
+        not_zero="it is GRPO where the teacher says nothing",
+        equality=({}, {"evidence_strength": 0.0}),
+        count=sampled_tokens,
+    ),
+    "RLRT": Row(
+        RLRTTrainer,
+        {**GROUPS, "gradient_accumulation_steps": 1, "evidence_bound": 0.9},
+        texts=MOSTLY_RIGHT,
+        not_zero="it is GRPO where the teacher says nothing",
+        equality=({}, {"evidence_strength": 0.0}),
+        count=sampled_tokens,
+    ),
+    "DASD": Row(
+        DASDTrainer,
+        {**GROUPS, "gradient_accumulation_steps": 1, "direction_strength": 2.0},
+        not_zero="it is GRPO where the teacher says nothing",
+        # The read view is kept in float32, and its rounding is divided by 0.01 nats.
+        equality=({"direction_strength": 0.1}, {"direction_strength": 0.0}),
+        count=sampled_tokens,
     ),
 }
 
@@ -356,7 +400,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(row, make, tmp_path):
     settings = {
         "per_device_train_batch_size": size // 2,
         "gradient_accumulation_steps": 2,
-        "steps_per_generation": 4,  # so that step 3 stands in the middle of a generation batch
+        "steps_per_generation": 2 * row.updates,  # at two updates step 3 stands in the middle of a generation batch
         "max_steps": 4,
         "save_strategy": "steps",
         "save_steps": 1,

@@ -43,7 +43,10 @@ def test_every_contender_has_a_row_and_its_gradient_is_that_of_float64(load, tmp
     assert dtype != "float32" or all(row["gradient_error"] < bound for row in with_loss)  # all of 64 tokens are top-100
     ours = [row for row in with_loss if row["backend"] == "ours"]
     assert len(ours) == 2 * len(benchmark.CASES)
-    assert all(row["note"] is None and row["loss_error"] < bound for row in ours)
+    assert all(row["note"] is None for row in ours)
+    # A log-ratio of the sampled token has no bound, and what bfloat16 rounds of it grows with its size.
+    ours = [row for row in ours if dtype == "float32" or row["what"] not in benchmark.METHODS]
+    assert all(row["loss_error"] < bound for row in ours)
     # A clipped term has no gradient: next to the bound, rounding decides.
     assert all(row["gradient_error"] < bound for row in ours if dtype == "float32" or "clip" not in row["what"])
     printed = capsys.readouterr().out
@@ -69,6 +72,7 @@ def test_with_the_products_of_a_gpu_the_gradient_is_that_of_float64_up_to_roundi
     load("loss_head").main([*arguments, "--dtype", dtype, "--narrow-products", "--output", str(output)])
     rows = [row for row in read(output) if row["backend"] == "ours"]
     assert {row["products"] for row in rows} == {"narrow"}
+    rows = [row for row in rows if row["what"] not in load("loss_head").METHODS]  # whose log-ratios have no bound
     assert all(row["loss_error"] < bound / 10 for row in rows)
     unclipped = [
         row["gradient_error"] for row in rows if row["what"] in ("forward_kl", "reverse_kl", "jsd", "purified")

@@ -21,7 +21,12 @@ from trl_opsd.trainers.baselines import BASELINES
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 # Rollouts of a step where it is not 32; these recipes stand in no line of the table of sizes but the first.
-LARGE = {"sdpo": 256, "mopd": 256, "demopsd": 512, "antisd": 256, "trace": 256, "ssopd": 256, "msd": 16}
+LARGE = {
+    **dict.fromkeys(("sdpo", "mopd", "antisd", "trace", "ssopd", "rlsd", "rlrt", "dasd"), 256),
+    "demopsd": 512,
+    "vopd": 64,
+    "msd": 16,
+}
 ALL_RECIPES = [ROOT / "trl_opsd" / "demo" / "opsd.yaml", *RECIPES]
 NEUTRAL = ["--use_cpu=true", "--bf16=false", "--dtype=float32", "--report_to=none"]
 LAUNCHERS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -47,7 +52,8 @@ def quick_arguments(path):
     if path.stem == "sft":
         return [*QUICK, "--max_length=256"]
     short = [*QUICK, "--max_completion_length=12", "--use_vllm=false", "--log_completions=false"]
-    return [*short, "--distillation_length=8"] if path.stem == "ogls-sd" else short
+    lengths = {"ogls-sd": ["--distillation_length=8"], "popd": ["--distillation_length=4..8 in 2"]}
+    return [*short, *lengths.get(path.stem, [])]
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +234,17 @@ OTHER_PAPERS = {  # which share less with OPSD
     "msd": {"divergence": "reverse_kl", "critical_top_k": 32, "teacher_model_kind": "base"},
     "critique": {"divergence": "forward_kl", "clip": "none"},
     "rcsd": {"support_size": 20, "clip_value": 0.05, "temperature": 1.2, "max_completion_length": 4096, "lora_r": 64},
+    "vopd": {
+        "learning_rate": 1e-5,
+        "lora_r": 64,
+        "lora_alpha": 128,
+        "max_completion_length": 2048,
+        "num_generations": 1,
+    },
+    "rethinking-opd": {"support_size": 16, "delta": 3.0, "num_generations": 4, "max_completion_length": 7168},
+    "rlsd": {"evidence_strength": 0.5, "evidence_bound": 0.2, "evidence_steps": 60, "teacher_model_kind": "base"},
+    "rlrt": {"evidence_bound": 0.5, "epsilon_high": 0.28, "max_completion_length": 20480, "num_generations": 8},
+    "dasd": {"pulled_share": 0.2, "num_generations": 8},
 }
 SHARED = {"lora_r": 64, "lora_alpha": 128, "learning_rate": 5e-6, "temperature": 1.1, "teacher_model_kind": "base"}
 
@@ -260,6 +277,7 @@ def test_a_recipe_is_its_methods_defaults_but_for_batch_and_prompts(path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* is experimental")  # which pages of experimental/ say
 @pytest.mark.parametrize("path", ALL_RECIPES, ids=name_of)
 def test_a_recipe_runs_two_steps(path, places):
     trainer = main(path.stem, ["--config", str(path), *places, *quick_arguments(path)])

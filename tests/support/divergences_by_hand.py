@@ -9,6 +9,8 @@ import torch
 from trl_opsd.losses import CLIPS, DIVERGENCES
 
 RULES = list(itertools.product(DIVERGENCES, CLIPS))
+# A reward that is held constant gives the derivative of reverse KL only while no entry is cut.
+DIFFERENTIATED = [rule for rule in RULES if rule[0] != "policy_reverse_kl" or rule[1] in (None, "token")]
 MIXTURE_WEIGHT, TEMPERATURE, CLIP_VALUE = 0.3, 1.3, 0.04
 
 
@@ -38,6 +40,8 @@ def term_and_slope(name, q, p):
         return p * (math.log(p) - math.log(q)), -p
     if name == "reverse_kl":
         return q * (math.log(q) - math.log(p)), q * (math.log(q) - math.log(p) + 1)
+    if name == "policy_reverse_kl":  # where q is a distribution; the reward is held constant
+        return q * (math.log(q) - math.log(p)), q * (math.log(q) - math.log(p))
     kl_target, kl_student = p * math.log(p / m), q * math.log(q / m)
     if name == "skewed_forward_kl":
         return kl_target, -(1 - MIXTURE_WEIGHT) * p * q / m

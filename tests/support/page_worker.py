@@ -27,8 +27,11 @@ from trl_opsd.trainers.mopd import MOPDTrainer
 from trl_opsd.trainers.pbsd import PBSDTrainer
 from trl_opsd.trainers.rcsd import RCSDTrainer
 from trl_opsd.trainers.resd import RESDTrainer
+from trl_opsd.trainers.rethinking_opd import RethinkingOPDTrainer
+from trl_opsd.trainers.rlrt import RLRTTrainer
 from trl_opsd.trainers.sdpo import SDPOTrainer
 from trl_opsd.trainers.sgsd import SGSDTrainer
+from trl_opsd.trainers.vopd import VOPDTrainer
 
 MIX = {"teacher_model_kind": "base", "live_share": 0.4}
 GROUP = {"num_generations": GLOBAL_BATCH, "support_size": 20}
@@ -50,6 +53,9 @@ PAGES = {
         {"num_generations": GLOBAL_BATCH, "span_weight": 2.0, "annotator_function": "page_worker:annotate"},
     ),
     "sort": (SORTTrainer, {"num_generations": 2, "repair_weight": 0.5}),
+    "vopd": (VOPDTrainer, {"baseline_size": 20}),
+    "rethinking-opd": (RethinkingOPDTrainer, {"num_generations": 1, "support_size": 4, "support_of": "intersection"}),
+    "rlrt": (RLRTTrainer, {"num_generations": GLOBAL_BATCH, "evidence_bound": 0.9}),
 }
 TEXTS = ("1+2=3", "so 4", "wait, 10 it is", "a", "it is 3 then")
 

@@ -119,7 +119,8 @@ def method_names() -> frozenset[str]:
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
     """The name a user may have meant, None if none is close."""
-    return next(iter(difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)), None)
+    swapped = [other for other in sorted(known) if sorted(other) == sorted(name)]  # ospd is opsd, not vopd
+    return next(iter([*swapped, *difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)]), None)
 
 
 def read_recipe(path: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def measure_loss(log_q: torch.Tensor, log_p: torch.Tensor, tokens: torch.Tensor,
     Returns:
         (n,) each: `divergence` (unclipped), `clipped_away`, `clipped_entries` (a count), `target_ratio`.
     """
-    terms = divergence_terms(log_q, log_p, rule)
+    terms = divergence_terms(log_q, log_p, rule, tokens)
     unclipped = terms.sum(-1)
     return {
         "divergence": unclipped,
@@ -66,7 +66,7 @@ def measure_direction(
         if shape.uses_direction:
             log_p = views.target(shape).log_softmax(-1)
             measured[f"shift{suffix}"] = at(log_p - views.anchor.log_softmax(-1), tokens)
-            measured[f"divergence{suffix}"] = divergence_terms(log_q, log_p, rule).sum(-1)
+            measured[f"divergence{suffix}"] = divergence_terms(log_q, log_p, rule, tokens).sum(-1)
     return measured
 
 

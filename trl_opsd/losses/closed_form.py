@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .divergences import Divergence, floored, top_entropy
+from .divergences import Divergence, compared, top_entropy
 from .forms import FORMS, Block
 from .support import Places
 
@@ -93,7 +93,7 @@ def sweep(
     """
     log_q, log_p = student_logits.log_softmax(-1), target_logits.log_softmax(-1)
     whole = Block(log_q, log_p, log_q.exp(), log_p.exp())
-    block, places = _compared(whole, rule)
+    block, places = _compared(whole, rule, token_ids)
     values, slope, kept = _clipped(block, rule, with_gradient)
     sampled = [] if token_ids is None else [_at(log, token_ids) for log in (log_q, log_p)]
     if sampled and rule.entropy_top_k is not None:
@@ -101,9 +101,10 @@ def sweep(
     diagnostics = torch.stack([*values, *_distribution_measures(whole), *sampled])
     if not with_gradient:
         return diagnostics, None
-    gradient = slope.addcmul(block.q, slope.sum(-1, keepdim=True), value=-1)
-    if places is not None:
-        gradient = rule.support.spread(gradient, block.q, whole.q, places)
+    if places is None:
+        gradient = slope.addcmul(block.q, slope.sum(-1, keepdim=True), value=-1)
+    else:
+        gradient = rule.support.spread(slope, block.q, whole.q, places)
     return diagnostics, gradient if kept is None else gradient.mul_(kept.unsqueeze(-1))
 
 
@@ -135,15 +136,12 @@ def _at(log_prob: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     return log_prob.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
 
 
-def _compared(block: Block, rule: Divergence) -> tuple[Block, Places | None]:
+def _compared(block: Block, rule: Divergence, token_ids: torch.Tensor | None) -> tuple[Block, Places | None]:
     """What the rule compares: the block's entries on its support, under its floors."""
-    places = None if rule.support is None else rule.support.places(block.log_q, block.log_p)
-    if places is not None:
-        log_q = rule.support.restrict(block.log_q, block.q, places)
-        log_p = rule.support.restrict(block.log_p, block.p, places)
-        block = Block(log_q, log_p, log_q.exp(), log_p.exp())
-    log_p = floored(block.log_q, block.log_p, rule)
-    return block if log_p is block.log_p else block._replace(log_p=log_p, p=log_p.exp()), places
+    log_q, log_p, places = compared(*block, rule, token_ids)
+    if places is None:
+        return block if log_p is block.log_p else block._replace(log_p=log_p, p=log_p.exp()), None
+    return Block(log_q, log_p, log_q.exp(), log_p.exp()), places
 
 
 def _clipped(block: Block, rule: Divergence, with_gradient: bool) -> tuple[tuple, torch.Tensor, torch.Tensor | None]:

@@ -82,7 +82,7 @@ def _facts(student_hidden, head, target, rule, num_tokens, token_ids, given) -> 
         if target.direction is not None:
             logits = target.shift_logits(logits, project(target.direction, teacher, with_bias=False))
         log_p = logits.log_softmax(-1)
-    terms = divergence_terms(log_q, log_p, rule)
+    terms = divergence_terms(log_q, log_p, rule, token_ids)
     clipped = clip_and_sum(terms, rule)
     facts = Facts(
         log_prob=log_prob,

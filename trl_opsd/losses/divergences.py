@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from .forms import FORMS
-from .support import Support
+from .support import WHOLE, Places, Support
 
 DIVERGENCES = tuple(FORMS)
 CLIPS = (None, "upper", "symmetric", "token")
@@ -26,7 +26,8 @@ class Divergence:
     Args:
         name: `forward_kl` is KL(target || student), `reverse_kl` is KL(student || target). With the mixture
             m = w target + (1 - w) student, `skewed_forward_kl` is KL(target || m), `skewed_reverse_kl` is
-            KL(student || m), and `jsd` is w times the first plus (1 - w) times the second.
+            KL(student || m), and `jsd` is w times the first plus (1 - w) times the second. `policy_reverse_kl` is reverse KL
+            as the policy gradient of tokens whose log-ratio is a constant reward.
         mixture_weight: w above, in (0, 1). Only these three read it.
         temperature: both logits are divided by it, > 0.
         clip: None, `upper` (each vocabulary entry's term is cut at `clip_value`, OPSD), `symmetric` (each
@@ -66,6 +67,11 @@ class Divergence:
             raise ValueError(
                 f"mixture_weight={self.mixture_weight} is outside (0, 1); set a weight between the two, or "
                 "divergence='forward_kl' or 'reverse_kl' for the ends."
+            )
+        if self.support is not None and self.support.remainder == WHOLE and self.name != "policy_reverse_kl":
+            raise ValueError(
+                f"divergence={self.name!r} with remainder={WHOLE!r}: what is kept is no distribution, so there is no divergence. "
+                "Set divergence='policy_reverse_kl', or remainder='tail' or 'renormalise'."
             )
         require_positive("temperature", self.temperature)
         require_positive("clip_value", self.clip_value, hint=", or clip=None for no clip")
@@ -142,15 +148,40 @@ def log_probs(
     return log_q, log_p
 
 
-def divergence_terms(log_q: torch.Tensor, log_p: torch.Tensor, rule: Divergence) -> torch.Tensor:
-    """Terms (..., V), or those of the rule's support, that sum to the unclipped divergence.
+def divergence_terms(
+    log_q: torch.Tensor, log_p: torch.Tensor, rule: Divergence, token_ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Terms (..., V), or those of the rule's support, that sum to the unclipped divergence; `token_ids` as in `compared`.
 
     A term is exactly 0 where log_q equals log_p, unless a floor raised log_p.
     """
-    places = None if rule.support is None else rule.support.places(log_q, log_p)
-    if places is not None:
-        log_q, log_p = (rule.support.restrict(log, log.exp(), places) for log in (log_q, log_p))
-    return FORMS[rule.name].terms(log_q, floored(log_q, log_p, rule), rule.mixture_weight)
+    log_q, log_p, _ = compared(log_q, log_p, log_q.exp(), log_p.exp(), rule, token_ids)
+    return FORMS[rule.name].terms(log_q, log_p, rule.mixture_weight)
+
+
+def compared(
+    log_q: torch.Tensor,
+    log_p: torch.Tensor,
+    q: torch.Tensor,
+    p: torch.Tensor,
+    rule: Divergence,
+    token_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, Places | None]:
+    """Log-probabilities of student and target that the rule compares, and which tokens' they are; None for all.
+
+    Args:
+        log_q, log_p: (..., V) of the whole vocabulary.
+        q, p: their probabilities.
+        rule: its support and floors.
+        token_ids: (...) sampled tokens, where the support is the sampled token.
+    """
+    support = rule.support
+    places = None if support is None else support.places(log_q, log_p, token_ids)
+    if places is None:
+        return log_q, floored(log_q, log_p, rule), None
+    log_q, log_p = support.restrict(log_q, q, places), support.restrict(log_p, p, places)
+    log_p = floored(log_q, log_p, rule)
+    return support.leave_out(log_q, places), support.leave_out(log_p, places), places
 
 
 def floored(log_q: torch.Tensor, log_p: torch.Tensor, rule: Divergence) -> torch.Tensor:

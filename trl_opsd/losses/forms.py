@@ -60,6 +60,22 @@ def _reverse_kl_slope(block, weight):
     return terms, terms.clone(), -1.0
 
 
+# Each compared token has the constant reward w log(p / q), with w the student's probability among them, and the loss is
+# minus the sum of the rewards: d/dlog q is the term itself. Where the student is a distribution over them, it is reverse KL.
+
+
+def _policy_reverse_kl(log_q, log_p, weight):
+    held = log_q.detach()
+    impossible = held.exp() == 0
+    reward = held.softmax(-1) * (held - log_p).masked_fill(impossible, 0.0)
+    return reward * (1 + (log_q - held).masked_fill(impossible, 0.0))
+
+
+def _policy_reverse_kl_slope(block, weight):
+    terms = (block.log_q - block.log_p).mul_(block.log_q.softmax(-1))
+    return terms, terms.clone(), 0.0
+
+
 # With r = log p - log q: log(m / q) = log(1 + w (e^r - 1)) and log(m / p) = log(1 + (1 - w) (e^-r - 1)).
 
 
@@ -110,6 +126,8 @@ def _log_ratios_to_mixture(block, weight):
 FORMS = {
     "forward_kl": Form(_forward_kl, _forward_kl_slope),  # KL(p || q)
     "reverse_kl": Form(_reverse_kl, _reverse_kl_slope),  # KL(q || p)
+    # Minus the rewards of tokens in a policy gradient (Rethinking OPD, arXiv 2604.13016).
+    "policy_reverse_kl": Form(_policy_reverse_kl, _policy_reverse_kl_slope),
     "jsd": Form(_jsd, _jsd_slope),  # w KL(p || m) + (1 - w) KL(q || m)
     # Skewed towards the student's own mass, so that no ratio is unbounded (DistiLLM, arXiv 2402.03898).
     "skewed_forward_kl": Form(_skewed_forward_kl, _skewed_forward_kl_slope),  # KL(p || m)

@@ -42,6 +42,32 @@ def importance_weight(log_prob: torch.Tensor, old_log_prob: torch.Tensor, *, cap
     return torch.exp(log_prob.detach() - old_log_prob).clamp(max=cap)
 
 
+def clipped_ratio(
+    log_prob: torch.Tensor,
+    old_log_prob: torch.Tensor,
+    advantage: torch.Tensor,
+    *,
+    low: float,
+    high: float,
+    largest: float | None = None,
+) -> torch.Tensor:
+    """r = q(y) / q_old(y), or 0 where PPO's clip has cut it, detached, in the shape of all three.
+
+    -A times this times grad log q(y) is the gradient of -min(r A, clip(r, 1 - low, 1 + high) A), whose value it does not keep.
+
+    Args:
+        log_prob, old_log_prob: of the sampled token under the student and under the policy that sampled.
+        advantage: A; what counts is its sign.
+        low, high: PPO's bounds, >= 0.
+        largest: r is cut above it where A < 0 too (the dual clip, which TRL calls `delta`); None for no such bound.
+    """
+    ratio = torch.exp(log_prob.detach() - old_log_prob)
+    cut = torch.where(advantage > 0, ratio > 1 + high, ratio < 1 - low)
+    if largest is not None:
+        cut = cut | (ratio > largest)
+    return ratio.masked_fill(cut, 0.0)
+
+
 def evidence_weight(
     log_prob_ratio: torch.Tensor, advantage: torch.Tensor, *, bound: float, strength: float = 1.0
 ) -> torch.Tensor:
@@ -85,19 +111,36 @@ def lookahead_minimum(values: torch.Tensor, mask: torch.Tensor, *, window: int) 
 def control_variate_advantage(log_prob_ratio: torch.Tensor, reverse_kl: torch.Tensor) -> torch.Tensor:
     """u + KL(q || p), detached (vOPD, arXiv 2605.07865): its mean under the student is 0, position by position.
 
-    The expected gradient stays that of KL(q || p). Its variance falls where no token dominates, not always.
+    Over a set of tokens whose sides are renormalised the mean is not 0, but the expected gradient stays that of KL(q || p): what
+    does not depend on the sampled token has none. The variance falls where no token dominates, not always.
     """
     return (log_prob_ratio + reverse_kl).detach()
 
 
-def relative_ratio(log_prob_ratio: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """u over the mean |u| of its rollout, both (B, T), so that 1 is a typical token; 0 outside the mask and where all u are.
+def floored_log_ratio(log_prob_ratio: torch.Tensor, *, share: float) -> torch.Tensor:
+    """max(u, log(l / (1 - l))) (vOPD's code, arXiv 2605.07865): no token is pushed away harder than that.
 
-    DASD (arXiv 2605.22263) reads a normalised ratio; that it is this one is our reading.
+    Args:
+        log_prob_ratio: u.
+        share: l, in (0, 1).
+    """
+    return log_prob_ratio.clamp(min=math.log(share / (1 - share)))
+
+
+def relative_ratio(log_prob_ratio: torch.Tensor, mask: torch.Tensor, *, least: float = 0.01) -> torch.Tensor:
+    """u over the mean |u| of its rollout, both (B, T), so that 1 is a typical token; 0 outside the mask.
+
+    DASD (arXiv 2605.22263) reads a normalised ratio; that it is this one is our reading. So is `least`: without it, a teacher
+    that agrees up to rounding would have its roundings magnified to the size of a typical token.
+
+    Args:
+        log_prob_ratio: u, in nats.
+        mask: nonzero where a token is valid.
+        least: smallest mean that is divided by, in nats, > 0; 0.01 is about what bfloat16 rounds.
     """
     ratio = torch.where(mask != 0, log_prob_ratio, 0.0)
     mean = ratio.abs().sum(-1, keepdim=True) / (mask != 0).sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(mean > 0, ratio / mean, 0.0)
+    return ratio / mean.clamp(min=least)
 
 
 def entropy_direction(

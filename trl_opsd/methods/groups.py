@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the pages that read groups of rollouts share: which rollouts are right, the kind of a group, the ratio to the past."""
+"""What pages share: which rollouts are right, the kind of a group, the ratio to the policy that sampled."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ..losses import Facts, importance_weight
+from ..losses import Facts, clipped_ratio, importance_weight
 from ..rows.texts import is_missing
 from ..teacher.contexts import Moment, Rollout
 
@@ -33,3 +33,17 @@ def group_label(group: Sequence[Rollout], settings: Any) -> str:
 def ratio_weight(facts: Facts, settings: Any, moment: Moment) -> torch.Tensor:
     """(n,) min(q(y) / q_old(y), `importance_cap`) of the sampled token."""
     return importance_weight(facts.log_prob, facts.given["old_log_prob"], cap=settings.importance_cap)
+
+
+def policy_ratio(facts: Facts, advantage: torch.Tensor, settings: Any) -> torch.Tensor:
+    """PPO's cut ratio to the policy that sampled, times the weight for the engine that did; in the shape of the facts.
+
+    Args:
+        facts: of rows or flat.
+        advantage: of the sampled token, in the same shape.
+        settings: reads `epsilon`, `epsilon_high` and `delta`.
+    """
+    high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
+    bounds = {"low": settings.epsilon, "high": high, "largest": settings.delta}
+    ratio = clipped_ratio(facts.log_prob, facts.given["old_log_prob"], advantage, **bounds)
+    return ratio * facts.given["engine_weight"]

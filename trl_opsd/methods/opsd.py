@@ -13,6 +13,11 @@ def privileged_contexts(group: Sequence[Rollout], settings: Any, moment: Moment)
     return [(TeacherContext("teacher", rollout.solution, anchor=1.0),) for rollout in group]
 
 
+def solution_read(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
+    """The same view for methods that read the sampled token alone: it is no target, two numbers a token are kept of it."""
+    return [(TeacherContext("teacher", rollout.solution, read=1.0),) for rollout in group]
+
+
 OPSD = Method(
     name="OPSD",
     contexts=privileged_contexts,

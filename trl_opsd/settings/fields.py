@@ -18,6 +18,13 @@ def require(holds: Any, settings: Any, name: str, wanted: str) -> None:
         raise ValueError(f"{name}={getattr(settings, name)!r} is not valid; set it to {wanted}.")
 
 
+def pin(settings: Any, name: str, only: Any, reason: str) -> None:
+    """Raise a ValueError that names the field, its value and the reason, unless it has the `only` value that a method allows."""
+    value = getattr(settings, name)
+    if value != only:
+        raise ValueError(f"{name}={value!r} is not possible here: {reason}. Leave it {only!r}.")
+
+
 def check_settings(config: Any) -> None:
     """Run the `check` that each class of a config declares: the method's own first, for the shared ones build on it.
 

@@ -98,7 +98,8 @@ class OPSDConfig(OPSDSettings, GRPOConfig):
         if self.reward_weight > 0:
             return
         default = {f.name: f.default for f in fields(GRPOConfig)}
-        unused = [name for name in REWARD_ONLY_FIELDS if name not in self._engine_correction()]
+        read = {*self._engine_correction(), *getattr(self, "policy_fields", ())}  # by the method, without a reward too
+        unused = [name for name in REWARD_ONLY_FIELDS if name not in read]
         moved = [name for name in unused if getattr(self, name) != default[name]]
         if moved:
             warnings.warn(
