@@ -78,7 +78,7 @@ def check_thinking_switch(collator: TeacherCollator) -> str | None:
 
 def check_template_whole(template_name: str, template: str, rendered: str) -> str | None:
     """A piece of the teacher's template is not in what the teacher reads."""
-    pieces = [piece.strip() for piece in re.split(r"\{prompt\}|\{solution\}", template)]
+    pieces = [piece.strip() for piece in re.split(r"\{[a-z_]+\}", template)]
     lost = [piece for piece in pieces if piece and piece not in rendered]
     if not lost:
         return None
