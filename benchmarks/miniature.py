@@ -2,6 +2,7 @@
 """What the papers claim, in miniature: every method, ablation and baseline on the embedded model at one rollout budget.
 
     python benchmarks/miniature.py --output_dir outputs/miniature [--workers 2]   # train, measure, table and picture
+    python benchmarks/miniature.py --family --steps 20      # every method of `pages.PAGES`, and baselines
     python benchmarks/miniature.py --split validation --only OGLS-SD --seeds 0 --set steering_strength=1   # to choose a setting
 
 A run sees 3,840 sequences (60 steps of 64): rollouts, or references for SFT. What is measured is the last model of each
@@ -12,9 +13,11 @@ import argparse
 import json
 import os
 import random
+import re
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -89,6 +92,62 @@ RUNS = {
 }
 
 
+# What a method of the family needs beside the common settings; its own prompts are the demo's, see `family_settings`.
+OWN = {
+    "popd": {"distillation_length": "8..40 in 10"},
+    "resd": {"write_review": False},  # it writes arithmetic, whatever it is asked
+    "trace": {"annotator_function": "miniature:last_result"},
+}
+BESIDE_THE_FAMILY = ("OPSD", "GRPO", "SFT on references")
+
+
+def family() -> dict[str, Run]:
+    """A run of every method of the table that has no rows of its own above, by its name in Python."""
+    from trl_opsd.pages import PAGES
+
+    known = {run.kind for run in RUNS.values()}
+    return {page.prefix: Run(name, family_settings(name)) for name, page in PAGES.items() if name not in known}
+
+
+def family_settings(name: str) -> dict[str, Any]:
+    """Settings of a method: the demo's for the teacher, groups where its default has some, and prompts that the model knows."""
+    from trl_opsd.pages import settings_of
+
+    own = {option.name: option.default for option in fields(settings_of(name))}
+    prompts = {key: demo_prompt(text) for key, text in own.items() if key.endswith("_prompt_template")}
+    groups = GROUPS if (own.get("num_generations") or 1) > 1 else {}
+    return {**TEACHER, **groups, **prompts, **OWN.get(name, {})}
+
+
+def demo_prompt(template: str) -> str:
+    """A template with the same slots in the form of the demo's, which is all that the model has learnt to read."""
+    slots = list(dict.fromkeys(re.findall(r"\{([a-z_]+)\}", template)))
+    others = sorted((slot for slot in slots if slot != "prompt"), key=lambda slot: slot != "solution")
+    shown = "\n".join(f"{{{slot}}}" for slot in others)
+    return f"{{prompt}}\n[reference]\n{shown}\n[end]" if "prompt" in slots else f"[reference]\n{shown}\n[end]"
+
+
+def with_columns(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with what methods read beside prompt and solution, all of it from the row itself."""
+    *steps, answer = row["solution"].split("\n")
+    return {
+        **row,
+        "plan": "\n".join(step.split("=")[0] for step in steps),
+        "skills": [steps[0], steps[-1]],
+        "rubric": steps,
+        "feedback": answer,
+        "critique": row["solution"],
+        "translation": row["prompt"][-1]["content"],
+    }
+
+
+def last_result(rollout: Any) -> list[tuple[int, int, str, str]]:
+    """TRACE's annotator: the result of the last step of a rollout, a key span in a right one and an error span in a wrong one."""
+    found = list(re.finditer(r"=(\d+)", rollout.completion))
+    kind = "K" if (rollout.reward or 0.0) >= 0.5 else "E"
+    return [(*found[-1].span(1), kind, "9")] if found else []
+
+
 def train(run: Run, folder: Path, seed: int, overrides: dict[str, Any]) -> None:
     """Train and save one run."""
     from datasets import Dataset
@@ -97,17 +156,31 @@ def train(run: Run, folder: Path, seed: int, overrides: dict[str, Any]) -> None:
     from trl_opsd.demo import build_rows
 
     set_seed(seed)
-    rows = build_rows("train", TRAINING_PROBLEMS)
+    rows = [with_columns(row) for row in build_rows("train", TRAINING_PROBLEMS)]
     if run.shuffled:
         solutions = [row["solution"] for row in rows]
         random.Random(f"shuffled/{seed}").shuffle(solutions)
         rows = [{**row, "solution": solution} for row, solution in zip(rows, solutions, strict=True)]
     settings = {**SETTINGS, **run.settings, **overrides, "output_dir": str(folder), "seed": seed}
     make = _sft_trainer if run.kind == "sft" else partial(_rollout_trainer, run.kind)
-    trainer = make(settings, Dataset.from_list(rows))
+    trainer, start = make(settings, Dataset.from_list(rows)), time.perf_counter()
     trainer.train()
+    seconds = time.perf_counter() - start
     trainer.save_model(str(folder))
     (folder / "log.json").write_text(json.dumps(trainer.state.log_history))
+    cost = {"seconds": seconds, "sampled": sampled_tokens(trainer.state.log_history, settings)}
+    (folder / "cost.json").write_text(json.dumps(cost))
+
+
+def sampled_tokens(log: list[dict[str, Any]], settings: dict[str, Any]) -> float:
+    """Tokens of all rollouts of a run, and of what the model wrote before scoring, from the means of each logging interval."""
+    total, before = 0.0, 0
+    for entry in log:
+        if "completions/mean_length" in entry:
+            batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+            a_step = batch * entry["completions/mean_length"] + entry.get("written/tokens", 0.0)
+            total, before = total + (entry["step"] - before) * a_step, entry["step"]
+    return total
 
 
 def _rollout_trainer(kind: str, settings: dict[str, Any], dataset):
@@ -160,10 +233,11 @@ def _sft_trainer(settings: dict[str, Any], dataset):
         )
         return {"prompt": prompt, "completion": row["solution"]}
 
+    beside = [name for name in dataset.column_names if name != "prompt"]
     return SFTTrainer(
         model=model_path(),
         args=SFTConfig(**settings),
-        train_dataset=dataset.map(to_text, remove_columns=["solution"]),
+        train_dataset=dataset.map(to_text, remove_columns=beside),
         processing_class=tokenizer,
     )
 
@@ -232,8 +306,10 @@ def run_one(name: str | None, seed: int, output: Path, split: str, num_problems:
         return result
     folder.mkdir(parents=True, exist_ok=True)
     if name is not None and not (folder / "log.json").exists():
-        train(RUNS[name], folder, seed, overrides)
+        train({**RUNS, **family()}[name], folder, seed, overrides)
     numbers = measure(model_path() if name is None else str(folder), build_rows(split, num_problems), seed)
+    cost = folder / "cost.json"
+    numbers |= json.loads(cost.read_text()) if cost.exists() else {}
     result.write_text(json.dumps({"name": name or "base", "seed": seed, **numbers}))
     print(f"{label}: avg@{MEASURED['num_samples']} {numbers['avg']:.3f}, markers {numbers['markers']:.1f}", flush=True)
     return result
@@ -247,6 +323,8 @@ def slug(name: str) -> str:
 # Reporting
 
 COLUMNS: dict[str, Callable[[dict], str]] = {
+    "sampled tokens": lambda numbers: f"{numbers['sampled']:,.0f}" if "sampled" in numbers else "",
+    "seconds": lambda numbers: f"{numbers['seconds']:.0f}" if "seconds" in numbers else "",
     "tokens": lambda numbers: f"{numbers['length']:.1f}",
     "markers per 1,000": lambda numbers: f"{numbers['markers']:.1f}",
     "signal left (nats)": lambda numbers: f"{numbers['decomposition']['total_norm']:.1f}",
@@ -267,13 +345,15 @@ def summarize(results: list[dict]) -> list[dict]:
 
     base_scores = np.mean([result["scores"] for result in results if result["name"] == "base"], axis=0)
     rows = []
-    for name in ["base", *RUNS]:
+    for name in ["base", *RUNS, *family()]:
         runs = sorted((result for result in results if result["name"] == name), key=lambda result: result["seed"])
         if not runs:
             continue
         scores = np.mean([run["scores"] for run in runs], axis=0)
         mean = {key: float(np.mean([run[key] for run in runs])) for key in ("avg", "pass", "length", "cut", "markers")}
         parts = {key: float(np.mean([run["decomposition"][key] for run in runs])) for key in runs[0]["decomposition"]}
+        costs = [key for key in ("sampled", "seconds") if all(key in run for run in runs)]
+        mean |= {key: float(np.mean([run[key] for run in runs])) for key in costs}
         gain = paired_difference(scores, base_scores)
         rows.append({"name": name, **mean, "decomposition": parts, "gain": gain, "seeds": [run["avg"] for run in runs]})
     return rows
@@ -333,13 +413,21 @@ def main() -> None:
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     parser.add_argument("--problems", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS), metavar="NAME")
+    parser.add_argument(
+        "--family", action="store_true", help="every other method of the table, with OPSD, GRPO and SFT"
+    )
+    names = [*RUNS, *family()]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of a run")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings that override a run's")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, each with one thread")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     overrides = {name: json.loads(value) for name, value in (pair.split("=") for pair in options.set)}
-    jobs = [(name, seed, overrides if name else {}) for seed in options.seeds for name in (None, *options.only)]
+    if options.steps != STEPS:
+        overrides = {"max_steps": options.steps, **overrides}
+    chosen = options.only or ([*BESIDE_THE_FAMILY, *family()] if options.family else list(RUNS))
+    jobs = [(name, seed, overrides if name else {}) for seed in options.seeds for name in (None, *chosen)]
     with ProcessPoolExecutor(options.workers, get_context("spawn"), max_tasks_per_child=1) as pool:
         futures = [
             pool.submit(run_one, name, seed, options.output_dir, options.split, options.problems, settings)

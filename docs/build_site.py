@@ -29,7 +29,9 @@ IN_THE_BAR = [
     *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 ]
 PAGES = IN_THE_BAR + sorted(
-    str(path.relative_to(ROOT)) for folder in ("benchmarks", "recipes") for path in (ROOT / folder).rglob("README.md")
+    str(path.relative_to(ROOT))
+    for pattern in ("docs/methods/*.md", "benchmarks/**/README.md", "recipes/**/README.md")
+    for path in ROOT.glob(pattern)
 )
 
 _PAGE = """<!doctype html>

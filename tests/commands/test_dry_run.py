@@ -13,6 +13,7 @@ from trl_opsd.commands.dry_run import mismatches
 from trl_opsd.commands.dry_run.views import check_completion_ids
 from trl_opsd.demo import build_rows, model_path
 from trl_opsd.demo.tokenizer import CHAT_TEMPLATE, build_tokenizer
+from trl_opsd.pages import PAGES
 
 ALWAYS_THINKING = CHAT_TEMPLATE.replace("assistant\\n' }}", "assistant\\n<think>' }}")
 NO_SWITCH = CHAT_TEMPLATE.split("{%- if enable_thinking")[0] + "{%- endif %}"
@@ -54,6 +55,53 @@ def dry_run(tmp_path, capsys):
 def test_a_healthy_set_up_gives_no_warning(dry_run, method):
     code, text = dry_run(method=method)
     assert code == 0 and text.endswith("Warnings: none\n"), text
+
+
+# What the methods of the table read beside prompt and solution.
+COLUMNS = {
+    "skills": ["Add in pairs.", "Do not guess."],
+    "rubric": ["adds"],
+    "plan": "add the numbers",
+    "feedback": "wrong",
+}
+COLUMNS |= {"critique": "the second step is wrong", "translation": "1+1=?"}
+
+
+@pytest.mark.parametrize("method", PAGES)
+def test_every_method_is_shown_with_what_it_reads(dry_run, method):
+    rows = [{**row, **COLUMNS} for row in build_rows("train", 8)]
+    code, text = dry_run(("clip", None), method=method, rows=rows)
+    assert code == 0, text
+    assert "\n  teacher    " in text and "\n  way        " in text
+    assert len(re.findall(r"^\S.*: \d+ tokens", text, flags=re.MULTILINE)) >= 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ("sdpo", ["peer (anchor +1), of a wrong rollout", "1 x peer (target)", "weighed token by token"]),
+        ("demopsd", ["plain (direction +1), of a wrong rollout", "1 x teacher (target), 1 x plain (target)"]),
+        ("antisd", ["of a right rollout", "it is correct", "it is incorrect", "1 x verdict (read)"]),
+        ("sgsd", ["skill (read, weight +0.5)", "2 x skill (read)", "a loss of its own"]),
+        ("rcsd", ["analysis (the model answers it before scoring)", "written    a text of up to 16 tokens"]),
+        ("pbsd", ["of the sequence beside the rollout", "read by 1 x teacher (read)"]),
+        ("sort", ["plan (read, weight +1), of the sequence beside", "reads no rollout", "policy-gradient loss"]),
+    ],
+)
+def test_views_texts_and_sequences_of_a_method_are_named(dry_run, method, told):
+    rows = [{**row, **COLUMNS} for row in build_rows("train", 8)]
+    _, text = dry_run(("clip", None), method=method, rows=rows)
+    assert [part for part in told if part not in text] == [], text
+
+
+def test_a_column_that_the_method_reads_and_the_data_lack_is_an_error(dry_run):
+    code, text = dry_run(method="sgsd")
+    assert code == 1 and "has no column `skills`, which SGSD reads" in text
+
+
+def test_rollouts_that_are_judged_one_by_one_need_no_groups(dry_run):
+    rows = [{**row, **COLUMNS} for row in build_rows("train", 8)]
+    assert "Warnings: none" in dry_run(("num_generations", 1), method="egrsd", rows=rows)[1]
 
 
 def test_the_demos_recipe_gives_no_warning(tmp_path, capsys):

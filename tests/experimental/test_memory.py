@@ -15,6 +15,7 @@ from trl_opsd.experimental.planning.footprint import Growth, load_config, measur
 from trl_opsd.experimental.planning.memory import GIB, plan_memory
 from trl_opsd.experimental.planning.workload import Workload
 from trl_opsd.methods import OGLS_SD, OPSD, PURIFIED_OPSD
+from trl_opsd.pages import trainer_of
 
 ROOT = Path(__file__).parents[2]
 LORA = LoraConfig(r=4, target_modules="all-linear")
@@ -136,6 +137,42 @@ def test_the_targets_part_is_the_size_of_the_targets_of_a_batch(
     batch = trainer._generate_and_score_completions([dict(dataset[index]) for index in range(4)])
     real = sum(batch[name].nbytes for name in ("anchor_hidden", "direction_hidden") if name in batch)
     assert bytes_of(plan_memory(footprints[False], args, trainer_class.method), "targets") == real
+
+
+@pytest.mark.parametrize("name", ["pbsd", "egrsd"])
+def test_the_numbers_of_views_that_are_read_are_the_size_of_a_batchs(
+    name, footprints, make_model, make_args, tokenizer, dataset, given_rollouts
+):
+    kind = trainer_of(name)
+    args = make_args(kind.config_class, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    trainer = kind(model=make_model(), args=args, train_dataset=dataset, processing_class=tokenizer)
+    given_rollouts(trainer, texts=("1234567890",))
+    batch = trainer._generate_and_score_completions([dict(dataset[index]) for index in range(4)])
+    parts = [f"{prefix}{part}" for prefix in ("", "extra_") for part in ("view_log_probs", "view_entropies")]
+    plan = plan_memory(footprints[False], args, kind.method)
+    assert bytes_of(plan, "numbers of the views") == sum(batch[part].nbytes for part in parts if part in batch)
+    assert bytes_of(plan, "targets") == 0
+
+
+def test_texts_and_sequences_beside_the_rollouts_are_planned(footprints, make_args):
+    settings = {"max_completion_length": 256, "gradient_checkpointing": False}
+    pairs, alone, written = (
+        plan_memory(
+            footprints[False], make_args(kind.config_class, **settings), kind.method, workload=Workload(50, 200)
+        )
+        for kind in map(trainer_of, ("pbsd", "egrsd", "rcsd"))
+    )
+    assert bytes_of(pairs, "activations") == pytest.approx(2 * bytes_of(alone, "activations"), rel=0.01)
+    assert bytes_of(written, "KV cache") == pytest.approx(bytes_of(alone, "KV cache") * (50 + 200 + 256) / (50 + 256))
+
+
+@pytest.mark.parametrize("name", ["antisd", "sgsd", "pbsd", "sort"])
+def test_the_command_names_what_a_rollout_costs(name, capsys):
+    words = ["--model_name_or_path", "Qwen3-1.7B", "--method", name, "--per_device_train_batch_size", "8"]
+    command.main([*words, "--use_peft"])
+    text = capsys.readouterr().out
+    told = {"antisd": "1 x verdict (read)", "sgsd": "8 x skill (read)", "pbsd": "a second sequence", "sort": "1 x plan"}
+    assert told[name] in text and "numbers of the views that are read" in text
 
 
 def test_settings_that_save_memory_do(footprints, make_args):

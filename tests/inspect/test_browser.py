@@ -340,3 +340,27 @@ def test_a_page_of_the_command_works_for_every_method(browser, tmp_path):
         choose(browser, mode)
         ActionChains(browser).move_to_element(tokens_of(browser)[4]).perform()
         assert "student" in panel(browser) and any(level for level, _ in shown_levels(browser))
+
+
+def test_a_method_without_a_target_shows_its_views_and_what_it_makes_of_them(open_page):
+    """No divergence is offered; the weights of views, numbers of the rollout and the sequence beside it are."""
+    record, beside = random_record(12, WORDS), random_record(9, WORDS, seed=1)
+    for own in (record, beside):
+        own.views = [own.views[0], *(view for view in own.views if view.name in ("plain", "teacher"))]
+        for view in own.views[1:]:
+            view.weight = 0.25
+        sized = own.values["target_ratio"]
+        own.values = {name: list(sized) for name in ("push", "sampled_divergence", "ratio@0", "ratio@1")}
+    record.values["trained"] = [1.0] * 11 + [0.0]
+    record.numbers, beside.is_extra = {"loss of the rollout": -0.5}, True
+    browser = open_page(record, beside)
+    modes = [option.get_attribute("value") for option in browser.find_elements(By.CSS_SELECTOR, "#mode option")]
+    assert modes == ["push", "sampled_divergence", "ratio@0", "ratio@1", "entropy"]
+    headings = [heading.text for heading in browser.find_elements(By.TAG_NAME, "h2")]
+    assert headings == ["Rollout 1", "Sequence beside rollout 1"]
+    assert "loss of the rollout \u22120.5" in browser.find_element(By.CSS_SELECTOR, ".summary").text
+    choose(browser, "ratio@1")
+    ActionChains(browser).move_to_element(tokens_of(browser)[11]).perform()
+    assert "teacher (weight 0.25)" in panel(browser) and "not trained on" in panel(browser)
+    assert "Divergence" not in panel(browser) and "push" in panel(browser)
+    assert not [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]

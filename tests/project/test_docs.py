@@ -12,10 +12,11 @@ from groups import reward_boxed
 
 from trl_opsd import Method, OGLSSDTrainer, OPSDConfig, OPSDGKDConfig, SelfDistillationTrainer, TeacherContext
 from trl_opsd.methods import OGLS_SD
+from trl_opsd.pages import PAGES as PAGES_OF_METHODS
 from trl_opsd.rewards import skip_errors
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES += sorted((ROOT / "recipes").rglob("README.md"))
 
 
@@ -48,6 +49,15 @@ def test_python_snippets_of_the_readme_and_the_docs_run(code, tmp_path):
         code += "\nassert trainer.state.global_step == trainer.args.max_steps == 2\n"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("name", PAGES_OF_METHODS)
+def test_each_method_has_a_page_and_a_row_of_the_choosing_table(name):
+    page = ROOT / "docs" / "methods" / f"{name}.md"
+    assert page.exists()
+    table = (ROOT / "docs" / "methods.md").read_text().split("## Choosing a method")[1].split("\n## ")[0]
+    rows = [line.split("|")[1].strip().lower() for line in table.splitlines() if line.startswith("| ")]
+    assert [row for row in rows if f"(methods/{name}.md)" in row or row.startswith(name.replace("-", " "))], name
 
 
 def test_commands_of_the_readme_exist():

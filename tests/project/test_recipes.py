@@ -182,7 +182,7 @@ def test_a_recipe_of_a_large_batch_makes_it_on_eight_gpus(method, rollouts):
     assert rollouts % recipe["num_generations"] == 0
 
 
-# What the papers print (their sections of docs/methods.md), beside what every recipe has.
+# What the papers print (their pages in docs/methods/), beside what every recipe has.
 PAPERS = {
     "opsd": {
         "divergence": "forward_kl",

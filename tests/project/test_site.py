@@ -62,8 +62,8 @@ def broken_links(folder):
 
 
 def test_every_page_and_every_module_is_there(site):
-    for page in (ROOT / "docs").glob("*.md"):
-        assert (site / "docs" / f"{page.stem}.html").stat().st_size > 500
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert (site / page.relative_to(ROOT)).with_suffix(".html").stat().st_size > 500
     modules = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "trl_opsd").rglob("*.py")]
     public = [path for path in modules if not any(part.startswith("_") for part in path.parts)]
     assert len(public) > 30

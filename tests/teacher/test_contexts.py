@@ -5,7 +5,14 @@ import pytest
 
 from trl_opsd.methods.opsd import privileged_contexts
 from trl_opsd.rows.texts import check_prompt, check_template, fill_template, message_text, rewrite_last_turn
-from trl_opsd.teacher.contexts import REFERENCE_PROMPT_TEMPLATE, TEACHER_PROMPT_TEMPLATE, Rollout, TeacherContext
+from trl_opsd.teacher.contexts import (
+    REFERENCE_PROMPT_TEMPLATE,
+    TEACHER_PROMPT_TEMPLATE,
+    Rollout,
+    TeacherContext,
+    Unused,
+    views_text,
+)
 
 USER = {"role": "user", "content": "2+3=?"}
 
@@ -122,3 +129,9 @@ def test_opsd_gives_each_rollout_its_own_reference_as_the_anchor():
         (TeacherContext("teacher", "first", anchor=1.0, direction=0.0),),
         (TeacherContext("teacher", "second", anchor=1.0, direction=0.0),),
     ]
+
+
+def test_views_are_told_in_a_few_words():
+    skills = [TeacherContext("skill", None, texts=(("skill", text),), read=0.5) for text in "ab"]
+    assert views_text((TeacherContext("plain", None, anchor=1.0), *skills)) == "plain, 2 x skill"
+    assert views_text(Unused("no right peer")) == "no right peer" and views_text(()) == ""

@@ -53,6 +53,12 @@ def load_state(folder: str | Path, rank: int, world: int, device: torch.device) 
     return state["values"], batches
 
 
+def saved_memory(folder: str | Path) -> dict[str, Any] | None:
+    """What the method remembered where a checkpoint was written, the same on every rank; None where it does not say."""
+    file = next(iter(sorted(Path(folder).glob(f"{_STATE}-*.json"))), None)
+    return None if file is None else json.loads(file.read_text())["values"].get("own", {}).get("memory")
+
+
 def save_head(folder: str | Path, fields: Mapping[str, torch.Tensor | float | None]) -> None:
     """Write the fields of a teacher's output head that no longer is any module's, one that is None left out."""
     tensors = {name: torch.as_tensor(value) for name, value in fields.items() if value is not None}

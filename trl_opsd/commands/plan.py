@@ -17,6 +17,7 @@ from trl import get_peft_config
 from ..experimental.planning.footprint import SHAPES, Footprint, load_config, measure_footprint
 from ..experimental.planning.memory import GIB, MemoryPlan, plan_memory
 from ..experimental.planning.workload import ENGINES, Workload
+from ..methods.stand_in import stand_in, work_lines
 from .plan_options import make_parser
 from .train import TRAINERS, parse_as_one_of
 
@@ -51,10 +52,9 @@ def main(arguments: list[str]) -> None:
     print(f"{model_args.model_name_or_path}, {options.method}, {num_gpus} GPUs, {engine}\n")
     print(as_table(run.plan(engine, num_gpus)))
     method = TRAINERS[options.method].method
-    if method.reads_views or method.extras or method.asks:
-        print(
-            "Views that are only read, texts written before scoring and sequences beside the rollouts are not planned.\n"
-        )
+    print("\nOf each rollout, beside sampling it and the student's forward:")
+    for label, text in work_lines(method, args, stand_in(method, args, most=args.num_generations)):
+        print(f"  {label:11}{text}")
     print(verdict(run, engine, num_gpus))
 
 

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """OPSD for scripts of TRL's experimental GKDTrainer: its datasets, its `lmbda`, its sampling; our teacher and loss."""
 
-import os
 import random
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,98 +9,20 @@ from transformers import TrainerCallback
 
 from .._trl.checkpoints import CheckedTrainer
 from .._trl.naming import NamedByMethod
-from .._trl.versions import dict_fields, gkd_classes
 from ..card import describe_run
 from ..losses import OutputHead, Target, token_weights
 from ..methods import OPSD
 from ..monitoring.diagnostics import Diagnostics
 from ..monitoring.guard import ClipWarning
 from ..rows.passes import check_datasets
-from ..settings.fields import check_settings, option
-from ..settings.shared import SelfDistillationSettings
 from ..teacher.contexts import Moment, Rollout
 from ..teacher.states import TargetStates
 from ..trainers.checks import check_fills_a_batch, check_trained, config_of
 from ..trainers.columns import LossColumns
 from ..trainers.scorer import Scorer
 from ..trainers.step_loss import StepLoss
+from .gkd_config import GKDTrainer, NoTeacher, OPSDGKDConfig, refuse_arguments, refuse_fsdp
 from .gkd_rows import IGNORED, MessagesCollator, check_messages
-
-GKDConfig, GKDTrainer = gkd_classes()
-
-# Settings and arguments of GKD that have no meaning here -> what to set instead.
-_OTHER_SETTINGS = {
-    "beta": "divergence ('forward_kl' is their 0, 'reverse_kl' their 1, 'jsd' with mixture_weight what is between)",
-    "seq_kd": "lmbda, and put the text to train on into `messages`",
-    "teacher_model_name_or_path": "teacher_model_kind: the model itself is the teacher",
-    "teacher_model_init_kwargs": "model_init_kwargs: the model itself is the teacher",
-}
-_OTHER_ARGUMENTS = {
-    "teacher_model": "the model itself is the teacher; for another one use TRL's GKDTrainer",
-    "data_collator": "batches carry each row's question and solution; set prompt_template or max_length",
-    "compute_metrics": "there are no logits to give it",
-    "preprocess_logits_for_metrics": "there are no logits to give it",
-    "formatting_func": "give `messages` and `solution`",
-}
-
-
-@dataclass
-class OPSDGKDConfig(SelfDistillationSettings, GKDConfig):
-    """Settings of `OPSDGKDTrainer`: every field of `trl.experimental.gkd.GKDConfig`, and those of teacher and loss.
-
-    The defaults are OPSD's (arXiv 2601.18734, version 3), so `lmbda` is 1; top-p 1 and no top-k are GKDTrainer's own.
-    A mean over tokens is over a micro-batch of all ranks, and the optimizer step takes the mean of those.
-
-    Raises:
-        ValueError: a field outside its range, or one of GKD that has another name here.
-    """
-
-    _rollout_limit = "max_new_tokens"
-    _VALID_DICT_FIELDS = dict_fields(GKDConfig)
-
-    learning_rate: float = option(5e-6, "Initial learning rate of AdamW.")
-    max_grad_norm: float = option(0.1, "Largest gradient norm; larger ones are scaled down.")
-    max_steps: int = option(100, "Optimizer steps. The papers stop early: long runs collapse.")
-    save_steps: float = option(25, "Steps between checkpoints.")
-    per_device_train_batch_size: int = option(4, "Rollouts per device and micro-batch.")
-    gradient_accumulation_steps: int = option(8, "Micro-batches per optimizer step.")
-    max_new_tokens: int = option(1024, "Longest rollout in tokens.")
-    max_length: int | None = option(
-        None, "Tokens of prompt and answer of a row that is not sampled; the answer loses its end. None for all."
-    )
-    lmbda: float = option(
-        1.0, "Chance, in [0, 1], that a micro-batch is sampled; otherwise its `messages` are trained on as they are."
-    )
-    loss_reduction: str = option(
-        "token",
-        "`token`: mean over all tokens of a micro-batch, over ranks; `sequence`: mean of each rollout's mean. An "
-        "optimizer step takes the mean of its micro-batches.",
-    )
-
-    def __post_init__(self):
-        self.read_texts()
-        super().__post_init__()
-        defaults = GKDConfig.__dataclass_fields__
-        for name, instead in _OTHER_SETTINGS.items():
-            if getattr(self, name) != defaults[name].default:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not read by OPSDGKDTrainer. Set {instead}.")
-        check_settings(self)
-
-
-class _NoTeacher(torch.nn.Linear):
-    """In place of the second model that GKDTrainer wants: the vocabulary it compares, and one weight for DeepSpeed."""
-
-    def __init__(self, config: Any):
-        super().__init__(1, 1, bias=False)
-        self.config = config
-
-
-def _refuse_fsdp(args: OPSDGKDConfig) -> None:
-    if getattr(args, "fsdp_plugin", None) is not None or os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise ValueError(
-            "FSDP is not supported by OPSDGKDTrainer: its parent was never run there. Launch with DDP, ZeRO-2 or ZeRO-3, "
-            "or use OPSDTrainer, which trains under FSDP2 too."
-        )
 
 
 class OPSDGKDTrainer(CheckedTrainer, NamedByMethod, GKDTrainer):
@@ -143,16 +63,12 @@ class OPSDGKDTrainer(CheckedTrainer, NamedByMethod, GKDTrainer):
         peft_config=None,
         **others,
     ):
-        for name, value in others.items():
-            if name not in _OTHER_ARGUMENTS:
-                raise TypeError(f"{type(self).__name__} has no argument {name!r}.")
-            if value is not None:
-                raise ValueError(f"{name} is given to {type(self).__name__}: {_OTHER_ARGUMENTS[name]}. Leave it out.")
+        refuse_arguments(type(self).__name__, others)
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args or self.config_class(f"{name.rstrip('/').split('/')[-1] or 'model'}-{self.method.name}")
         if not isinstance(args, self.config_class):
             raise ValueError(f"args is a {type(args).__name__}; give an {self.config_class.__name__}.")
-        _refuse_fsdp(args)
+        refuse_fsdp(args)
         if train_dataset is None:
             raise ValueError("train_dataset is None; give a dataset with the columns `messages` and `solution`.")
         check_datasets(check_messages, train_dataset, eval_dataset)
@@ -160,7 +76,7 @@ class OPSDGKDTrainer(CheckedTrainer, NamedByMethod, GKDTrainer):
             args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
         super().__init__(
             model=model,
-            teacher_model=_NoTeacher(config_of(model, args)),
+            teacher_model=NoTeacher(config_of(model, args)),
             args=args,
             data_collator=list,  # ours needs the tokenizer, which the parent may load
             train_dataset=train_dataset,
@@ -229,11 +145,11 @@ class OPSDGKDTrainer(CheckedTrainer, NamedByMethod, GKDTrainer):
             num_items_in_batch: not read; see the class.
         """
         diagnostics, device = self.diagnostics[self.mode], self.accelerator.device
-        columns, mask, completions = self._distilled(inputs)
+        predicts, mask, completions = self._distilled(inputs)
         with diagnostics.clock("teacher_forward", device):
             target = self._score(inputs, completions, mask)
         with diagnostics.clock("loss", device):
-            function = self._loss_from_states(columns, mask, target)
+            function = self._loss_from_states(predicts, mask, target)
             loss, stats = self.method_loss.in_forward(model, inputs["input_ids"], inputs["attention_mask"], function)
         products = stats.pop("clip_products", None)
         values = {name: value.new_zeros(mask.shape).masked_scatter(mask, value) for name, value in stats.items()}
@@ -243,19 +159,15 @@ class OPSDGKDTrainer(CheckedTrainer, NamedByMethod, GKDTrainer):
     def _distilled(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
         """Where the states that predict distilled tokens are (B, S - 1), the same by place in the rollout (B, D), and
         the rollouts' ids; both masks select the same tokens in the same order."""
-        own = inputs["labels"] != IGNORED
-        args = self.args
+        own, args = inputs["labels"] != IGNORED, self.args
         length = args.distillation_length_at(self.state.global_step if self.mode == "train" else None)
-        skipped = args.num_loss_tokens_to_skip
         completions = [ids[is_own].tolist()[:length] for ids, is_own in zip(inputs["input_ids"], own, strict=True)]
-        place = own.cumsum(dim=1) - 1
-        columns = own & (place >= skipped)
-        if length is not None:
-            columns &= place < length
-        lengths = torch.tensor([len(ids) for ids in completions], device=own.device)
-        places = torch.arange(max(1, *map(len, completions)), device=own.device)
-        mask = (places[None] < lengths[:, None]) & (places[None] >= skipped)
-        return columns[:, 1:], mask, completions
+        width, place = max(1, *map(len, completions)), own.cumsum(dim=1) - 1
+        kept = own & (place >= args.num_loss_tokens_to_skip) & (place < width)
+        rows, columns = kept.nonzero(as_tuple=True)
+        mask = torch.zeros(len(own), width, dtype=torch.bool, device=own.device)
+        mask[rows, place[rows, columns]] = True
+        return kept[:, 1:], mask, completions
 
     def _score(self, inputs: dict[str, Any], completions: list[list[int]], mask: torch.Tensor) -> TargetStates:
         """Teacher hidden states (B, D, H) of the rollouts."""
@@ -272,7 +184,7 @@ class OPSDGKDTrainer(CheckedTrainer, NamedByMethod, GKDTrainer):
         torch.clear_autocast_cache()
         return target
 
-    def _loss_from_states(self, columns: torch.Tensor, mask: torch.Tensor, states: TargetStates):
+    def _loss_from_states(self, predicts: torch.Tensor, mask: torch.Tensor, states: TargetStates):
         items = mask.sum() if self.args.loss_reduction == "token" else mask.any(dim=1).sum()
         items = self.accelerator.reduce(items.float()[None], reduction="sum")[0]
         # Engines average gradients over ranks, so each rank divides by its share of the global count.
@@ -284,9 +196,8 @@ class OPSDGKDTrainer(CheckedTrainer, NamedByMethod, GKDTrainer):
         own = LossColumns.of_divergence(weights[mask])
 
         def function(hidden: torch.Tensor, head: OutputHead):
-            return self.method_loss.of_states(
-                hidden[:, :-1][columns], head, target, own, None, measures_clip=measures_clip
-            )
+            states = hidden[:, :-1][predicts]
+            return self.method_loss.of_states(states, head, target, own, None, measures_clip=measures_clip)
 
         return function
 

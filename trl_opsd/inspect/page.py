@@ -77,7 +77,10 @@ def _rollout(record: RolloutRecord, strings: _Strings, name_of: Callable[[int], 
     return {
         "prompt": prompt_text(record.rollout.prompt),
         "solution": record.rollout.solution,
+        "written": None if record.rollout.written is None else record.rollout.written.text,
         "reward": _reward(record.rollout.reward),
+        "numbers": {name: f"{number:.5g}" for name, number in record.numbers.items()},
+        "isExtra": record.is_extra,
         "ids": record.ids,
         "texts": [strings(text) for text in record.texts],
         "markers": [index for index, flag in enumerate(record.markers) if flag],
@@ -91,6 +94,7 @@ def _view(view: ViewRecord, name_of: Callable[[int], int]) -> dict[str, Any]:
     return {
         "name": view.name,
         "contexts": view.num_contexts,
+        "weight": None if view.weight is None else f"{view.weight:.3g}",
         "logp": _thousandths(view.log_prob),
         "rank": view.rank,
         "entropy": _thousandths(view.entropy),

@@ -4,9 +4,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from ..rewards import accuracy_reward
@@ -14,6 +12,7 @@ from ..rows.texts import Prompt
 from ..teacher.contexts import Rollout
 from .compute import PLAIN, Inspector, student_prompt
 from .records import SampledRollout
+from .sampling import end_tokens, sample
 
 
 def sample_groups(inspector: Inspector, rows: Sequence[dict]) -> Iterator[list[SampledRollout]]:
@@ -23,17 +22,19 @@ def sample_groups(inspector: Inspector, rows: Sequence[dict]) -> Iterator[list[S
         inspector: whose student, tokenizer and sampling settings are used.
         rows: with `prompt` and, where the method needs it, `solution`.
     """
-    settings, tokenizer = inspector.settings, inspector.tokenizer
-    size = settings.num_generations if inspector.method.needs_group else 1
+    settings = inspector.settings
+    size = settings.num_generations if reads_groups(inspector) else 1
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         for row in rows:
             ids = inspector.encode(Rollout(row["prompt"], None, ""), PLAIN)
-            sequences = _generate(inspector.student, ids, size, settings, tokenizer.pad_token_id)
-            yield [
-                _sampled(row["prompt"], row.get("solution"), _until_eos(inspector, sequence), tokenizer)
-                for sequence in sequences
-            ]
+            sequences = sample(inspector.student, ids, size, settings, inspector.tokenizer)
+            yield [_sampled(row, sequence, inspector) for sequence in sequences]
+
+
+def reads_groups(inspector: Inspector) -> bool:
+    """Whether the rollouts of a prompt belong together: the method reads them, or TRL's advantages do."""
+    return inspector.method.needs_group or inspector.settings.reward_weight > 0
 
 
 def saved_groups(inspector: Inspector, path: str | Path, rows: Sequence[dict] | None) -> Iterator[list[SampledRollout]]:
@@ -55,7 +56,8 @@ def saved_groups(inspector: Inspector, path: str | Path, rows: Sequence[dict] | 
     for index, line in enumerate(saved):
         if not {"prompt", "completion"} <= line.keys():
             raise ValueError(f"{file}: row {index} has the columns {sorted(line)}; it needs `prompt` and `completion`.")
-        row = line if line.get("solution") else known.get(_key(line["prompt"]), line)
+        found = known.get(_key(line["prompt"]), {})
+        row = {**found, **line} if line.get("solution") else found or line
         if inspector.method.needs_solution and not row.get("solution"):
             raise ValueError(
                 f"{file}: row {index} has no `solution` and its prompt is not in the dataset. Give the run's "
@@ -63,39 +65,24 @@ def saved_groups(inspector: Inspector, path: str | Path, rows: Sequence[dict] | 
             )
         ids = tokenizer(_text(line["completion"]), add_special_tokens=False)["input_ids"]
         reward = line.get("reward", line.get("accuracy_reward"))
-        sampled = _sampled(row["prompt"], row.get("solution"), ids, tokenizer, reward)
+        sampled = _sampled(row, ids, inspector, reward)
         groups.setdefault((line.get("step"), _key(line["prompt"])), []).append(sampled)
     for group in groups.values():
-        yield from [group] if inspector.method.needs_group else ([sampled] for sampled in group)
+        yield from [group] if reads_groups(inspector) else ([sampled] for sampled in group)
 
 
-def _generate(model, ids: list[int], size: int, settings: Any, pad_id: int) -> list[list[int]]:
-    prompt = torch.tensor([ids], device=model.device)
-    output = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        pad_token_id=pad_id,
-        do_sample=True,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k or 0,
-        max_new_tokens=settings.max_completion_length,
-        num_return_sequences=size,
-    )
-    return output[:, len(ids) :].tolist()
-
-
-def _until_eos(inspector: Inspector, ids: list[int]) -> list[int]:
-    config = inspector.student.generation_config
-    stops = {inspector.tokenizer.eos_token_id, *np.atleast_1d(config.eos_token_id).tolist()}
-    return ids[: next((index + 1 for index, token in enumerate(ids) if token in stops), len(ids))]
-
-
-def _sampled(prompt: Prompt, solution: str | None, ids: list[int], tokenizer, reward=None) -> SampledRollout:
-    text = tokenizer.decode(ids, skip_special_tokens=True)
+def _sampled(row: dict, ids: list[int], inspector: Inspector, reward: float | None = None) -> SampledRollout:
+    text, solution = inspector.tokenizer.decode(ids, skip_special_tokens=True), row.get("solution")
+    missing = [name for name in inspector.method.needs_columns if name not in row]
+    if missing:
+        raise ValueError(
+            f"{inspector.method.name} reads the columns {missing}; give a dataset or a file that has them."
+        )
     if reward is None:
         (reward,) = accuracy_reward([text], [solution])
-    return SampledRollout(Rollout(prompt, solution, text, reward), ids)
+    finished = bool(ids) and ids[-1] in end_tokens(inspector.student, inspector.tokenizer)
+    columns = {name: row.get(name) for name in inspector.method.columns}
+    return SampledRollout(Rollout(row["prompt"], solution, text, reward, len(ids), finished, columns), ids)
 
 
 def _read(path: Path) -> tuple[Path, list[dict]]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`trl-opsd inspect`: models, method and settings as the training command takes them, to one HTML page."""
 
+import copy
 import itertools
 import json
 from collections.abc import Iterable, Iterator
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
 from .._trl.versions import trusts_remote_code
 from ..card import thinking_modes
+from ..checkpoints.state import saved_memory
 from ..commands.arguments import CommandParser, check_writable
 from ..commands.train import TRAINERS, DataArguments, load_rows, parse_as
 from ..settings.data import InspectionSettings
@@ -55,8 +58,8 @@ def run_inspect(arguments: list[str]) -> Path:
     records, num_seen = take_records(inspector, groups, inspect_args.num_rollouts)
     if not records:
         raise ValueError(
-            f"{inspector.method.name} distils none of the {num_seen} rollouts: a method of groups needs right and wrong "
-            "ones. Give other problems or more num_generations."
+            f"{inspector.method.name} reads none of the {num_seen} rollouts: a method of groups needs right and wrong "
+            "ones, and others the columns that they read. Give other problems or more num_generations."
         )
     name = inspector.method.name
     path = write_page(
@@ -66,7 +69,8 @@ def run_inspect(arguments: list[str]) -> Path:
         f"{name}: what the teacher says of each token",
         _facts(inspector, inspect_args, model_args.model_name_or_path),
     )
-    print(f"{path}: {len(records)} of {num_seen} rollouts, {path.stat().st_size / 1e6:.1f} MB")
+    shown = sum(not record.is_extra for record in records)
+    print(f"{path}: {shown} of {num_seen} rollouts, {path.stat().st_size / 1e6:.1f} MB")
     return path
 
 
@@ -85,22 +89,32 @@ def make_inspector(inspect_args: InspectArguments, settings: Any, model_args: Mo
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    step = _trained_steps(own) or settings.max_steps
-    return Inspector(student, teacher, tokenizer, TRAINERS[inspect_args.method].method, settings, step)
+    method = TRAINERS[inspect_args.method].method
+    return Inspector(
+        student,
+        teacher,
+        tokenizer,
+        method,
+        settings,
+        _trained_steps(own) or settings.max_steps,
+        memory=(own and saved_memory(own)) or {},
+        average=_average(own, student) if settings.teacher_model_kind == "ema" else None,
+    )
 
 
 def take_records(
     inspector: Inspector, groups: Iterable[list[SampledRollout]], num_rollouts: int
 ) -> tuple[list[RolloutRecord], int]:
-    """Records of the first rollouts that the method distils, and how many rollouts were looked at for them."""
+    """Records of the first rollouts that the method reads, with those beside them, and how many were looked at for them."""
     records: list[RolloutRecord] = []
     num_seen = 0
     for group in groups:
         num_seen += len(group)
         records += inspector.inspect_group(group)
-        if len(records) >= num_rollouts:
+        if sum(not record.is_extra for record in records) >= num_rollouts:
             break
-    return records[:num_rollouts], num_seen
+    places = [place for place, record in enumerate(records) if not record.is_extra]
+    return records[: places[num_rollouts]] if len(places) > num_rollouts else records, num_seen
 
 
 def _groups(inspector: Inspector, inspect_args: InspectArguments) -> Iterator[list[SampledRollout]]:
@@ -123,10 +137,37 @@ def _load(name: str, model_args: ModelConfig, settings: Any, revision: str | Non
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
+def _average(checkpoint: str | None, student: torch.nn.Module) -> torch.nn.Module | None:
+    """A copy of the student with the moving average that a checkpoint of full fine-tuning holds; None without one."""
+    file = Path(checkpoint or "") / "teacher.safetensors"
+    if checkpoint is None or not file.exists():
+        return None
+    values, known = load_file(file), {name for name, _ in student.named_parameters()}
+    if not values.keys() <= known:  # of an adapter, whose names are PEFT's
+        return None
+    average = copy.deepcopy(student)
+    average.load_state_dict(values, strict=False)
+    return average
+
+
 def _trained_steps(checkpoint: str | None) -> int | None:
     """Optimizer steps of a checkpoint of HF Trainer, None where the folder does not say."""
     state = Path(checkpoint or "") / "trainer_state.json"
     return json.loads(state.read_text())["global_step"] if checkpoint and state.exists() else None
+
+
+def _facts_of_method(inspector: Inspector) -> dict[str, Any]:
+    """Whose weights teach, and what the page cannot know: the memory of a run, the average of its teacher."""
+    kind, method = inspector.settings.teacher_model_kind, inspector.method
+    facts = {"teacher's weights": {"base": "initial", "live": "the student's", "ema": "moving average"}[kind]}
+    if kind == "ema" and inspector.average is None:
+        facts["teacher's weights"] = "initial, in place of a moving average that no checkpoint gave"
+    if method.remember is not None:
+        known = {name: value for name, value in inspector.memory.items() if isinstance(value, int | float)}
+        told = ", ".join(f"{name} {value:.4g}" for name, value in known.items())
+        empty = "empty, as before the first batch: give a run's checkpoint as the student"
+        facts["memory of the method"] = told or ("read from the checkpoint" if inspector.memory else empty)
+    return facts
 
 
 def _facts(inspector: Inspector, inspect_args: InspectArguments, base: str) -> dict[str, Any]:
@@ -136,11 +177,14 @@ def _facts(inspector: Inspector, inspect_args: InspectArguments, base: str) -> d
         "method": inspector.method.name,
         "teacher": Path(base).name,
         "student": Path(inspect_args.student_model_name_or_path or base).name,
-        "divergence": settings.divergence,
-        "clip": f"{settings.clip} {settings.clip_value}" if settings.clip else "none",
+    }
+    if inspector.method.has_target:
+        facts["divergence"] = settings.divergence
+        facts["clip"] = f"{settings.clip} {settings.clip_value}" if settings.clip else "none"
+    facts |= {
         "loss temperature": settings.loss_temperature,
         "thinking of student / teacher": " / ".join(str(thinking[role]) for role in ("student", "teacher")),
-    }
+    } | _facts_of_method(inspector)
     if inspect_args.completions is None:
         return facts | {"rollouts": "sampled from the student for this page"}
     return facts | {"rollouts": f"{Path(inspect_args.completions).name}, tokenized again from their text"}

@@ -17,9 +17,10 @@ class Views:
 
     Attributes:
         student: of the student.
-        anchor, direction: weighted sums of the teacher's views; the direction is None where no view has a weight in it.
+        anchor, direction: weighted sums of the teacher's views; None where no view has a weight in it.
         pools: mean of the views of each name.
         counts: how many views that is.
+        weights: of the views that are read, by name.
         solution: the teacher's view of problem and solution, and of the solution alone; None without a solution.
     """
 
@@ -28,6 +29,7 @@ class Views:
     direction: torch.Tensor | None = None
     pools: dict[str, torch.Tensor] = field(default_factory=dict)
     counts: Counter = field(default_factory=Counter)
+    weights: dict[str, float] = field(default_factory=dict)
     solution: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def add(self, name: str, context: TeacherContext, logits: torch.Tensor) -> None:
@@ -36,6 +38,8 @@ class Views:
             self.anchor = _plus(self.anchor, context.anchor * logits)
         if context.direction:
             self.direction = _plus(self.direction, context.direction * logits)
+        if context.read is not None:
+            self.weights[name] = context.read
         self.counts[name] += 1
         before = self.pools.get(name)
         self.pools[name] = logits if before is None else before + (logits - before) / self.counts[name]
@@ -45,7 +49,7 @@ class Views:
         return replace(
             self,
             student=self.student[rows],
-            anchor=self.anchor[rows],
+            anchor=None if self.anchor is None else self.anchor[rows],
             direction=None if self.direction is None else self.direction[rows],
             pools={name: logits[rows] for name, logits in self.pools.items()},
             solution=None if self.solution is None else tuple(logits[rows] for logits in self.solution),
@@ -53,21 +57,33 @@ class Views:
 
     def target(self, shape: Shape) -> torch.Tensor:
         """Logits (T, V) of the target: anchor + shape(direction)."""
-        return self.anchor + shape(self.direction) if shape.uses_direction else self.anchor
+        if not shape.uses_direction:
+            return self.anchor
+        known = {"anchor_logits": self.anchor} if getattr(shape, "reads_anchor", False) else {}
+        return self.anchor + shape(self.direction, **known)
 
 
 def pool_names(contexts: Sequence[TeacherContext]) -> list[str]:
-    """Name of the pool of each context: its template, with a sign where a template is added and subtracted."""
+    """Name of the pool of each context.
+
+    It is the template, with a sign where a template is added and subtracted, with a number where it is read several times,
+    and with the weights that read it where they are not the teacher's.
+    """
     signs: dict[str, set[bool]] = {}
     for context in contexts:
         if context.direction:
             signs.setdefault(context.template, set()).add(context.direction > 0)
-    return [
-        f"{context.template} {'+' if context.direction > 0 else '-'}"
-        if context.direction and len(signs[context.template]) > 1
-        else context.template
-        for context in contexts
-    ]
+    reads = Counter(context.template for context in contexts if context.read is not None)
+    names, seen = [], Counter()
+    for context in contexts:
+        name = context.template
+        if context.direction and len(signs[name]) > 1:
+            name += " +" if context.direction > 0 else " -"
+        if context.read is not None and reads[context.template] > 1:
+            seen[context.template] += 1
+            name += f" {seen[context.template]}"
+        names.append(name if context.weights == "teacher" else f"{name} ({context.weights})")
+    return names
 
 
 def _plus(total: torch.Tensor | None, term: torch.Tensor) -> torch.Tensor:

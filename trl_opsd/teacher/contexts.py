@@ -7,6 +7,7 @@ what is kept of it are two numbers a token. A rollout without a view is not trai
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -163,3 +164,10 @@ class Counted(tuple):
 
 Contexts = tuple[TeacherContext, ...]
 ContextRule = Callable[[Sequence[Rollout], Any, Moment], list[Contexts]]
+
+
+def views_text(contexts: Contexts) -> str:
+    """What reads a rollout, in a few words: its templates, a number before one that is read several times, or why none does."""
+    counts = Counter(context.template for context in contexts)
+    told = ", ".join(name if count == 1 else f"{count} x {name}" for name, count in counts.items())
+    return told or getattr(contexts, "reason", "")

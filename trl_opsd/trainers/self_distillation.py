@@ -25,7 +25,7 @@ from ..monitoring.accuracy_guard import AccuracyGuard
 from ..monitoring.diagnostics import Diagnostics
 from ..monitoring.guard import LIMITS, ClipWarning, CollapseGuard, TeacherWarning
 from ..rewards import guard_rewards, skips_errors
-from ..teacher.contexts import Moment
+from ..teacher.contexts import Moment, views_text
 from ..teacher.states import offload_states, read_target
 from .checks import (
     check_fills_a_batch,
@@ -448,6 +448,7 @@ class SelfDistillationTrainer(RolloutTrainer):
         self.add_table_column("divergence", [float("nan")] * len(markers))
         self.add_table_column("reflection_markers", markers)
         self.add_table_column("solution_shortened", own.shortened)
+        self.add_table_column("teacher_views", [views_text(contexts) for contexts in own.contexts])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log TRL's numbers and ours; collective."""

@@ -13,6 +13,8 @@ from trl import get_peft_config
 from ...card import thinking_modes
 from ...experimental.planning.memory import GIB
 from ...experimental.planning.workload import Workload
+from ...methods import Method
+from ...methods.stand_in import stand_in, work_lines
 from ..arguments import given_value, option_value, read_command_line
 from ..launch import accelerate_config_path
 from ..plan import Planned, read_engine
@@ -33,8 +35,10 @@ def num_processes(arguments: Sequence[str], name: str) -> int:
     return int(given or os.environ.get("WORLD_SIZE", 1))
 
 
-def run_facts(args: Any, processes: int, dataset_size: int | None) -> list[tuple[str, str]]:
-    """Thinking, batch, steps and loss, a line each."""
+def run_facts(
+    args: Any, processes: int, dataset_size: int | None, method: Method, row: dict[str, Any]
+) -> list[tuple[str, str]]:
+    """Thinking, batch, steps, loss, and what is read and written of a rollout of `row`, a line each."""
     modes = {role: _THINKING[mode] for role, mode in thinking_modes(args).items()}
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     generated = args.per_device_train_batch_size * args.steps_per_generation * processes
@@ -43,6 +47,7 @@ def run_facts(args: Any, processes: int, dataset_size: int | None) -> list[tuple
         epochs = args.max_steps * step / args.num_generations / dataset_size
         steps += f", {epochs:.2g} epochs of {dataset_size} rows"
     clip = f"clip {args.clip} {args.clip_value}" if args.clip else "no clip"
+    measured = f"{args.divergence}, {clip}, " if method.has_target else ""
     distilled, horizon = str(args.distillation_length_at(None) or args.max_completion_length), args.horizon()
     if horizon is not None:
         distilled = f"{horizon.start} to {distilled} (over {horizon.steps} steps)"
@@ -62,7 +67,8 @@ def run_facts(args: Any, processes: int, dataset_size: int | None) -> list[tuple
             "rollouts",
             f"up to {args.max_completion_length} tokens at temperature {args.temperature}; first {distilled} distilled",
         ),
-        ("loss", f"{args.divergence}, {clip}, temperature {args.loss_temperature}; teacher {args.teacher_model_kind}"),
+        ("loss", f"{measured}temperature {args.loss_temperature}; teacher {args.teacher_model_kind}"),
+        *work_lines(method, args, stand_in(method, args, row)),
     ]
 
 

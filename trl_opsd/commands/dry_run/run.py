@@ -13,7 +13,7 @@ from ...methods import Method
 from ...model.checks import check_model_config
 from ...rows.checks import check_rows
 from ...teacher.prompts import TeacherCollator
-from ...trainers.checks import check_fills_a_batch
+from ...trainers.checks import check_columns, check_fills_a_batch
 from ...verification import warn_of_golds, which_verify
 from ..train import TRAINERS, load_rows, parse_as_one_of
 from ..user_errors import sentence_of
@@ -51,6 +51,7 @@ def _report(name: str, arguments: Sequence[str], num_rows: int) -> list[str]:
     script_args, args, model_args = parse_as_one_of(processes, name, arguments, *_NEUTRAL)
     method = TRAINERS[name].method
     rows = load_rows(script_args, script_args.dataset_train_split)
+    check_columns(method, rows, "train_dataset")
     check_fills_a_batch(args, rows)
     size = len(rows) if hasattr(rows, "__len__") else None
     rows = list(itertools.islice(rows, max(num_rows, _ROWS_READ)))
@@ -60,8 +61,8 @@ def _report(name: str, arguments: Sequence[str], num_rows: int) -> list[str]:
     collator = TeacherCollator.from_settings(tokenizer, args, templates=method.templates(args))
     views = [views_of(row, method, args, collator) for row in rows]
     print(f"{method.name} on {model_args.model_name_or_path}, data {script_args.dataset_name}\n")
-    facts = run_facts(args, processes, size) + model_facts(config, model_args, views, args, name, arguments)
-    for label, text in facts:
+    facts = run_facts(args, processes, size, method, rows[0])
+    for label, text in facts + model_facts(config, model_args, views, args, name, arguments):
         print(f"  {label:11}{text}")
     for index in range(min(num_rows, len(rows))):
         print(f"\n--- row {index} " + "-" * 60)
@@ -108,11 +109,12 @@ def find_mismatches(
     if method.needs_reward or args.reward_weight > 0:
         _require_verifiable(method, solutions, args.verifier)
         threshold = getattr(args, "reward_threshold", 0.5)
+        in_groups = method.needs_group or args.reward_weight > 0  # else each rollout is right or wrong by itself
         found.append(
             mismatches.check_reward_splits(
                 solutions,
                 threshold=threshold,
-                num_generations=args.num_generations if method.needs_group or args.reward_weight > 0 else None,
+                num_generations=args.num_generations if in_groups else None,
                 temperature=args.temperature,
                 verifier=args.verifier,
             )

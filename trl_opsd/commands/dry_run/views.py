@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A row's prompts as training renders them, and what stands at the boundary to the rollout."""
 
-import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ...methods import Method
+from ...methods.stand_in import context_name, stand_in
 from ...rows.texts import fill_template, rewrite_last_turn
-from ...teacher.contexts import Moment, Rollout, TeacherContext, Written
+from ...teacher.contexts import TeacherContext
 from ...teacher.prompts import TeacherCollator, left_pad
 
 _BOUNDARY = 4  # tokens shown on each side
 _STAND_IN = 32  # tokens of a solution that stand in for a rollout
-_WRITTEN = Written("(what the model writes first stands here)", [])
 
 
 @dataclass(frozen=True)
@@ -23,10 +22,11 @@ class View:
     """One rendered prompt of a row: the student's, or one that the teacher reads.
 
     Attributes:
-        name: "student", or template and weight of a teacher's view.
+        name: "student", or template and weight of a teacher's view, or what else is read or answered.
         ids: its tokens.
         shortened: its solution lost text to the budget.
-        is_target: it is the target itself, not a direction whose views cancel where they agree, nor the plain prompt.
+        is_target: it is the target itself or read beside the student, not a direction whose views cancel where they
+            agree, nor the plain prompt.
     """
 
     name: str
@@ -46,27 +46,20 @@ def views_of(row: dict[str, Any], method: Method, args: Any, collator: TeacherCo
     views = [View("student", collator.encode(student_prompt, TeacherContext("plain", None)).ids)]
     for name, context in _contexts(row, method, args):
         encoded = collator.encode(student_prompt if context.template == "plain" else prompt, context)
-        is_target = bool(context.anchor) and context.template != "plain"
+        is_target = bool(context.anchor or context.read is not None) and context.template != "plain"
         views.append(View(name, encoded.ids, encoded.shortened, is_target))
     return views
 
 
 def _contexts(row: dict[str, Any], method: Method, args: Any) -> Iterator[tuple[str, TeacherContext]]:
-    """Contexts of a stand-in group: the solution is a right rollout, an answer that is wrong the others."""
-    solution, columns = row.get("solution"), {name: row.get(name) for name in method.columns}
-    group = [Rollout(row["prompt"], solution, "\\boxed{?}", 0.0, columns=columns)]
-    if method.needs_group:
-        group.insert(0, Rollout(row["prompt"], solution, solution or "a right rollout", 1.0, columns=columns))
-    moment = Moment(random.Random(0))
-    group = method.noted(group, args, moment)
-    asked = None if method.asks is None else method.asks(group[-1], args)
-    if asked is not None:
-        yield f"{asked.template} (answered by the model first)", asked
-        group = [replace(rollout, written=_WRITTEN) for rollout in group]
-    contexts = method.contexts(group, args, moment)[-1]
-    for context in dict.fromkeys(contexts):
-        kind = "read" if context.read is not None else "anchor" if context.anchor else "direction"
-        yield f"{context.template} ({kind} {getattr(context, kind):+.2g})", context
+    """What is read of stand-in rollouts: the solution is a right one, an answer without a number a wrong one."""
+    found = stand_in(method, args, row)
+    if found.request is not None:
+        yield f"{found.request.template} (the model answers it before scoring)", found.request
+    for kind, context in found.views:
+        yield context_name(context) + (f", of a {kind} rollout" if method.needs_group else ""), context
+    for context in found.extra.contexts if found.extra is not None else ():
+        yield f"{context_name(context)}, of the sequence beside the rollout", context
 
 
 def row_lines(views: list[View], row: dict[str, Any], tokenizer: Any) -> Iterator[str]:

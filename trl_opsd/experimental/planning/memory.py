@@ -5,15 +5,15 @@ Some parts are there all the time, the others belong to one phase of a step: sam
 forward and backward of a micro-batch. The peak is what is always there and the largest phase.
 """
 
-import random
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ...losses import LinearShape
 from ...losses.projection import WIDENED_ROWS
 from ...losses.tiles import BLOCK_BYTES, MIN_TILE_TOKENS, TILE_BYTES
 from ...methods import Method
-from ...teacher.contexts import Moment, Rollout
+from ...methods.stand_in import StandIn, stand_in
 from ...teacher.states import waits_in_host_memory
 from ...trainers.self_distillation import DECOMPOSED_ROLLOUTS
 from .footprint import Footprint
@@ -144,26 +144,36 @@ class _Run:
     def uses_direction(self) -> bool:
         return self.method.shape(self.args, 0).uses_direction
 
+    @cached_property
+    def read(self) -> StandIn:
+        """What the method says of stand-in rollouts of whole groups."""
+        return stand_in(self.method, self.args, most=self.args.num_generations)
+
     @property
     def num_views(self) -> int:
-        """Teacher contexts of a rollout at most: the method is asked about every group."""
-        size, most = self.args.num_generations, 1
-        for num_right in range(size + 1) if self.method.needs_reward else (0,):
-            rewards = [float(index < num_right) for index in range(size)]
-            group = [Rollout("", "solution", str(index), reward) for index, reward in enumerate(rewards)]
-            for views in self.method.contexts(group, self.args, Moment(random.Random(0))):
-                most = max(most, len(views))
-        return most
+        """Teacher contexts of a rollout at most, those of the sequence beside it among them; 1 where there is none."""
+        beside = 0 if self.read.extra is None else len(self.read.extra.contexts)
+        return max(1, len(self.read.most) + beside)
 
     @property
     def num_states(self) -> int:
-        """Hidden states that a target holds for each position."""
-        return 1 + self.uses_direction
+        """Hidden states that a target holds for each position; none where views are only read."""
+        return self.method.has_target * (1 + self.uses_direction)
+
+    @property
+    def beside(self) -> int:
+        """Tokens of the sequence that is trained on beside a rollout, 0 without."""
+        return 0 if self.read.extra is None else self.args.max_completion_length
+
+    @property
+    def written(self) -> int:
+        """Tokens of the text that the model writes before scoring, 0 without."""
+        return 0 if self.read.request is None else self.args.max_completion_length
 
     @property
     def context(self) -> int:
         """Tokens of the longest teacher prompt."""
-        inserted = self.workload.solution
+        inserted = self.workload.solution + (0 if self.beside else self.written)  # it is read, or trained on
         if self.method.needs_group:
             inserted = max(
                 inserted, getattr(self.args, "max_rollout_context_length", None) or self.args.max_completion_length
@@ -193,6 +203,7 @@ class _Run:
             Part("optimizer states", "always", trained * per_parameter / shards),
             Part("teacher's weights", "always", self._teacher_weights()),
             Part("targets: anchor and direction", "always", states),
+            Part("numbers of the views that are read", "always", self._numbers()),
             Part("vLLM", "always", self.args.vllm_gpu_memory_utilization * self.gpu_bytes if colocated else 0),
         ]
 
@@ -200,9 +211,17 @@ class _Run:
         kind = self.args.teacher_model_kind
         copy_bytes = 4 if kind == "ema" else 2 if self.engine == "zero3" else self.model.adapter_bytes
         copied = 0 if kind == "live" or (kind == "base" and not self.model.head_trains) else self.model.trainable
+        owners = [owner for owner in self.method.owners(self.args) if owner != kind]  # of weights beside the teacher's
+        copied += self.model.trainable * (owners.count("base") if self.model.head_trains else 0)
         copied = copied * copy_bytes / (self.num_gpus if self.engine == "zero3" else 1)
         head = self.head_entries * 2 if self.model.head_trains and self.splits_weights else 0
         return copied + head
+
+    def _numbers(self) -> float:
+        """Log-probability and entropy of each token under each view that is read."""
+        if not self.method.reads_views:
+            return 0
+        return self.rows * self.num_views * max(self.distilled, self.beside) * 2 * 4
 
     def _gathered(self) -> float:
         """Parameters that are whole while a forward runs, where the engine splits them."""
@@ -217,10 +236,11 @@ class _Run:
     def sampling(self) -> list[Part]:
         if self.args.use_vllm:
             return []
-        model, length = self.model, self.workload.prompt + self.args.max_completion_length
+        model, prompt = self.model, self.workload.prompt + (self.workload.solution if self.written else 0)
+        length = prompt + self.args.max_completion_length
         whole = self.engine == "zero3" and self.args.ds3_gather_for_generation
         logits = self.rows * model.head[0] * 32  # scores, sorted with their indices, probabilities, their sums
-        prefill = model.running.at(self.rows, self.workload.prompt)
+        prefill = model.running.at(self.rows, prompt)
         return [
             Part("gathered weights", "sampling", 2 * model.parameters if whole else self._gathered()),
             Part("KV cache", "sampling", self.rows * length * model.cache),
@@ -228,7 +248,7 @@ class _Run:
         ]
 
     def scoring(self) -> list[Part]:
-        model, job = self.model, self.context + self.distilled
+        model, job = self.model, self.context + max(self.distilled, self.beside)
         tokens = max(job, min(self.args.teacher_tokens_per_forward, self.rows * self.num_views * job))
         shared = self.method.needs_group
         forward = model.running.at(tokens / job, self.distilled if shared else job, job)
@@ -256,8 +276,8 @@ class _Run:
         )
 
     def training(self) -> list[Part]:
-        model, length = self.model, self.workload.prompt + self.distilled
-        size = self.args.per_device_train_batch_size
+        model, length = self.model, self.workload.prompt + max(self.distilled, self.beside)
+        size = self.args.per_device_train_batch_size * (2 if self.beside else 1)
         kept = model.saved_rest.at(size, length)
         if self.args.gradient_checkpointing:
             kept += model.saved_layer.at(size, length)
@@ -276,14 +296,14 @@ class _Run:
 
     def _states(self) -> float:
         """Student's states and their gradient in float32, the micro-batch's rows of the targets."""
-        positions = self.args.per_device_train_batch_size * self.distilled
+        positions = self.args.per_device_train_batch_size * (self.distilled + self.beside)
         return positions * self.model.head[1] * (4 + 2 * self.model.hidden_bytes + 4 * self.num_states)
 
     def _tiles(self) -> float:
         model, (vocabulary, hidden) = self.model, self.model.head
-        positions = self.args.per_device_train_batch_size * self.distilled
+        positions = self.args.per_device_train_batch_size * (self.distilled + self.beside)
         shape = self.method.shape(self.args, 0)
-        num_tiles = 2 + (self.uses_direction and not isinstance(shape, LinearShape))
+        num_tiles = 1 + self.method.has_target + (self.uses_direction and not isinstance(shape, LinearShape))
         step = min(positions, max(MIN_TILE_TOKENS, TILE_BYTES[self.device] // (4 * vocabulary)))
         tiles = step * vocabulary * (4 * num_tiles + (2 if self.device == "cuda" else 0))
         blocks = 8 * min(BLOCK_BYTES[self.device], step * vocabulary * 4)

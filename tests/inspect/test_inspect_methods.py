@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the inspector shows of a method is what the trainer's own step computes of the same rollouts, one method of each kind.
+
+The trainer's rules are recorded while it takes a step; the inspector reads the same rollouts with the same weights, dense.
+"""
+
+import copy
+import json
+import re
+from collections import defaultdict
+from dataclasses import replace
+
+import pytest
+import torch
+from datasets import Dataset
+from groups import bare, reward_boxed
+from pages import moved
+from steps import loss_of_rows
+from trl import ModelConfig
+
+from trl_opsd.commands.train import parse_as
+from trl_opsd.inspect.compute import Inspector
+from trl_opsd.inspect.page import page_payload
+from trl_opsd.inspect.records import SampledRollout
+from trl_opsd.inspect.rules import group_advantages
+from trl_opsd.inspect.run import InspectArguments, make_inspector, run_inspect
+from trl_opsd.inspect.views import pool_names
+from trl_opsd.pages import trainer_of
+from trl_opsd.teacher.contexts import TeacherContext
+
+TEXTS = ("so \\boxed{3}", "wait, 10 it is", "a", "it is \\boxed{10} then")
+WRONG = ("wait, 10 it is", "a", "no", "5")
+COLUMNS = {"skills": ["Add in pairs.", "Do not guess."], "skill_scores": [0.5, 0.1], "plan": "add the numbers"}
+GROUPS = {"num_generations": 4, "max_completion_length": 24}
+HOT = {"temperature": 1.2}
+
+
+class Step:
+    """A step of a method's trainer on one group, with what its rules gave, and an inspector of the same weights."""
+
+    def __init__(self, trainer, method, recorded, rows):
+        self.trainer, self.recorded = trainer, recorded
+        first = bare(trainer).eval()
+        moved(trainer)
+        student = bare(trainer).eval()
+        self.loss, self.batch = loss_of_rows(trainer, rows)
+        self.order = self.batch["rollout_index"].tolist()
+        args = trainer.args
+        self.inspector = Inspector(student, first, trainer.tokenizer, method, args, 0, memory=dict(trainer.memory))
+        own = trainer._batch
+        group = [SampledRollout(rollout, ids) for rollout, ids in zip(own.rollouts, own.ids, strict=True)]
+        self.records = self.inspector.inspect_group(group)
+
+    def row_of(self, record):
+        """The place of a record's rollout in the batch."""
+        texts = [rollout.completion for rollout in self.trainer._batch.rollouts]
+        return self.order.index(texts.index(record.rollout.completion))
+
+
+@pytest.fixture
+def step(make_model, make_args, dataset, tokenizer, monkeypatch):
+    """A function that takes a step of a method whose rules are recorded."""
+
+    def take(name, texts=TEXTS, **settings):
+        kind, recorded = trainer_of(name), defaultdict(list)
+
+        def record(rule):
+            function = getattr(kind.method, rule)
+
+            def recorder(facts, settings, moment):
+                result = function(facts, settings, moment)
+                recorded[rule].append((facts, result.detach()))
+                return result
+
+            return recorder
+
+        rules = [rule for rule in ("token_weight", "loss", "advantages") if getattr(kind.method, rule) is not None]
+        method = replace(kind.method, **{rule: record(rule) for rule in rules})
+        size = settings.get("num_generations", 1)
+        rows = Dataset.from_list([{**row, **COLUMNS} for row in dataset])
+        trainer = type("Recorded", (kind,), {"method": method})(
+            model=make_model(torch.float64),
+            reward_funcs=reward_boxed,
+            args=make_args(kind.config_class, **settings),
+            train_dataset=rows,
+            processing_class=copy.deepcopy(tokenizer),
+        )
+
+        def sample(prompt_ids, *args, **kwargs):
+            ids = [tokenizer(texts[i % 4], add_special_tokens=False)["input_ids"] for i in range(len(prompt_ids))]
+            return [[*one, tokenizer.eos_token_id][: trainer.max_completion_length] for one in ids], None
+
+        monkeypatch.setattr(trainer, "_generate_single_turn", sample)
+        group = [rows[2]] * size if size > 1 else [rows[2], rows[5]] * 2
+        return Step(trainer, kind.method, recorded, group)
+
+    return take
+
+
+def close(numbers, expected):
+    torch.testing.assert_close(torch.as_tensor(numbers, dtype=torch.float64), expected.double(), atol=1e-5, rtol=1e-5)
+
+
+def by_row(step, choose):
+    """What is chosen of the facts and the weights of each tile, as rows (B, D)."""
+    shape = step.batch["distillation_mask"].shape
+    flat = torch.zeros(shape.numel(), dtype=torch.float64)
+    flat[step.batch["distilled_positions"]] = torch.cat(
+        [choose(*tile).double() for tile in step.recorded["token_weight"]]
+    )
+    return flat.view(shape)
+
+
+@pytest.mark.parametrize("name", ["sdpo", "demopsd"])
+def test_a_weighed_divergence_is_the_trainers(step, name):
+    taken = step(name, **GROUPS, **HOT, support_size=20)
+    divergences, weights = (by_row(taken, choose) for choose in (lambda facts, _: facts.divergence, lambda _, own: own))
+    total = 0.0
+    assert len(taken.records) == 4
+    for record in taken.records:
+        row, length = taken.row_of(record), len(record.ids)
+        close(record.values["divergence"], divergences[row, :length])
+        close(record.values["weight"], weights[row, :length])
+        close(record.values["term"], (weights * divergences)[row, :length])
+        total += sum(record.values["term"])
+    assert total / taken.batch["num_loss_items"].item() == pytest.approx(taken.loss.item(), rel=1e-5)
+    names = [view.name for view in taken.records[0].views]
+    assert names[:2] == ["student", "target"] and ("peer" if name == "sdpo" else "teacher") in names
+
+
+def test_views_of_other_weights_and_several_that_are_read_have_names_of_their_own():
+    shares = [TeacherContext("peer", "x", anchor=1.0, weights=owner) for owner in ("base", "live")]
+    assert pool_names(shares) == ["peer (base)", "peer (live)"]
+    skills = [TeacherContext("skill", None, texts=(("skill", text),), read=0.5) for text in "ab"]
+    assert pool_names(skills) == ["skill 1", "skill 2"]
+    assert pool_names(skills[:1]) == ["skill"]
+
+
+def test_advantages_and_the_read_view_are_the_trainers(step):
+    taken = step("antisd", **GROUPS, **HOT, ascent_strength=2.0, gate_warmup_batches=0)
+    (facts, advantages), used = taken.recorded["advantages"][0], 0
+    for record in taken.records:
+        row, length = taken.row_of(record), len(record.ids)
+        close(record.values["advantage"], advantages[row, :length])
+        (view,) = [view for view in record.views if view.weight is not None]
+        close(view.log_prob, facts.given["view_log_probs"][0, row, :length])
+        close(view.entropy, facts.given["view_entropies"][0, row, :length])
+        close(record.values["ratio@0"], (facts.given["view_log_probs"][0] - facts.log_prob)[row, :length])
+        assert record.numbers["advantage of TRL"] == pytest.approx(facts.given["advantage"][row, 0].item(), abs=1e-5)
+        assert "divergence" not in record.values and view.name == "verdict"
+        used += 1
+    assert used == 4 and taken.inspector.memory["ascends"] == 1.0
+
+
+def test_without_the_memory_of_a_run_the_gate_does_not_act(step):
+    taken = step("antisd", **GROUPS, ascent_strength=2.0, gate_warmup_batches=0)
+    group = [SampledRollout(record.rollout, record.ids) for record in taken.records]
+    fresh = replace(taken.inspector, memory={}).inspect_group(group)
+    for record in fresh:
+        close(record.values["advantage"], torch.full((len(record.ids),), record.numbers["advantage of TRL"]))
+
+
+def test_a_term_of_a_loss_and_its_push_are_the_trainers(step):
+    taken = step("egrsd", max_completion_length=24, **HOT)
+    (_, terms), *_ = taken.recorded["loss"]
+    texts = [rollout.completion for rollout in taken.trainer._batch.rollouts]
+    single = [
+        SampledRollout(rollout, ids)
+        for rollout, ids in zip(taken.trainer._batch.rollouts, taken.trainer._batch.ids, strict=True)
+    ]
+    total = 0.0
+    for place, sampled in enumerate(single):
+        (record,) = taken.inspector.inspect_group([sampled])
+        row, length = taken.order.index(place), len(record.ids)
+        close(record.values["term"], terms[row, :length])
+        total += sum(record.values["term"])
+        own = torch.tensor(record.views[0].log_prob, dtype=torch.float64)
+        close(torch.tensor(record.values["push"]) * own, -terms[row, :length])  # the term is linear in log q
+    assert total / taken.batch["num_loss_items"].item() == pytest.approx(taken.loss.item(), rel=1e-5)
+    assert len(set(texts)) == 4
+
+
+def test_a_loss_of_the_rollout_and_its_views_are_the_trainers(step):
+    taken = step("sgsd", max_completion_length=24)
+    (facts, losses), *_ = taken.recorded["loss"]
+    for place, (rollout, ids) in enumerate(zip(taken.trainer._batch.rollouts, taken.trainer._batch.ids, strict=True)):
+        (record,) = taken.inspector.inspect_group([SampledRollout(rollout, ids)])
+        row = taken.order.index(place)
+        assert record.numbers["loss of the rollout"] == pytest.approx(losses[row].item(), abs=1e-5)
+        read = [view for view in record.views if view.weight is not None]
+        assert [view.name for view in read] == ["skill 1", "skill 2"]
+        for k, view in enumerate(read):
+            assert view.weight == pytest.approx(facts.given["view_weights"][k, row, 0].item())
+            close(view.log_prob, facts.given["view_log_probs"][k, row, : len(ids)])
+        ended = record.values["trained"]
+        assert ended[-1] == 0.0 and record.values["push"][-1] == 0.0, "the end token is never trained on"
+
+
+def test_the_sequence_beside_a_rollout_is_shown_with_its_push(step):
+    taken = step("sort", texts=WRONG, **GROUPS, repair_weight=0.7)
+    (facts, losses), *_ = taken.recorded["loss"]
+    rollout, beside = taken.records
+    row = taken.row_of(rollout)
+    assert rollout.numbers["loss of the rollout"] == pytest.approx(losses[row].item(), abs=1e-5)
+    assert losses[row] > 0 and beside.is_extra and not rollout.is_extra
+    length = len(beside.ids)
+    close(beside.views[0].log_prob, facts.extra.log_prob[row, :length])
+    (view,) = [view for view in beside.views if view.weight is not None]
+    close(view.log_prob, facts.extra.given["view_log_probs"][0, row, :length])
+    weight = (0.5 * (torch.tensor(view.log_prob) + torch.tensor(beside.views[0].log_prob))).exp()
+    close(beside.values["push"], 0.7 * weight)  # of the mean over tokens, times their number
+
+
+def test_what_the_model_writes_is_sampled_for_the_page(step):
+    taken = step("pbsd", max_completion_length=24)
+    rollout = replace(taken.trainer._batch.rollouts[0], written=None)
+    record, beside = taken.inspector.inspect_group([SampledRollout(rollout, taken.trainer._batch.ids[0])])
+    assert record.rollout.written.ids[:24] == beside.ids
+    payload = page_payload([record, beside], str, "t", {})
+    assert payload["rollouts"][0]["written"] == record.rollout.written.text
+    assert payload["rollouts"][1]["isExtra"]
+    assert "loss of the rollout" in payload["rollouts"][0]["numbers"]
+
+
+def test_marks_reach_the_rules_and_the_page(step):
+    taken = step("egrsd", max_completion_length=24)
+    method = replace(
+        taken.trainer.method,
+        marks=lambda group, settings, moment: [[float(end) for end in rollout.token_ends] for rollout in group],
+        loss=lambda facts, settings, moment: facts.given["mark"] * facts.log_prob,
+    )
+    inspector = replace(taken.inspector, method=method)
+    (record,) = inspector.inspect_group([SampledRollout(taken.trainer._batch.rollouts[0], taken.trainer._batch.ids[0])])
+    close(record.values["push"], -torch.tensor(record.values["mark"]))
+    assert record.values["mark"][0] > 0
+
+
+@pytest.mark.parametrize("scale", ["group", "none"])
+def test_advantages_of_a_group_are_trls(make_args, scale):
+    from trl_opsd.trainers.antisd import AntiSDConfig
+
+    args = make_args(AntiSDConfig, num_generations=4, scale_rewards=scale, reward_weight=2.0)
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.5])
+    expected = 2 * (rewards - rewards.mean()) / (rewards.std() + 1e-4 if scale == "group" else 1.0)
+    close(group_advantages(rewards.tolist(), args), expected)
+    assert group_advantages([1.0, None, 0.0, None], args)[1] == 0.0
+    assert group_advantages([1.0], args) == [0.0]
+
+
+@pytest.mark.parametrize("name", ["antisd", "sdpo"])
+def test_memory_and_moving_average_of_a_run_are_read_from_its_checkpoint(name, step, tmp_path, tokenizer):
+    run, base, page = tmp_path / "run", tmp_path / "base", tmp_path / "page.html"
+    settings = {
+        "output_dir": str(run),
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 1,
+        "learning_rate": 1e-2,
+    }
+    taken = step(name, **GROUPS, **settings)
+    trainer = taken.trainer
+    taken.inspector.teacher.float().save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    trainer.train()
+    words = ["--method", name, "--model_name_or_path", str(base), "--output_dir", str(tmp_path / "x")]
+    words += ["--num_generations", "4", "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4"]
+    words += ["--student_model_name_or_path", str(run / "checkpoint-1"), "--max_completion_length", "24"]
+    rows = [
+        {"prompt": [{"role": "user", "content": "1+2=?"}], "completion": text, "solution": "\\boxed{3}"}
+        for text in TEXTS
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words += ["--completions", str(tmp_path / "rows.jsonl"), "--output", str(page)]
+    types = (InspectArguments, trainer_of(name).config_class, ModelConfig)
+    made = make_inspector(*parse_as(types, "inspect", ["--bf16", "false", *words]))
+    if name == "antisd":
+        assert made.memory == trainer.memory and made.memory["warmup"]
+    else:
+        own, values = dict(made.average.named_parameters()), trainer.teacher.values
+        assert all(torch.allclose(own[key], value.float()) for key, value in values.items())
+        assert not torch.equal(own["lm_head.weight"], made.student.lm_head.weight)
+    run_inspect(words)
+    (text,) = re.findall(r'id="payload">(.*?)</script>', page.read_text(), re.DOTALL)
+    facts = json.loads(text)["facts"]
+    assert ("memory of the method" in facts) is (name == "antisd")
+    assert facts["teacher's weights"] == {"antisd": "the student's", "sdpo": "moving average"}[name]

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a method would read, from stand-in rollouts: for commands that have rows but no model, or neither, and for the card."""
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Written
+from .base import Extra, Method
+
+# Values of columns where there is no row, as long as what a method reads of them at most; other columns are a text.
+COLUMNS: Mapping[str, Any] = {
+    "skills": [f"skill {k}" for k in range(64)],
+    "skill_scores": None,
+    "rubric": ["criterion"],
+}
+_WRITTEN = Written("(what the model writes)", [])
+_LARGEST = 4
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """What a method says of stand-in rollouts.
+
+    Attributes:
+        request: the context that the model answers before scoring, None where it is asked nothing.
+        views: which rollout, "right" or "wrong", and a context of the teacher on it; each context once.
+        most: the contexts of the rollout that has most.
+        extra: the sequence beside a rollout, None without.
+    """
+
+    request: TeacherContext | None = None
+    views: tuple[tuple[str, TeacherContext], ...] = ()
+    most: Contexts = ()
+    extra: Extra | None = None
+
+
+def stand_in(method: Method, settings: Any, row: Mapping[str, Any] | None = None, *, most: int = _LARGEST) -> StandIn:
+    """Ask a method about a mixed group, and about groups that are all wrong or all right where that one gives nothing.
+
+    Args:
+        method: that is asked.
+        settings: of the run.
+        row: of the dataset; None for texts that stand in for it.
+        most: rollouts of a group, which has `num_generations` of them otherwise.
+    """
+    row = (
+        {"prompt": "", "solution": "solution", **dict.fromkeys(method.columns, "text"), **COLUMNS}
+        if row is None
+        else row
+    )
+    size = min(settings.num_generations, most) if method.needs_group else 1
+    groups = [["right"] * (size // 2) + ["wrong"] * (size - size // 2), ["wrong"] * size, ["right"] * size]
+    moment = Moment(random.Random(0))
+    first = method.noted(stand_in_group(method, row, groups[0]), settings, moment)
+    request = None if method.asks is None else method.asks(first[0], settings)
+
+    def group_of(kinds: Sequence[str]) -> list[Rollout]:
+        return method.noted(stand_in_group(method, row, kinds, request), settings, moment)
+
+    views: dict[TeacherContext, str] = {}
+    longest: Contexts = ()
+    for kinds in groups:
+        contexts = method.contexts(group_of(kinds), settings, moment)
+        for kind, own in sorted(zip(kinds, contexts, strict=True), key=lambda pair: pair[0], reverse=True):
+            views = {**dict.fromkeys(own, kind), **views}
+            longest = max(longest, own, key=len)
+        if views and size > 1:
+            break
+    extra = None
+    if method.extras is not None:
+        asked = (method.extras(group_of(kinds), settings, moment) for kinds in groups)
+        extra = next((extra for group in asked for extra in group if extra is not None), None)
+    return StandIn(request, tuple((kind, context) for context, kind in views.items()), tuple(longest), extra)
+
+
+def stand_in_group(
+    method: Method, row: Mapping[str, Any], kinds: Sequence[str], request: TeacherContext | None = None
+) -> list[Rollout]:
+    """Rollouts of a row that are "right" or "wrong"; the solution is the first right one's text.
+
+    Args:
+        method: names the columns that it reads.
+        row: with `prompt`, and what else there is.
+        kinds: of the rollouts.
+        request: what the model was asked, whose answer stands in.
+    """
+    return [
+        Rollout(
+            row["prompt"],
+            row.get("solution"),
+            _text(row, kind, kinds[:place].count(kind)),
+            float(kind == "right"),
+            finished=True,
+            columns={name: row.get(name) for name in method.columns},
+            written=None if request is None else _WRITTEN,
+        )
+        for place, kind in enumerate(kinds)
+    ]
+
+
+def _text(row: Mapping[str, Any], kind: str, place: int) -> str:
+    if kind == "wrong":
+        return "\\boxed{?}" if place == 0 else f"\\boxed{{?}} again, {place}"
+    return (row.get("solution") or "a right rollout") if place == 0 else f"another right rollout, {place}"
+
+
+def context_name(context: TeacherContext) -> str:
+    """A view in words: its template, what it does, and whose weights read it where they are not the teacher's."""
+    if context.read is not None:
+        role = f"read, weight {context.read:+.2g}"
+    else:
+        role = f"{'anchor' if context.anchor else 'direction'} {context.anchor or context.direction:+.2g}"
+    weights = "" if context.weights == "teacher" else f", {context.weights} weights"
+    return f"{context.template} ({role}{weights})"
+
+
+def work_lines(method: Method, settings: Any, found: StandIn) -> list[tuple[str, str]]:
+    """What a rollout costs beside its sampling and the student's forward, as pairs of a label and a text."""
+    counts = _counts(found.most)
+    lines = [("teacher", ", ".join(counts) if counts else "reads no rollout")]
+    if found.request is not None:
+        lines.append(
+            (
+                "written",
+                f"a text of up to {settings.max_completion_length} tokens a rollout, to the prompt `{found.request.template}`",
+            )
+        )
+    if found.extra is not None:
+        read = ", ".join(_counts(found.extra.contexts))
+        lines.append(("beside it", f"a second sequence in the student's forward{', read by ' + read if read else ''}"))
+    ways = {
+        "token_weight": "the divergence, weighed token by token",
+        "loss": "a loss of its own on the numbers of each token",
+        "advantages": "TRL's policy-gradient loss with advantages of its own",
+    }
+    taken = [text for name, text in ways.items() if getattr(method, name) is not None] or [
+        "the divergence to the target"
+    ]
+    if settings.reward_weight > 0 and method.advantages is None:
+        taken.append("TRL's policy-gradient loss")
+    return [*lines, ("way", " and ".join(taken))]
+
+
+def _counts(contexts: Iterable[TeacherContext]) -> list[str]:
+    """Forwards by template and role, such as `2 x skill (read)`."""
+    counts: dict[str, int] = {}
+    for context in contexts:
+        role = "read" if context.read is not None else "target"
+        weights = "" if context.weights == "teacher" else f", {context.weights} weights"
+        name = f"{context.template} ({role}{weights})"
+        counts[name] = counts.get(name, 0) + 1
+    return [f"{count} x {name}" for name, count in counts.items()]
