@@ -65,12 +65,14 @@ COLUMNS = {
     "feedback": "wrong",
 }
 COLUMNS |= {"critique": "the second step is wrong", "translation": "1+1=?"}
+COLUMNS |= {"spans": [{"start": 0, "end": 2, "kind": "K", "type": "a sum"}]}
+SHORT = {"popd": [("distillation_length", 8)]}
 
 
 @pytest.mark.parametrize("method", PAGES)
 def test_every_method_is_shown_with_what_it_reads(dry_run, method):
     rows = [{**row, **COLUMNS} for row in build_rows("train", 8)]
-    code, text = dry_run(("clip", None), method=method, rows=rows)
+    code, text = dry_run(("clip", None), *SHORT.get(method, ()), method=method, rows=rows)
     assert code == 0, text
     assert "\n  teacher    " in text and "\n  way        " in text
     assert len(re.findall(r"^\S.*: \d+ tokens", text, flags=re.MULTILINE)) >= 2 * 2

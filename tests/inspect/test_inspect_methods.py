@@ -211,6 +211,23 @@ def test_the_sequence_beside_a_rollout_is_shown_with_its_push(step):
     close(beside.values["push"], 0.7 * weight)  # of the mean over tokens, times their number
 
 
+def test_a_page_of_rollouts_that_are_not_read_says_why(tmp_path):
+    from trl_opsd.demo import model_path
+
+    rows = [
+        {"prompt": [{"role": "user", "content": "1+2=?"}], "completion": text, "solution": "\\boxed{3}"}
+        for text in WRONG
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["--method", "sdpo", "--model_name_or_path", model_path(), "--output_dir", str(tmp_path / "x")]
+    words += ["--completions", str(tmp_path / "rows.jsonl"), "--schedule_step", "7", "--num_generations", "4"]
+    words += ["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4"]
+    with pytest.raises(
+        ValueError, match=r"none of the 4 rollouts, by reason \{'no (view|right peer).*': 4\}.*\(7 now\)"
+    ):
+        run_inspect(words)
+
+
 def test_what_the_model_writes_is_sampled_for_the_page(step):
     taken = step("pbsd", max_completion_length=24)
     rollout = replace(taken.trainer._batch.rollouts[0], written=None)

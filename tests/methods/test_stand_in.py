@@ -63,7 +63,7 @@ def test_every_method_of_the_table_can_be_asked_without_a_row(name):
     for context in (*found.most, *(found.extra.contexts if found.extra else ())):
         assert context_name(context).startswith(context.template)
     lines = dict(work_lines(method, settings(**{"reward_weight": defaults.get("reward_weight", 0.0)}), found))
-    assert ("written" in lines) == (method.asks is not None) and ("beside it" in lines) == (method.extras is not None)
+    assert ("written" in lines) == (found.request is not None) and ("beside it" in lines) == (method.extras is not None)
 
 
 def test_a_view_in_words_names_its_role_and_whose_weights_read_it():

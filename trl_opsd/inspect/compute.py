@@ -6,6 +6,7 @@ fused loss is not used. Any `Method` can be inspected: its rules are asked, and 
 """
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -58,6 +59,7 @@ class Inspector:
         num_top: likeliest tokens kept of every view.
         memory: what the method remembers, see `Method.remember`; empty as before the first batch.
         average: the teacher's weights where they are a moving average; None takes the initial ones in their place.
+        unused: why rollouts had no view, counted over the groups that were inspected.
     """
 
     student: torch.nn.Module
@@ -69,6 +71,7 @@ class Inspector:
     num_top: int = 5
     memory: Mapping[str, Any] = field(default_factory=dict)
     average: torch.nn.Module | None = None
+    unused: Counter = field(default_factory=Counter)
 
     @cached_property
     def _collator(self) -> TeacherCollator:
@@ -90,6 +93,8 @@ class Inspector:
         for asked in self._ask(group, self._moment()):
             if asked.ids and (asked.contexts or asked.extra is not None):
                 records += self._inspect(asked)
+            else:
+                self.unused[getattr(asked.contexts, "reason", "no view")] += 1
         return records
 
     def _moment(self) -> Moment:

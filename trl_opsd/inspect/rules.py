@@ -80,7 +80,7 @@ def apply_rule(method: Method, settings: Any, moment: Moment, facts: RowFacts) -
 
     Returns:
         Numbers (T,) by name: `weight` of the divergence, `term` that is minimised, `advantage`, and `push`: how much the
-        loss falls where the token's log-probability rises, times T where the loss is one number for the rollout. The `push`
+        loss falls where the token's log-probability rises; times T where the loss is one number for the rollout. The `push`
         of the extra likewise. And the loss of the rollout as one number, where the method gives that.
     """
     mask = facts.given["mask"][0] != 0
@@ -113,8 +113,7 @@ def _loss_values(method: Method, settings: Any, moment: Moment, facts: RowFacts)
     values = {name: -slope if name == "push" else slope for name, slope in found.items() if name != "extra"}
     if terms.ndim > 1:
         return {"term": counted.detach()[0], **values}, {}, None
-    if "push" in values:  # a mean over tokens would leave little of each
-        values["push"] = values["push"] * values["push"].numel()
+    values = {name: slope * slope.numel() for name, slope in values.items()}  # a mean over tokens leaves little of each
     return values, {"push": -found["extra"] * found["extra"].numel()} if "extra" in found else {}, terms.item()
 
 

@@ -58,8 +58,9 @@ def run_inspect(arguments: list[str]) -> Path:
     records, num_seen = take_records(inspector, groups, inspect_args.num_rollouts)
     if not records:
         raise ValueError(
-            f"{inspector.method.name} reads none of the {num_seen} rollouts: a method of groups needs right and wrong "
-            "ones, and others the columns that they read. Give other problems or more num_generations."
+            f"{inspector.method.name} reads none of the {num_seen} rollouts, by reason {dict(inspector.unused)}: a method of "
+            "groups needs right and wrong ones, and others the columns that they read. Give other problems, more num_generations, "
+            f"or another schedule_step ({inspector.step} now)."
         )
     name = inspector.method.name
     path = write_page(
@@ -96,7 +97,7 @@ def make_inspector(inspect_args: InspectArguments, settings: Any, model_args: Mo
         tokenizer,
         method,
         settings,
-        _trained_steps(own) or settings.max_steps,
+        _step(inspect_args, settings),
         memory=(own and saved_memory(own)) or {},
         average=_average(own, student) if settings.teacher_model_kind == "ema" else None,
     )
@@ -135,6 +136,13 @@ def _load(name: str, model_args: ModelConfig, settings: Any, revision: str | Non
         trust_remote_code=trusts_remote_code(settings),
     )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _step(inspect_args: InspectArguments, settings: Any) -> int:
+    """The optimizer step that is shown: the one asked for, the checkpoint's, or the last."""
+    if inspect_args.schedule_step is not None:
+        return inspect_args.schedule_step
+    return _trained_steps(inspect_args.student_model_name_or_path) or settings.max_steps
 
 
 def _average(checkpoint: str | None, student: torch.nn.Module) -> torch.nn.Module | None:

@@ -78,7 +78,7 @@ def stand_in(method: Method, settings: Any, row: Mapping[str, Any] | None = None
 def stand_in_group(
     method: Method, row: Mapping[str, Any], kinds: Sequence[str], request: TeacherContext | None = None
 ) -> list[Rollout]:
-    """Rollouts of a row that are "right" or "wrong"; the solution is the first right one's text.
+    """Rollouts of a row that are "right" or "wrong"; the solution is the first right one's text, a character counts as a token.
 
     Args:
         method: names the columns that it reads.
@@ -86,17 +86,20 @@ def stand_in_group(
         kinds: of the rollouts.
         request: what the model was asked, whose answer stands in.
     """
+    texts = [_text(row, kind, kinds[:place].count(kind)) for place, kind in enumerate(kinds)]
     return [
         Rollout(
             row["prompt"],
             row.get("solution"),
-            _text(row, kind, kinds[:place].count(kind)),
+            text,
             float(kind == "right"),
+            len(text),
             finished=True,
             columns={name: row.get(name) for name in method.columns},
             written=None if request is None else _WRITTEN,
+            token_ends=tuple(range(1, len(text) + 1)),
         )
-        for place, kind in enumerate(kinds)
+        for kind, text in zip(kinds, texts, strict=True)
     ]
 
 

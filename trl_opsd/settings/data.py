@@ -39,5 +39,10 @@ class InspectionSettings:
         "A run's saved completions instead of fresh rollouts: JSONL, Parquet, or a run's folder (trained with "
         "log_completions).",
     )
+    schedule_step: int | None = option(
+        None,
+        "Optimizer step at which what follows a schedule is shown. None: the step of the student's checkpoint, or the last "
+        "of the run.",
+    )
     num_rollouts: int = option(4, "Rollouts on the page.")
     output: str = option("inspect.html", "The page.")
