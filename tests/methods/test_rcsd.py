@@ -204,4 +204,5 @@ def test_rows_without_a_rubric_are_counted_and_still_used(build, rows):
     trainer = build()
     whole_step(trainer, [rows[index] for index in range(4)])
     logged = trainer._metrics["train"]
-    assert logged["rows/no_rubric"] == [0.5] and trainer._buffered_inputs[0]["distillation_mask"].any(dim=1).all()
+    assert (logged["rows/no_rubric"], logged["rows/used"]) == ([0.5], [1.0])
+    assert trainer._buffered_inputs[0]["distillation_mask"].any(dim=1).all()
