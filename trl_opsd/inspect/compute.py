@@ -118,7 +118,7 @@ class Inspector:
         return replace(sampled.rollout, token_ends=ends)
 
     def _answered(self, rollout: Rollout) -> Rollout:
-        """The rollout with what the model writes for it, where the method asks."""
+        """The rollout with what the model writes for it, where the method asks, by the weights that the context names."""
         tokenizer = self.tokenizer
         if self.method.asks is None or rollout.written is not None:
             return rollout
@@ -127,7 +127,7 @@ class Inspector:
             return rollout
         with torch.random.fork_rng():
             torch.manual_seed(self.settings.seed)
-            (ids,) = sample(self.student, self.encode(rollout, request), 1, self.settings, tokenizer)
+            (ids,) = sample(self._reader(request.weights), self.encode(rollout, request), 1, self.settings, tokenizer)
         text = without_special_tokens(tokenizer.decode(ids, skip_special_tokens=True), self._collator.special_tokens)
         return replace(rollout, written=Written(text, ids))
 
@@ -221,6 +221,9 @@ class Inspector:
             distributions.insert(1, log_p)
             measured |= measure_loss(log_q, log_p, tokens, rule)
             measured |= measure_direction(part, shapes, log_q, tokens, rule)
+            if rule.entropy_top_k is not None:
+                top = log_p.topk(min(rule.entropy_top_k, log_p.size(-1))).values.log_softmax(-1)
+                measured["target_top_entropy"] = -(top.exp() * top).sum(-1)
         for record, log_probs in zip(shown, distributions, strict=True):
             extend_view(record, log_probs, tokens, self.num_top)
         if part.solution is not None:

@@ -73,7 +73,9 @@ def saved_groups(inspector: Inspector, path: str | Path, rows: Sequence[dict] | 
 
 def _sampled(row: dict, ids: list[int], inspector: Inspector, reward: float | None = None) -> SampledRollout:
     text, solution = inspector.tokenizer.decode(ids, skip_special_tokens=True), row.get("solution")
-    missing = [name for name in inspector.method.needs_columns if name not in row]
+    needed = inspector.method.needs_columns
+    needed = needed(inspector.settings) if callable(needed) else needed
+    missing = [name for name in needed if name not in row]
     if missing:
         raise ValueError(
             f"{inspector.method.name} reads the columns {missing}; give a dataset or a file that has them."

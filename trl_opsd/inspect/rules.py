@@ -64,6 +64,7 @@ def row_facts(record: RolloutRecord, given: dict[str, Any], extra: RowFacts | No
         target_entropy=None if target is None else _row(target.entropy),
         divergence=divergence,
         clipped_divergence=clipped,
+        target_top_entropy=_row(record.values["target_top_entropy"]) if "target_top_entropy" in record.values else None,
         given=columns,
         extra=extra,
     )

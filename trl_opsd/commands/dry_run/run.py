@@ -51,7 +51,7 @@ def _report(name: str, arguments: Sequence[str], num_rows: int) -> list[str]:
     script_args, args, model_args = parse_as_one_of(processes, name, arguments, *_NEUTRAL)
     method = TRAINERS[name].method
     rows = load_rows(script_args, script_args.dataset_train_split)
-    check_columns(method, rows, "train_dataset")
+    check_columns(method, args, rows, "train_dataset")
     check_fills_a_batch(args, rows)
     size = len(rows) if hasattr(rows, "__len__") else None
     rows = list(itertools.islice(rows, max(num_rows, _ROWS_READ)))
