@@ -31,6 +31,7 @@ from trl_opsd.teacher.contexts import TeacherContext
 TEXTS = ("so \\boxed{3}", "wait, 10 it is", "a", "it is \\boxed{10} then")
 WRONG = ("wait, 10 it is", "a", "no", "5")
 COLUMNS = {"skills": ["Add in pairs.", "Do not guess."], "skill_scores": [0.5, 0.1], "plan": "add the numbers"}
+COLUMNS |= {"feedback": "no", "translation": "1+1=?", "spans": [{"start": 0, "end": 2, "kind": "K", "type": "a sum"}]}
 GROUPS = {"num_generations": 4, "max_completion_length": 24}
 HOT = {"temperature": 1.2}
 
@@ -301,3 +302,50 @@ def test_memory_and_moving_average_of_a_run_are_read_from_its_checkpoint(name, s
     facts = json.loads(text)["facts"]
     assert ("memory of the method" in facts) is (name == "antisd")
     assert facts["teacher's weights"] == {"antisd": "the student's", "sdpo": "moving average"}[name]
+
+
+SINGLE = {"max_completion_length": 24}
+FAMILY = {
+    "sdft": SINGLE,
+    "mopd": {**GROUPS, "support_size": 20},
+    "resd": {**SINGLE, "support_size": 20, "write_review": False},
+    "vopd": SINGLE,
+    "rethinking-opd": {**GROUPS, "support_size": 5},
+    "popd": {**SINGLE, "distillation_length": 6},
+    "rlsd": GROUPS,
+    "rlrt": GROUPS,
+    "dasd": {**GROUPS, "direction_strength": 1.0},
+    "ssopd": {**GROUPS, "frontier_strength": 2.0},
+    "trace": {**GROUPS, "span_weight": 2.0, "max_span_share": 1.0},
+    "msd": SINGLE,
+}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_what_every_other_rule_gives_is_the_trainers(step, name):
+    """Weights, terms, losses of rollouts and advantages, whichever the method has."""
+    taken = step(name, **FAMILY[name])
+    own, found = taken.trainer._batch, 0
+    weights = by_row(taken, lambda _, given: given) if "token_weight" in taken.recorded else None
+    size = taken.trainer.args.num_generations
+    for start in range(0, len(own.ids), size):
+        group = [SampledRollout(own.rollouts[place], own.ids[place]) for place in range(start, start + size)]
+        for record in taken.inspector.inspect_group(group):
+            place = next(
+                i for i in range(start, start + size) if own.rollouts[i].completion == record.rollout.completion
+            )
+            row, length = taken.order.index(place), len(record.ids)
+            mask = taken.batch["distillation_mask"][row, :length].double()
+            if weights is not None:
+                close(record.values["weight"], weights[row, :length])
+            for rule, value in (("loss", "term"), ("advantages", "advantage")):
+                for facts, result in taken.recorded[rule]:
+                    if result.ndim == 1:
+                        assert record.numbers["loss of the rollout"] == pytest.approx(result[row].item(), abs=1e-4)
+                    elif rule == "loss":
+                        close(record.values[value], result[row, :length] * mask)
+                    else:
+                        known = facts.given["advantage"][row, :length].double()
+                        close(record.values[value], torch.where(mask != 0, result[row, :length].double(), known))
+            found += 1
+    assert found > 0 and (weights is not None or taken.recorded)

@@ -60,6 +60,12 @@ def test_each_method_has_a_page_and_a_row_of_the_choosing_table(name):
     assert [row for row in rows if f"(methods/{name}.md)" in row or row.startswith(name.replace("-", " "))], name
 
 
+def test_every_page_of_a_method_is_linked_from_the_choosing_table():
+    table = (ROOT / "docs" / "methods.md").read_text().split("## Choosing a method")[1].split("\n## ")[0]
+    pages = {f"methods/{page.name}" for page in (ROOT / "docs" / "methods").glob("*.md")}
+    assert pages == set(re.findall(r"\((methods/[\w-]+\.md)\)", table))
+
+
 def test_commands_of_the_readme_exist():
     text = "\n".join(snippets(ROOT / "README.md", "bash"))
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
