@@ -300,10 +300,10 @@ def test_gold_answers_that_are_no_mathematics_are_named_unless_another_verifier_
 @pytest.mark.parametrize(
     ("method", "settings", "columns", "wanted"),
     [
-        ("sgsd", {}, {"skills": ["Count on."]}, "skill (read +1)"),
-        ("rcsd", {}, {"rubric": ["adds"]}, "analysis (answered by the model first)"),
+        ("sgsd", {}, {"skills": ["Count on."]}, "skill (read, weight +1)"),
+        ("rcsd", {}, {"rubric": ["adds"]}, "analysis (the model answers it before scoring)"),
         ("critique", {}, {"critique": "look again"}, "teacher (anchor +1)"),
-        ("critique", {"write_critique": True}, {}, "critic (answered by the model first)"),
+        ("critique", {"write_critique": True}, {}, "critic (the model answers it before scoring)"),
     ],
 )
 def test_prompts_of_a_methods_own_are_shown_with_its_columns(dry_run, method, settings, columns, wanted):
