@@ -261,6 +261,7 @@ def test_a_recipe_has_the_papers_setting(path):
 BESIDE_OF = {
     "sort": {"max_completion_length"},  # as the baseline GRPO's
     "critique": {"write_critique"},  # there is no other critic in a recipe
+    "resd": {"engine_weight_cap"},  # biased under top-p before TRL 1.17
     "trace": {"distilled_spans", "divergence"},  # the paper's for a base of this size
 }
 BESIDE = {"gradient_accumulation_steps", "prompt_template", "max_teacher_prompt_length", "loss_temperature"}
