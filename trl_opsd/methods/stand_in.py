@@ -14,6 +14,7 @@ COLUMNS: Mapping[str, Any] = {
     "skills": [f"skill {k}" for k in range(64)],
     "skill_scores": None,
     "rubric": ["criterion"],
+    "spans": [(0, 1, "K", "a type"), (1, 2, "E", "a type")],
 }
 _WRITTEN = Written("(what the model writes)", [])
 _LARGEST = 4
