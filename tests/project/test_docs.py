@@ -105,14 +105,15 @@ def test_the_tables_of_migration_name_what_exists_on_both_sides():
     from trl.experimental.sdft import SDFTConfig
     from trl.experimental.sdpo import SDPOConfig
 
-    from trl_opsd import OGLSSDConfig
+    import trl_opsd
 
+    ours_of = {"SDFT": trl_opsd.SDFTConfig, "SDPO": trl_opsd.SDPOConfig, "GKD": OPSDGKDConfig}
     configs = {"SDFT": SDFTConfig, "SDPO": SDPOConfig, "GRPO": GRPOConfig, "GKD": GKDConfig}
     arguments = set(inspect.signature(GRPOTrainer.__init__).parameters)
     sections = set()
     for section, theirs, ours in migration_rows():
         sections.add(section)
-        named = OPSDGKDConfig if section.endswith("GKD") else OGLSSDConfig
+        named = ours_of.get(section.split("'s ")[-1], trl_opsd.OGLSSDConfig)
         assert set(ours) <= set(named.__dataclass_fields__) | arguments, (section, ours)
         config = configs.get(section.split("'s ")[-1])
         if config is not None:
