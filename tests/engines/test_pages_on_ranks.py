@@ -28,6 +28,7 @@ PAGES = (
     "vopd",
     "rethinking-opd",
     "rlrt",
+    "two-terms",
 )
 
 

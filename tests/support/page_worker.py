@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from engines import GLOBAL_BATCH, make_model, make_rows
 from peft import LoraConfig
+from two_terms import TwoTerms
 
 from trl_opsd.commands.train import finish
 from trl_opsd.demo.tokenizer import build_tokenizer
@@ -55,6 +56,7 @@ PAGES = {
     "sort": (SORTTrainer, {"num_generations": 2, "repair_weight": 0.5}),
     "vopd": (VOPDTrainer, {"baseline_size": 20}),
     "rethinking-opd": (RethinkingOPDTrainer, {"num_generations": 1, "support_size": 4, "support_of": "intersection"}),
+    "two-terms": (TwoTerms, {"divergence": "reverse_kl", "clip": None}),
     "rlrt": (RLRTTrainer, {"num_generations": GLOBAL_BATCH, "evidence_bound": 0.9}),
 }
 TEXTS = ("1+2=3", "so 4", "wait, 10 it is", "a", "it is 3 then")

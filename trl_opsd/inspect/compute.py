@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..losses import LinearShape, view_shares
+from ..losses import Divergence, LinearShape, view_shares
 from ..methods import Extra, Method
 from ..rows.checks import without_special_tokens
 from ..rows.texts import Prompt, fill_template, rewrite_last_turn
@@ -23,7 +23,7 @@ from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Writte
 from ..teacher.prompts import TeacherCollator
 from .measures import decompose, extend_view, measure_direction, measure_loss
 from .records import RolloutRecord, SampledRollout, ViewRecord
-from .rules import apply_rule, group_advantages, no_facts, row_facts
+from .rules import apply_rule, apply_term, group_advantages, no_facts, row_facts
 from .sampling import sample
 from .text import marker_flags
 from .views import Views, pool_names
@@ -141,7 +141,8 @@ class Inspector:
         elif self.method.extras is not None:
             extra = no_facts()
         mask = self._mask(ids)
-        facts = row_facts(record, self._given(asked, mask, len(ids)), extra)
+        term, extra_facts = self.method.extra_term, extra
+        facts = row_facts(record, self._given(asked, mask, len(ids)), None if term is not None else extra)
         values, extra_values, number = apply_rule(self.method, self.settings, self._moment(), facts)
         _keep(record, values)
         if not all(mask):
@@ -154,6 +155,8 @@ class Inspector:
             record.numbers["loss of the rollout"] = number
         if beside is None:
             return [record]
+        if term is not None:
+            extra_values = apply_term(term, self.settings, self._moment(), extra_facts)
         _keep(beside, extra_values)
         return [record, beside]
 
@@ -184,15 +187,25 @@ class Inspector:
         if isinstance(ids, str):
             ids = [*self.tokenizer(ids, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
         ids = ids[: self.settings.max_completion_length]
-        record = self._record(replace(asked.rollout, reward=None), ids, asked.extra.contexts, decomposes=False)
+        term = self.method.extra_term
+        rule = None if term is None or term.divergence is None else term.divergence(self.settings)
+        rollout = replace(asked.rollout, reward=None)
+        record = self._record(rollout, ids, asked.extra.contexts, rule, decomposes=False)
         record.is_extra = True
         return record
 
     @torch.no_grad()
     def _record(
-        self, rollout: Rollout, ids: list[int], contexts: Contexts, *, decomposes: bool = True
+        self,
+        rollout: Rollout,
+        ids: list[int],
+        contexts: Contexts,
+        rule: Divergence | None = None,
+        *,
+        decomposes: bool = True,
     ) -> RolloutRecord:
-        """What student, target and views say of each token of a sequence."""
+        """What student, target and views say of each token of a sequence; the divergence is the method's own without `rule`."""
+        rule = replace(rule or self.settings.loss_divergence(), temperature=1.0)  # the views are tempered already
         views = self._score(rollout, ids, contexts, decomposes=decomposes)
         shape = self.method.shape(self.settings, self.step)
         strengths = [share * shape.strength for share in _STRENGTHS] if isinstance(shape, LinearShape) else []
@@ -203,20 +216,21 @@ class Inspector:
         for start in range(0, len(ids), _ROWS):
             part = views.rows(slice(start, start + _ROWS))
             tokens = torch.tensor(ids[start : start + _ROWS], device=part.student.device)
-            for name, numbers in self._measure(part, shapes, shown, tokens).items():
+            for name, numbers in self._measure(part, shapes, shown, tokens, rule).items():
                 values.setdefault(name, []).extend(numbers.tolist())
         texts = token_texts(self.tokenizer, ids)
         record = RolloutRecord(rollout, ids, texts, marker_flags(texts), shown, values, strengths)
         _keep(record, _ratios(record))
         return record
 
-    def _measure(self, part: Views, shapes: list, shown: list[ViewRecord], tokens: torch.Tensor) -> dict:
+    def _measure(
+        self, part: Views, shapes: list, shown: list[ViewRecord], tokens: torch.Tensor, rule: Divergence
+    ) -> dict:
         """Numbers (n,) of some positions; those of the views are appended to their records."""
         log_q = part.student.log_softmax(-1)
         distributions = [log_q, *(part.pools[name].log_softmax(-1) for name in part.counts)]
         measured = {}
         if part.anchor is not None:
-            rule = replace(self.settings.loss_divergence(), temperature=1.0)  # the views are tempered already
             log_p = part.target(shapes[0][1]).log_softmax(-1)
             distributions.insert(1, log_p)
             measured |= measure_loss(log_q, log_p, tokens, rule)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..losses import Facts
-from ..methods import Method, RowFacts
+from ..methods import Method, RowFacts, Term
 from ..teacher.contexts import Moment
 from .records import RolloutRecord, ViewRecord
 
@@ -116,6 +116,19 @@ def _loss_values(method: Method, settings: Any, moment: Moment, facts: RowFacts)
         return {"term": counted.detach()[0], **values}, {}, None
     values = {name: slope * slope.numel() for name, slope in values.items()}  # a mean over tokens leaves little of each
     return values, {"push": -found["extra"] * found["extra"].numel()} if "extra" in found else {}, terms.item()
+
+
+def apply_term(term: Term, settings: Any, moment: Moment, facts: RowFacts) -> Values:
+    """What the term of extras makes of the facts of one: numbers (T,) as in `apply_rule`, its weight in them."""
+    factor = term.weight(settings)
+    if term.loss is None:
+        divergence = facts.clipped_divergence.detach()[0]
+        return {"weight": torch.full_like(divergence, factor), "term": factor * divergence}
+    with torch.enable_grad():
+        terms = factor * term.loss(facts, settings, moment)
+        (slope,) = torch.autograd.grad(terms.sum(), [facts.log_prob], allow_unused=True)
+    push = {} if slope is None else {"push": -slope[0]}
+    return {"term": terms.detach()[0], **push}
 
 
 def _flat(facts: RowFacts) -> Facts:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..losses import Facts, Shape
+from ..losses import Divergence, Facts, Shape
 from ..teacher.contexts import ContextRule, Moment, Rollout, TeacherContext
 
 FactRule = Callable[["RowFacts", Any, Moment], torch.Tensor]
@@ -61,11 +61,29 @@ class Extra(NamedTuple):
 
     Attributes:
         sequence: text, which the tokenizer encodes and ends, or ids as they were sampled.
-        contexts: views of the teacher on it, which can only be read.
+        contexts: views of the teacher on it, which are read; where `Method.extra_term` has a divergence, also such
+            as have an anchor.
     """
 
     sequence: str | list[int]
     contexts: tuple[TeacherContext, ...] = ()
+
+
+class Term(NamedTuple):
+    """A second term of the loss, on extras: the mean over their tokens of all of a step, times a weight.
+
+    The mean is `loss_reduction`'s, as that over rollouts.
+
+    Attributes:
+        weight: from settings to the factor of the mean.
+        divergence: from settings to what is measured between student and the target of extras, the sum of their views
+            with an anchor; None where they have no target.
+        loss: from (facts of extras, settings, moment) to terms (B, E) in place of the divergence, as `Method.loss`.
+    """
+
+    weight: Callable[[Any], float]
+    divergence: Callable[[Any], Divergence] | None = None
+    loss: FactRule | None = None
 
 
 class Seen(NamedTuple):
@@ -122,6 +140,9 @@ class Method:
             `Rollout.written` holds the answer. The weights that the context names, "teacher" or "live", write it, under vLLM the
             student's.
         extras: from (rollouts of one prompt, settings, moment) to one sequence beside each rollout, or None.
+        extra_term: a second term of the loss, which is of extras alone; then `facts.extra` of the other rules is None.
+        target_owner: whose weights alone read views with an anchor, "teacher", "base" or "live", so that one head reads the
+            target even where the head trains; None where several may.
         marks: from (rollouts of one prompt, settings, moment) to a number for each rollout, or to one for each of its tokens,
             which the facts' `mark` holds; `Rollout.token_ends` is then known.
         report: from memory to numbers for the log, by a name in small letters; asked after `remember`.
@@ -154,6 +175,8 @@ class Method:
     notes: Callable[[Sequence[Rollout], Any, Moment], list[Any]] | None = None
     asks: Callable[[Rollout, Any], TeacherContext | None] | None = None
     extras: Callable[[Sequence[Rollout], Any, Moment], list[Extra | None]] | None = None
+    extra_term: Term | None = None
+    target_owner: str | None = None
     marks: Callable[[Sequence[Rollout], Any, Moment], list[float | Sequence[float]]] | None = None
     report: Callable[[Mapping[str, Any]], Mapping[str, float]] | None = None
     inferred: str = ""
@@ -164,6 +187,14 @@ class Method:
             raise ValueError(f"{self.name}: {' and '.join(ways)} are given; a method has one way to its loss.")
         if not self.has_target and not {"loss", "advantages"} & set(ways):
             raise ValueError(f"{self.name}: without a target there is no divergence; give a loss or advantages.")
+        term = self.extra_term
+        if term is not None and (self.extras is None or term[1:] == (None, None)):
+            raise ValueError(f"{self.name}: extra_term needs extras, and a divergence or a loss.")
+
+    @property
+    def extras_have_target(self) -> bool:
+        """Whether views of extras have an anchor."""
+        return self.extra_term is not None and self.extra_term.divergence is not None
 
     def noted(self, rollouts: Sequence[Rollout], settings: Any, moment: Moment) -> list[Rollout]:
         """The rollouts with what `notes` says of them."""

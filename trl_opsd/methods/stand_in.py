@@ -144,6 +144,9 @@ def work_lines(method: Method, settings: Any, found: StandIn) -> list[tuple[str,
     ]
     if settings.reward_weight > 0 and method.advantages is None:
         taken.append("TRL's policy-gradient loss")
+    if method.extra_term is not None:
+        measured = "a loss of its tokens" if method.extra_term.divergence is None else "a divergence"
+        taken.append(f"{measured} on the sequence beside it, weight {method.extra_term.weight(settings):g}")
     return [*lines, ("way", " and ".join(taken))]
 
 

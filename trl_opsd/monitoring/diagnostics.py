@@ -29,6 +29,9 @@ _MEANS = (
     "top_token_agreement",
 )
 
+# Tokens and sums of them, and of buckets and outcomes; the last three are the clip's products.
+_NUM_SUMS = 1 + len(_MEANS) + 2 * (len(BUCKETS) + len(OUTCOMES)) + 3
+
 
 def log_values(stats: FusedDiagnostics) -> dict[str, torch.Tensor]:
     """The kernel's diagnostics under the names of the log."""
@@ -50,6 +53,7 @@ class Diagnostics:
     def reset(self) -> None:
         """Forget everything."""
         self._sums: torch.Tensor | None = None
+        self._extras: torch.Tensor | None = None
         self._rows: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._clocks: dict[str, list] = {}
 
@@ -83,14 +87,25 @@ class Diagnostics:
         self._sums = sums if self._sums is None else self._sums + sums
         self._rows.append((rows, (values["divergence"] * mask).sum(1) / mask.sum(1).clamp(min=1)))
 
+    def add_extras(self, terms: torch.Tensor, mask: torch.Tensor) -> None:
+        """Add what a micro-batch's sequences beside rollouts cost, (n,) a token, detached, where `mask` (B, E) is not 0."""
+        mask = mask.flatten().to(torch.float64)
+        sums = torch.stack([mask.sum(), (terms * mask).sum()])
+        self._extras = sums if self._extras is None else self._extras + sums
+
     def state(self) -> list[float] | None:
         """The sums so far, for a checkpoint; clocks and rows start anew."""
-        return None if self._sums is None else self._sums.tolist()
+        if self._sums is None:
+            return None
+        return self._sums.tolist() + ([] if self._extras is None else self._extras.tolist())
 
     def restore(self, state: list[float] | None, device: torch.device) -> None:
         """Continue from `state`."""
         self.reset()
-        self._sums = None if state is None else torch.tensor(state, dtype=torch.float64, device=device)
+        if state is not None:
+            sums = torch.tensor(state, dtype=torch.float64, device=device)
+            self._sums = sums[:_NUM_SUMS]
+            self._extras = sums[_NUM_SUMS:] if len(sums) > _NUM_SUMS else None
 
     @contextmanager
     def clock(self, name: str, device: torch.device) -> Iterator[None]:
@@ -128,13 +143,18 @@ class Diagnostics:
             reduce: sums a tensor over ranks; a collective, so every rank must call.
             device: where an empty sum is made.
         """
-        size = 1 + len(_MEANS) + 2 * (len(BUCKETS) + len(OUTCOMES)) + 3
-        sums = torch.zeros(size, dtype=torch.float64, device=device) if self._sums is None else self._sums
-        reduced = reduce(sums)
+        zeros = torch.zeros(_NUM_SUMS + 2, dtype=torch.float64, device=device)
+        sums, extras = (
+            part if own is None else own
+            for part, own in zip(zeros.split([_NUM_SUMS, 2]), (self._sums, self._extras), strict=True)
+        )
+        reduced = reduce(torch.cat([sums, extras]))
+        reduced, (num_extra, extra_loss) = reduced[:_NUM_SUMS], reduced[_NUM_SUMS:].tolist()
+        means = {"extras/loss": extra_loss / num_extra} if num_extra else {}
         total, *sums = reduced[:-3].tolist()
         if not total:
-            return {}
-        means = {name: value / total for name, value in zip(_MEANS, sums, strict=False)}
+            return means
+        means |= {name: value / total for name, value in zip(_MEANS, sums, strict=False)}
         agreement = clip_agreement(reduced[-3:])
         if agreement is not None:
             means["clip_gradient_agreement"] = agreement

@@ -12,6 +12,7 @@ from .jobs import ScoringJob
 
 DEVICE_BYTES = 2**30  # of hidden states that wait on a GPU; more of them wait in host memory
 _HIDDEN = ("anchor_hidden", "direction_hidden")
+_EXTRA_HIDDEN = "extra_anchor_hidden"
 _NUMBERS = ("view_log_probs", "view_entropies")
 
 
@@ -26,6 +27,7 @@ class TargetStates:
             read, or None where none is.
         weights: (B, K) of the views that are read, 0 where a row has fewer.
         num_tokens: tokens the teacher computed, padding left out.
+        extra_anchor: (B, E, H) what the targets of extras are, or None where they have none.
 
     Rows of `numbers` and `weights` behind the B of `anchor` are those of extras.
     """
@@ -35,6 +37,7 @@ class TargetStates:
     numbers: torch.Tensor | None = None
     weights: torch.Tensor | None = None
     num_tokens: int = 0
+    extra_anchor: torch.Tensor | None = None
 
     @classmethod
     def empty(
@@ -46,6 +49,7 @@ class TargetStates:
         with_direction: bool = False,
         view_weights: Sequence[Sequence[float]] | None = None,
         num_view_tokens: int = 0,
+        extra_shape: tuple[int, int, int] | None = None,
     ):
         """Zeros.
 
@@ -56,9 +60,12 @@ class TargetStates:
             with_direction: whether there is a direction.
             view_weights: of each row the weights of its views that are read; None where none is.
             num_view_tokens: length of the numbers.
+            extra_shape: (B, E, H) of the extras' targets; None without.
         """
         parts = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(1 + with_direction)]
         target = cls(parts[0], parts[1] if with_direction else None)
+        if extra_shape is not None:
+            target.extra_anchor = torch.zeros(extra_shape, dtype=dtype, device=device)
         if view_weights is not None:
             num_views = max(1, *map(len, view_weights), 1)
             padded = [[*weights, *[0.0] * (num_views - len(weights))] for weights in view_weights]
@@ -71,11 +78,14 @@ class TargetStates:
 
         Where views are read, two more columns behind the H hold the numbers.
         """
-        states = states.to(self.anchor.device)
-        hidden = states[:, : self.anchor.size(2)]
-        for part, weight in ((self.anchor, job.anchor), (self.direction, job.direction)):
+        states, size = states.to(self.anchor.device), len(self.anchor)
+        if job.row < size:
+            parts, row = ((self.anchor, job.anchor), (self.direction, job.direction)), job.row
+        else:
+            parts, row = ((self.extra_anchor, job.anchor),), job.row - size
+        for part, weight in parts:
             if weight:
-                part[job.row, : len(job.rollout)] += weight * hidden
+                part[row, : len(job.rollout)] += weight * states[:, : part.size(2)]
         if job.view is not None:
             self.numbers[job.row, job.view, : len(job.rollout)] = states[:, -2:].to(self.numbers.dtype)
 
@@ -90,6 +100,8 @@ class TargetStates:
         """What a batch carries from scoring to the loss."""
         parts = zip(_HIDDEN, (self.anchor if self.anchor.size(2) else None, self.direction), strict=True)
         columns = {name: part for name, part in parts if part is not None}
+        if self.extra_anchor is not None:
+            columns[_EXTRA_HIDDEN] = self.extra_anchor
         if self.numbers is None:
             return columns
         size = len(self.anchor)
@@ -113,7 +125,7 @@ def offload_states(batch: dict[str, Any], num_batches: int) -> dict[str, torch.T
         batch: one of a generation batch's `num_batches`.
         num_batches: alike, that wait together.
     """
-    states = {name: batch[name] for name in _HIDDEN if name in batch}
+    states = {name: batch[name] for name in (*_HIDDEN, _EXTRA_HIDDEN) if name in batch}
     if not waits_in_host_memory(num_batches * sum(hidden.nbytes for hidden in states.values())):
         return {}
     states = {name: hidden.cpu() for name, hidden in states.items()}
@@ -131,3 +143,8 @@ def read_target(batch: dict[str, Any], shape: Shape, head: OutputHead | None, de
     """
     parts = (batch[name].to(device, non_blocking=True) if name in batch else None for name in _HIDDEN)
     return Target(*parts, shape, head)
+
+
+def read_extra_target(batch: dict[str, Any], head: OutputHead | None, device: torch.device) -> Target:
+    """The target of a (micro-)batch's extras, as `read_target`: their anchor alone."""
+    return Target(batch[_EXTRA_HIDDEN].to(device, non_blocking=True), head=head)

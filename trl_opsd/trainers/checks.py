@@ -17,6 +17,7 @@ from ..model.heads import causal_lm
 from ..rewards import make_accuracy_reward, no_reward
 from ..rows.checks import check_dataset
 from ..rows.passes import check_datasets
+from ..teacher.contexts import Contexts
 from ..teacher.jobs import ScoringJob
 from ..verification import warn_of_golds, which_verify
 
@@ -184,11 +185,43 @@ def check_owners(method: Method, args: Any, model: torch.nn.Module) -> None:
         ValueError: the output head trains, and a target's views are read by more than one owner's weights.
     """
     head, owners = causal_lm(model).get_output_embeddings(), method.owners(args)
-    if owners and method.has_target and any(parameter.requires_grad for parameter in head.parameters()):
+    has_target = method.has_target or method.extras_have_target
+    if (
+        owners
+        and has_target
+        and method.target_owner is None
+        and any(parameter.requires_grad for parameter in head.parameters())
+    ):
         raise ValueError(
             f"model: its output head trains, and {method.name} adds up views under the weights of {owners} and of the "
             "teacher, which only one head can read. Train LoRA without the head (peft_config)."
         )
+
+
+def check_targets(method: Method, contexts: Sequence[Contexts], num_rollouts: int) -> None:
+    """Check that views have the owner that the method names for its target, and those of extras an anchor where one is read.
+
+    Args:
+        method: whose contexts they are.
+        contexts: of rollouts, and behind `num_rollouts` of them of extras.
+        num_rollouts: see there.
+
+    Raises:
+        ValueError: names the method and the view.
+    """
+    owner = method.target_owner
+    for view in (view for views in contexts for view in views if view.anchor or view.direction):
+        if owner is not None and view.weights != owner:
+            raise ValueError(
+                f"{method.name}: the view {view.template!r} of its target has weights={view.weights!r}, and target_owner is "
+                f"{owner!r}. Give it these weights, or leave target_owner out."
+            )
+    for view in (view for views in contexts[num_rollouts:] for view in views):
+        if view.direction or (view.anchor and not method.extras_have_target):
+            raise ValueError(
+                f"{method.name}: an extra's view {view.template!r} has anchor={view.anchor} and direction={view.direction}. "
+                "Extras have no direction, and an anchor only where extra_term has a divergence."
+            )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ _VIEWS = ("view_log_probs", "view_entropies", "view_weights")
 
 @dataclass
 class LossColumns:
-    """Columns of N = B x D positions of rollouts, and of the B x E of extras behind them.
+    """Columns of N = B x D positions of rollouts, and of the B x E of extras behind them or in `term`.
 
     Attributes:
         shape: (B, D).
@@ -27,6 +27,7 @@ class LossColumns:
         extra_mask: (B, E), nonzero on tokens of extras; None without.
         extra_views: columns (K, B, E) of the extras' views by name.
         positions: (n,) of the N that count, where it is known.
+        term: columns of the extras alone, as rows (B, E), where they have a term of their own.
     """
 
     shape: torch.Size
@@ -38,9 +39,18 @@ class LossColumns:
     extra_mask: torch.Tensor | None = None
     extra_views: Mapping[str, torch.Tensor] | None = None
     positions: torch.Tensor | None = None
+    term: "LossColumns | None" = None
 
     @classmethod
-    def of_batch(cls, batch: Mapping[str, Any], settings: Any, *, num_processes: int, reads_old: bool):
+    def of_batch(
+        cls,
+        batch: Mapping[str, Any],
+        settings: Any,
+        *,
+        num_processes: int,
+        reads_old: bool,
+        extras_apart: bool = False,
+    ):
         """Columns of a micro-batch.
 
         Args:
@@ -48,8 +58,10 @@ class LossColumns:
             settings: reads `loss_reduction` and `reward_weight`.
             num_processes: engines average gradients over ranks, so each rank divides by its share of the global count.
             reads_old: `old_per_token_logps` are real where the batch has them.
+            extras_apart: extras have a term of their own.
         """
-        mask, extra_mask = batch["distillation_mask"], batch.get("extra_mask")
+        mask = batch["distillation_mask"]
+        extra_mask = None if extras_apart else batch.get("extra_mask")
         items, rows = (batch[name].clamp(min=1) / num_processes for name in ("num_loss_items", "num_loss_rows"))
         weights = token_weights(mask, reduction=settings.loss_reduction, denominator=items).flatten()
         tokens = batch["completion_ids"][:, : mask.size(1)].flatten()
@@ -77,6 +89,23 @@ class LossColumns:
             extra_mask=extra_mask,
             extra_views=None if extra_mask is None else view_columns(batch, extra_mask.size(1), "extra_"),
             positions=batch.get("distilled_positions"),
+            term=cls.of_extras(batch, settings, num_processes=num_processes) if extras_apart else None,
+        )
+
+    @classmethod
+    def of_extras(cls, batch: Mapping[str, Any], settings: Any, *, num_processes: int):
+        """Columns of the extras of a micro-batch, as its rows; arguments as in `of_batch`."""
+        mask = batch["extra_mask"]
+        items = batch["num_extra_items"].clamp(min=1) / num_processes
+        weights = token_weights(mask, reduction=settings.loss_reduction, denominator=items).flatten()
+        return cls(
+            shape=mask.shape,
+            weights=weights,
+            row_weights=weights.new_zeros(len(mask)),
+            token_ids=batch["extra_ids"].flatten(),
+            rows={"mask": mask.float()},
+            views=view_columns(batch, mask.size(1), "extra_"),
+            positions=batch.get("extra_positions"),
         )
 
     @classmethod

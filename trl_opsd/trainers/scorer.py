@@ -21,7 +21,7 @@ from ..teacher.prompts import EncodedContext, TeacherCollator
 from ..teacher.scoring import ContextSharing, score_contexts
 from ..teacher.states import TargetStates
 from ..teacher.weights import Teacher
-from .checks import check_capped_head, check_owners, check_same_weights, named_place
+from .checks import check_capped_head, check_owners, check_same_weights, check_targets, named_place
 
 
 class Scorer:
@@ -120,7 +120,7 @@ class Scorer:
         """What the teacher says of sequences; a collective.
 
         Args:
-            contexts: its views of each; rows behind the first B are extras, whose views are read.
+            contexts: its views of each; rows behind the first B are extras.
             prompts: of each, as the student and as the teacher's templates get it.
             sequences: token ids of each, at most D (extras: any number).
             shape: (B, D) of the target.
@@ -130,10 +130,12 @@ class Scorer:
         Returns:
             The target, and of each sequence whether a text in one of its contexts was shortened.
         """
+        check_targets(self.method, contexts, shape[0])
         jobs, shortened = self._jobs(contexts, prompts, sequences)
         target = self._empty(contexts, sequences, shape, result_device)
         for owner in self._owners:
-            for reads in [False] * self.method.has_target + [True] * self.method.reads_views:  # on every rank alike
+            # On every rank alike; the target last, for a run forgets the head of the one before.
+            for reads in [True] * self.method.reads_views + [False] * self._has_targets:
                 self._run(self._owners[owner], jobs.pop((owner, reads), []), target, reads=reads)
         if jobs:
             raise ValueError(
@@ -141,7 +143,7 @@ class Scorer:
                 f"{self.method.owners(self.settings)}, has_target={self.method.has_target} and reads_views={self.method.reads_views} do not "
                 "say so. Every rank has to know it: set them."
             )
-        self.heads[mode] = self.teacher.head
+        self.heads[mode] = self._owners[self.method.target_owner or "teacher"].head
         return target, shortened
 
     def _jobs(self, contexts, prompts, sequences) -> tuple[dict[tuple[str, bool], list[ScoringJob]], list[bool]]:
@@ -159,6 +161,10 @@ class Scorer:
                 jobs.setdefault((view.weights, reads), []).append(job)
         return jobs, shortened
 
+    @property
+    def _has_targets(self) -> bool:
+        return self.method.has_target or self.method.extras_have_target
+
     def _empty(self, contexts, sequences, shape, result_device) -> TargetStates:
         weights = [[view.read for view in views if view.read is not None] for views in contexts]
         return TargetStates.empty(
@@ -168,6 +174,9 @@ class Scorer:
             with_direction=self.method.shape(self.settings, 0).uses_direction,
             view_weights=weights if self.method.reads_views else None,
             num_view_tokens=max([shape[1], *map(len, sequences)]),
+            extra_shape=(shape[0], max([1, *map(len, sequences[shape[0] :])]), self.hidden_size)
+            if self.method.extras_have_target
+            else None,
         )
 
     def _run(self, teacher: Teacher, jobs: Sequence[ScoringJob], target: TargetStates, *, reads: bool = False) -> None:

@@ -26,7 +26,7 @@ from ..monitoring.diagnostics import Diagnostics
 from ..monitoring.guard import LIMITS, ClipWarning, CollapseGuard, TeacherWarning
 from ..rewards import guard_rewards, skips_errors
 from ..teacher.contexts import Moment, views_text
-from ..teacher.states import offload_states, read_target
+from ..teacher.states import offload_states, read_extra_target, read_target
 from .checks import (
     check_fills_a_batch,
     check_inputs,
@@ -298,21 +298,33 @@ class SelfDistillationTrainer(RolloutTrainer):
 
     def prepare_micro_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         mask = batch["distillation_mask"].flatten()
-        if "extra_mask" in batch:
+        apart, own = {}, self.method.extra_term is not None
+        if own:
+            apart["extra_positions"] = nonzero_positions(batch["extra_mask"])
+        elif "extra_mask" in batch:
             mask = torch.cat([mask, batch["extra_mask"].flatten()])
         waiting = self.args.steps_per_generation if self.mode == "train" else 1
-        return {"distilled_positions": nonzero_positions(mask)} | offload_states(batch, waiting)
+        return {"distilled_positions": nonzero_positions(mask)} | apart | offload_states(batch, waiting)
 
     def count_loss_items(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        mask = batch["distillation_mask"]
-        items = mask.sum() if self.args.loss_reduction == "token" else mask.any(dim=1).sum()
-        return {"num_loss_items": items, "num_loss_rows": batch["rollout_trained"].sum()}
+        def items(mask: torch.Tensor) -> torch.Tensor:
+            return mask.sum() if self.args.loss_reduction == "token" else mask.any(dim=1).sum()
+
+        counts = {
+            "num_loss_items": items(batch["distillation_mask"]),
+            "num_loss_rows": batch["rollout_trained"].sum(),
+        }
+        if self.method.extra_term is not None:
+            counts["num_extra_items"] = items(batch["extra_mask"])
+        return counts
 
     def step_loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         diagnostics = self.diagnostics[self.mode]
         processes = self.accelerator.num_processes
-        reads_old = self.reads_policy_logps()
-        columns = LossColumns.of_batch(batch, self.args, num_processes=processes, reads_old=reads_old)
+        reads_old, apart = self.reads_policy_logps(), self.method.extra_term is not None
+        columns = LossColumns.of_batch(
+            batch, self.args, num_processes=processes, reads_old=reads_old, extras_apart=apart
+        )
         with diagnostics.clock("loss", self.accelerator.device):
             if self._has_policy_loss() or getattr(self, "aux_loss_enabled", False):
                 loss, stats = self._mixed_loss(model, batch, columns)
@@ -320,6 +332,8 @@ class SelfDistillationTrainer(RolloutTrainer):
                 ids, mask, _ = student_inputs(batch, columns.shape[1])
                 loss, stats = self.method_loss.in_forward(model, ids, mask, self._loss_from_states(batch, columns))
         mask, clip_products = batch["distillation_mask"], stats.pop("clip_products", None)
+        if apart:
+            diagnostics.add_extras(stats.pop("extra_terms"), batch["extra_mask"])
         values = {name: value[: columns.num_own].view(mask.shape) for name, value in stats.items()}
         diagnostics.add(values, mask, batch["rollout_index"], clip_products, batch["rollout_outcome"])
         if self.mode == "train":
@@ -331,21 +345,34 @@ class SelfDistillationTrainer(RolloutTrainer):
         measures_clip = self.mode == "train" and self.state.global_step == 0
 
         def function(hidden: torch.Tensor, head: OutputHead):
-            states, target = self._states(hidden, batch, columns), self._target(batch, columns)
-            return self.method_loss.of_states(
-                states, head, target, columns, self._moment(), measures_clip=measures_clip
-            )
+            states, extras = self._states(hidden, batch, columns)
+            target, moment = self._target(batch, columns), self._moment()
+            if columns.extra_mask is not None:
+                states = torch.cat([states, extras])
+            loss, stats = self.method_loss.of_states(states, head, target, columns, moment, measures_clip=measures_clip)
+            if columns.term is None:
+                return loss, stats
+            target = self._extra_target(batch, columns)
+            term, terms = self.method_loss.of_extras(extras, head, target, columns.term, moment)
+            return loss + term, stats | {"extra_terms": terms}
 
         return function
 
-    def _states(self, hidden: torch.Tensor, batch: dict[str, Any], columns: LossColumns) -> torch.Tensor:
-        """(N, H) of the student's hidden states: those that predict rollouts, then those that predict extras."""
+    @staticmethod
+    def _states(hidden: torch.Tensor, batch: dict[str, Any], columns: LossColumns) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n, H) of the student's hidden states that predict rollouts, and those that predict extras, none without."""
         first, (size, length) = batch["prompt_ids"].size(1) - 1, columns.shape
-        states = hidden[:size, first : first + length].flatten(0, 1)
-        if columns.extra_mask is None:
-            return states
-        width = columns.extra_mask.size(1)
-        return torch.cat([states, hidden[size:, first : first + width].flatten(0, 1)])
+        width = batch["extra_mask"].size(1) if "extra_mask" in batch else 0
+        return tuple(
+            own[:, first : first + span].flatten(0, 1)
+            for own, span in ((hidden[:size], length), (hidden[size:], width))
+        )
+
+    def _extra_target(self, batch: dict[str, Any], columns: LossColumns):
+        """The target of the extras; None where they have none."""
+        if not self.method.extras_have_target:
+            return None
+        return read_extra_target(batch, self.scorer.heads[self.mode], columns.weights.device)
 
     def _target(self, batch: dict[str, Any], columns: LossColumns):
         """The target of the N positions, zeros for extras; None where the method has none."""

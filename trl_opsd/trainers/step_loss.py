@@ -97,6 +97,39 @@ class StepLoss:
         numbers |= {"facts": facts} if self.method.advantages is not None else {}
         return loss, log_values(stats) | ({} if target is not None else columns.view_values(facts)) | numbers
 
+    def of_extras(
+        self, states: torch.Tensor, head: OutputHead, target: Target | None, columns: LossColumns, moment: Moment
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The method's term of extras from their states (N, H), and its value on each of the N tokens before its weight.
+
+        Args:
+            states, head, moment: as in `of_states`.
+            target: of the N tokens; None without.
+            columns: `LossColumns.term`.
+        """
+        term = self.method.extra_term
+        settings = {"num_tokens": self.num_tokens, "positions": columns.positions}
+        settings["divergence"] = Divergence(temperature=self.settings.loss_temperature)
+        if term.divergence is not None:
+            settings["divergence"] = term.divergence(self.settings)
+        factor = term.weight(self.settings)
+        if term.loss is None:
+            loss, stats = fused_divergence(states, head, target, token_weights=columns.weights * factor, **settings)
+            return loss, stats.loss
+        seen: list[torch.Tensor] = []
+
+        def loss_of(facts: Facts) -> torch.Tensor:
+            terms = term.loss(columns.by_row(facts), self.settings, moment)
+            if terms.ndim != 2:
+                raise ValueError(
+                    f"{self.method.name}: extra_term's loss has shape {tuple(terms.shape)}; give terms (B, E)."
+                )
+            seen.append(terms.detach().flatten())
+            return factor * self._reduced(terms, columns)
+
+        settings |= {"token_ids": columns.token_ids, "given": columns.given()}
+        return fused_fact_loss(states, head, target, loss_of=loss_of, **settings)[0], seen[0]
+
     def _weighed(self, states, head, target, columns, moment, settings):
         rule = self.method.token_weight
         if rule is not None:

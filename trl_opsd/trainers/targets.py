@@ -196,16 +196,18 @@ class TargetMaker:
         if self.method.extras is not None:
             contexts += [() if extra is None else extra.contexts for extra in batch.extras]
             prompts, sequences = prompts * 2, sequences + batch.extra_ids
-        host = torch.device("cpu") if self._wait_on_host(len(batch.rows), length) else None
+        longest = max(map(len, batch.extra_ids), default=0)
+        host = torch.device("cpu") if self._wait_on_host(len(batch.rows), length, longest) else None
         batch.target, shortened = self.scorer.score(
             contexts, prompts, sequences, (len(batch.rows), length), mode=batch.mode, result_device=host
         )
         batch.shortened = shortened[: len(batch.rows)]
 
-    def _wait_on_host(self, num_rows: int, length: int) -> bool:
+    def _wait_on_host(self, num_rows: int, length: int, extra_length: int = 0) -> bool:
         states = self.method.has_target * (1 + self.method.shape(self.settings, 0).uses_direction)
         width = torch.promote_types(self.scorer.model.dtype, torch.float32).itemsize
-        return waits_in_host_memory(num_rows * length * self.scorer.hidden_size * states * width)
+        positions = num_rows * (length * states + extra_length * self.method.extras_have_target)
+        return waits_in_host_memory(positions * self.scorer.hidden_size * width)
 
     def columns(self, batch: RolloutBatch, mask: torch.Tensor, first: int) -> dict[str, torch.Tensor]:
         """Columns of a scored batch, for `LossColumns.of_batch` and the log.

@@ -193,7 +193,8 @@ class _Run:
         moments = 2 if "8bit" in self.args.optim else 2 * self.trained_bytes
         per_parameter = moments if not self.deepspeed else 12  # float32 weights and both moments
         shards = 1 if self.engine in ("single", "ddp") else self.num_gpus
-        states = self.rows * self.distilled * model.head[1] * 4 * self.num_states
+        positions = self.distilled * self.num_states + self.beside * self.method.extras_have_target
+        states = self.rows * positions * model.head[1] * 4
         if self.device == "cuda" and waits_in_host_memory(states):
             states = 0
         colocated = self.args.use_vllm and self.args.vllm_mode == "colocate"
@@ -284,7 +285,8 @@ class _Run:
             kept += size * length * model.num_layers * model.head[1] * model.hidden_bytes
         else:
             kept += model.num_layers * model.saved_layer.at(size, length)
-        head = 4 * self.head_entries if model.head_trains else 0  # its gradient, summed in float32
+        # Its gradient, summed in float32 by each of the fused losses.
+        head = 4 * self.head_entries * (2 if self.method.extra_term else 1) if model.head_trains else 0
         # In turn: the loss, which scales that sum in place; the backward, to whose end a tied head's gradient waits.
         most = max(self._tiles() + head, model.backward.at(size, length) + head * model.head_tied)
         return [
