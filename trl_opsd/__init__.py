@@ -42,6 +42,8 @@ if TYPE_CHECKING:  # for editors and type checkers, to which `X as X` says that 
     from .experimental.sort.trainer import SORTTrainer as SORTTrainer
     from .experimental.ssopd.trainer import SSOPDConfig as SSOPDConfig
     from .experimental.ssopd.trainer import SSOPDTrainer as SSOPDTrainer
+    from .experimental.stableopd.trainer import StableOPDConfig as StableOPDConfig
+    from .experimental.stableopd.trainer import StableOPDTrainer as StableOPDTrainer
     from .experimental.trace.trainer import TRACEConfig as TRACEConfig
     from .experimental.trace.trainer import TRACETrainer as TRACETrainer
     from .methods import Method as Method

@@ -55,6 +55,11 @@ PAGES = {
     "vopd": Page("VOPD", "the sampled token's log-ratio, less its mean under the student (arXiv 2605.07865)"),
     "rethinking-opd": Page("RethinkingOPD", "likely tokens rewarded by their log-ratio (arXiv 2604.13016)"),
     "popd": Page("POPD", "the sampled token's log-ratio on a growing part of the rollout (arXiv 2605.31490)"),
+    "stableopd": Page(
+        "StableOPD",
+        "the sampled token's log-ratio, held by the solution and the first weights (arXiv 2604.08527)",
+        experimental=True,
+    ),
     "rlsd": Page("RLSD", "GRPO, its advantage spread over tokens by what a teacher says of them (arXiv 2604.03128)"),
     "rlrt": Page("RLRT", "GRPO that rewards right tokens which the teacher did not expect (arXiv 2605.10781)"),
     "dasd": Page(

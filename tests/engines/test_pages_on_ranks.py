@@ -29,6 +29,7 @@ PAGES = (
     "rethinking-opd",
     "rlrt",
     "two-terms",
+    "stableopd",
 )
 
 

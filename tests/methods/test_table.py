@@ -24,6 +24,7 @@ from trl_opsd.experimental.egrsd.trainer import EGRSDTrainer
 from trl_opsd.experimental.msd.trainer import MSDTrainer
 from trl_opsd.experimental.sort.trainer import SORTTrainer
 from trl_opsd.experimental.ssopd.trainer import SSOPDTrainer
+from trl_opsd.experimental.stableopd.trainer import StableOPDTrainer
 from trl_opsd.experimental.trace.trainer import TRACETrainer
 from trl_opsd.trainers.antisd import AntiSDTrainer
 from trl_opsd.trainers.critique import CritiqueSDTrainer
@@ -203,6 +204,16 @@ METHODS = {
         RethinkingOPDTrainer, {"max_completion_length": 24, "num_generations": 1, "support_size": 0}
     ),
     "POPD": Row(POPDTrainer, {"max_completion_length": 24, "distillation_length": "4..8 in 3"}),
+    "StableOPD": Row(
+        StableOPDTrainer,
+        {**GROUPS, "gradient_accumulation_steps": 1, "golden_weight": 0.7, "reference_weight": 0.3},
+        not_zero="the solution is learnt whatever the teacher says",
+        not_divided="the rollouts' part is divided by their tokens and the solutions' by theirs",
+    ),
+    "StableOPD without solutions": Row(
+        StableOPDTrainer,
+        {**GROUPS, "gradient_accumulation_steps": 1, "golden_weight": 0.0, "reference_weight": 0.3},
+    ),
     "RLSD": Row(
         RLSDTrainer,
         {**GROUPS, "gradient_accumulation_steps": 1, "evidence_bound": 0.9},

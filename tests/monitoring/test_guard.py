@@ -2,7 +2,10 @@
 """The collapse guard: silent while a run learns, loud when it falls apart, and it can stop it."""
 
 import json
+import random
+import string
 import warnings
+import zlib
 from importlib.resources import files
 from types import SimpleNamespace
 
@@ -18,7 +21,8 @@ from trl_opsd.monitoring.guard import (
     CollapseGuard,
     TeacherWarning,
 )
-from trl_opsd.monitoring.repetition import repeated_share
+from trl_opsd.monitoring.repetition import is_loop, repeated_share
+from trl_opsd.trainers.rollout_log import measure_rollouts
 
 START = {
     "divergence": 0.2,
@@ -26,6 +30,7 @@ START = {
     "completions/mean_length": 400.0,
     "reflection_markers_per_1000": 5.0,
     "completions/repetition": 0.1,
+    "completions/looping_ratio": 0.0,
 }
 
 
@@ -52,6 +57,7 @@ def play(guard, *changes, tokens=10_000):
         ({"reflection_markers_per_1000": 45.0}, ("markers per 1,000 tokens: 45, was 5", "PurifiedOPSDTrainer")),
         ({"reflection_markers_per_1000": 0.2}, ("markers per 1,000 tokens: 0.2, was 5", "stops reflecting")),
         ({"completions/repetition": 0.4}, ("share of repeated 4-grams: 0.4, was 0.1", "loop")),
+        ({"completions/looping_ratio": 0.2}, ("share of long rollouts that loop: 0.2, was 0", "loop")),
     ],
     ids=lambda value: "" if isinstance(value, tuple) else next(iter(value)),
 )
@@ -160,6 +166,42 @@ def test_every_watched_number_is_logged(make_model, make_args, dataset, tokenize
 )
 def test_repetition_is_the_share_of_4_grams_seen_before_in_the_same_rollout(rollouts, share):
     assert repeated_share(rollouts) == pytest.approx(share)
+
+
+NOISE = "".join(random.Random(0).choices(string.ascii_letters + string.digits, k=20_000))
+LOOP = "wait, let me look again. " * 800
+
+
+@pytest.mark.parametrize(
+    ("text", "loops"),
+    [
+        (LOOP, True),
+        (NOISE, False),
+        (NOISE + LOOP, True),
+        (LOOP + NOISE, False),
+        (NOISE[:5000] + LOOP[:5000], False),
+        (LOOP[:10_000], False),
+        (LOOP[:10_001], True),
+        ("", False),
+        ("\U0001f914 " * 6000, True),
+    ],
+    ids=["loop", "noise", "ends so", "began so", "half", "short", "long enough", "empty", "wide"],
+)
+def test_a_long_text_loops_whose_end_compresses_tenfold(text, loops):
+    assert is_loop(text) is loops
+
+
+def test_the_bound_is_ten_times_shorter_and_not_more():
+    end = LOOP[-10_000:]
+    sizes = [len(zlib.compress((NOISE[:size] + end[size:]).encode())) for size in (500, 1500)]
+    assert sizes[0] < 1000 < sizes[1]
+    assert [is_loop("x" + NOISE[:size] + end[size:]) for size in (500, 1500)] == [True, False]
+
+
+def test_the_share_of_rollouts_that_loop_is_of_all_of_them():
+    accelerator = SimpleNamespace(reduce=lambda sums, reduction: sums, device="cpu")
+    metrics, _ = measure_rollouts([[1]] * 4, [LOOP, NOISE, "short", LOOP], [False] * 4, 0, accelerator)
+    assert metrics["completions/looping_ratio"] == 0.5
 
 
 def clip_warnings(logs, **state):

@@ -22,6 +22,7 @@ from trl_opsd.demo.tokenizer import build_tokenizer
 from trl_opsd.experimental.msd.trainer import MSDTrainer
 from trl_opsd.experimental.sort.trainer import SORTTrainer
 from trl_opsd.experimental.ssopd.trainer import SSOPDTrainer
+from trl_opsd.experimental.stableopd.trainer import StableOPDTrainer
 from trl_opsd.experimental.trace.trainer import TRACETrainer
 from trl_opsd.trainers.critique import CritiqueSDTrainer
 from trl_opsd.trainers.mopd import MOPDTrainer
@@ -56,6 +57,7 @@ PAGES = {
     "sort": (SORTTrainer, {"num_generations": 2, "repair_weight": 0.5}),
     "vopd": (VOPDTrainer, {"baseline_size": 20}),
     "rethinking-opd": (RethinkingOPDTrainer, {"num_generations": 1, "support_size": 4, "support_of": "intersection"}),
+    "stableopd": (StableOPDTrainer, {"num_generations": 2, "golden_weight": 0.7, "reference_weight": 0.3}),
     "two-terms": (TwoTerms, {"divergence": "reverse_kl", "clip": None}),
     "rlrt": (RLRTTrainer, {"num_generations": GLOBAL_BATCH, "evidence_bound": 0.9}),
 }

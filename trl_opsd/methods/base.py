@@ -143,6 +143,8 @@ class Method:
         extra_term: a second term of the loss, which is of extras alone; then `facts.extra` of the other rules is None.
         target_owner: whose weights alone read views with an anchor, "teacher", "base" or "live", so that one head reads the
             target even where the head trains; None where several may.
+        target_is_reference: the target is no teacher, but the model that the student is to stay near to. The log's
+            `divergence` and `target_entropy` are then those of the views that are read, and `reference_divergence` is its own.
         marks: from (rollouts of one prompt, settings, moment) to a number for each rollout, or to one for each of its tokens,
             which the facts' `mark` holds; `Rollout.token_ends` is then known.
         report: from memory to numbers for the log, by a name in small letters; asked after `remember`.
@@ -177,6 +179,7 @@ class Method:
     extras: Callable[[Sequence[Rollout], Any, Moment], list[Extra | None]] | None = None
     extra_term: Term | None = None
     target_owner: str | None = None
+    target_is_reference: bool = False
     marks: Callable[[Sequence[Rollout], Any, Moment], list[float | Sequence[float]]] | None = None
     report: Callable[[Mapping[str, Any]], Mapping[str, float]] | None = None
     inferred: str = ""

@@ -32,6 +32,9 @@ _MEANS = (
 # Tokens and sums of them, and of buckets and outcomes; the last three are the clip's products.
 _NUM_SUMS = 1 + len(_MEANS) + 2 * (len(BUCKETS) + len(OUTCOMES)) + 3
 
+# Means over tokens that only some methods have: of a term on extras, before its weight; of a divergence from a reference.
+_OTHERS = ("extras/loss", "reference_divergence")
+
 
 def log_values(stats: FusedDiagnostics) -> dict[str, torch.Tensor]:
     """The kernel's diagnostics under the names of the log."""
@@ -53,7 +56,7 @@ class Diagnostics:
     def reset(self) -> None:
         """Forget everything."""
         self._sums: torch.Tensor | None = None
-        self._extras: torch.Tensor | None = None
+        self._others: torch.Tensor | None = None
         self._rows: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._clocks: dict[str, list] = {}
 
@@ -87,17 +90,18 @@ class Diagnostics:
         self._sums = sums if self._sums is None else self._sums + sums
         self._rows.append((rows, (values["divergence"] * mask).sum(1) / mask.sum(1).clamp(min=1)))
 
-    def add_extras(self, terms: torch.Tensor, mask: torch.Tensor) -> None:
-        """Add what a micro-batch's sequences beside rollouts cost, (n,) a token, detached, where `mask` (B, E) is not 0."""
-        mask = mask.flatten().to(torch.float64)
-        sums = torch.stack([mask.sum(), (terms * mask).sum()])
-        self._extras = sums if self._extras is None else self._extras + sums
+    def add_mean(self, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
+        """Add numbers (n,) of a micro-batch, detached, to the mean `name` of `_OTHERS`, where `mask` (n,) is not 0."""
+        mask = mask.to(torch.float64)
+        sums = mask.new_zeros(len(_OTHERS), 2)
+        sums[_OTHERS.index(name)] = torch.stack([mask.sum(), (values * mask).sum()])
+        self._others = sums if self._others is None else self._others + sums
 
     def state(self) -> list[float] | None:
         """The sums so far, for a checkpoint; clocks and rows start anew."""
         if self._sums is None:
             return None
-        return self._sums.tolist() + ([] if self._extras is None else self._extras.tolist())
+        return self._sums.tolist() + ([] if self._others is None else self._others.flatten().tolist())
 
     def restore(self, state: list[float] | None, device: torch.device) -> None:
         """Continue from `state`."""
@@ -105,7 +109,7 @@ class Diagnostics:
         if state is not None:
             sums = torch.tensor(state, dtype=torch.float64, device=device)
             self._sums = sums[:_NUM_SUMS]
-            self._extras = sums[_NUM_SUMS:] if len(sums) > _NUM_SUMS else None
+            self._others = sums[_NUM_SUMS:].view(-1, 2) if len(sums) > _NUM_SUMS else None
 
     @contextmanager
     def clock(self, name: str, device: torch.device) -> Iterator[None]:
@@ -143,14 +147,8 @@ class Diagnostics:
             reduce: sums a tensor over ranks; a collective, so every rank must call.
             device: where an empty sum is made.
         """
-        zeros = torch.zeros(_NUM_SUMS + 2, dtype=torch.float64, device=device)
-        sums, extras = (
-            part if own is None else own
-            for part, own in zip(zeros.split([_NUM_SUMS, 2]), (self._sums, self._extras), strict=True)
-        )
-        reduced = reduce(torch.cat([sums, extras]))
-        reduced, (num_extra, extra_loss) = reduced[:_NUM_SUMS], reduced[_NUM_SUMS:].tolist()
-        means = {"extras/loss": extra_loss / num_extra} if num_extra else {}
+        reduced, others = self._reduced(reduce, device)
+        means = {name: value / count for name, (count, value) in zip(_OTHERS, others, strict=True) if count}
         total, *sums = reduced[:-3].tolist()
         if not total:
             return means
@@ -164,6 +162,16 @@ class Diagnostics:
             if count:
                 means[f"divergence/{name}"] = value / count
         return means
+
+    def _reduced(self, reduce, device: torch.device) -> tuple[torch.Tensor, list[list[float]]]:
+        """The sums over ranks, and tokens and sums of `_OTHERS`; a collective."""
+        sums, others = self._sums, self._others
+        if sums is None:
+            sums = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=device)
+        if others is None:
+            others = sums.new_zeros(len(_OTHERS), 2)
+        reduced = reduce(torch.cat([sums, others.flatten()]))
+        return reduced[:_NUM_SUMS], reduced[_NUM_SUMS:].view(-1, 2).tolist()
 
 
 def _elapsed(start, end) -> float:

@@ -86,6 +86,9 @@ LIMITS = (
     ),
     # From any start: a text with half of its 4-grams repeated loops. A share has no useful multiple.
     Limit("completions/repetition", "share of repeated 4-grams", 1.0, None, 0.25, f"rollouts loop: {_SLOWER}."),
+    Limit(
+        "completions/looping_ratio", "share of long rollouts that loop", 1.0, None, 0.1, f"rollouts loop: {_SLOWER}."
+    ),
 )
 
 

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much of a rollout says again what it said: the mark of a model that loops."""
 
+import zlib
 from collections.abc import Sequence
+
+LOOP_CHARACTERS = 10_000
+LOOP_COMPRESSION = 10.0
 
 
 def repeated_share(rollouts: Sequence[Sequence[int]], length: int = 4) -> float:
@@ -26,3 +30,14 @@ def count_repeated(rollouts: Sequence[Sequence[int]], length: int = 4) -> tuple[
         repeated += len(grams) - len(set(grams))
         total += len(grams)
     return repeated, total
+
+
+def is_loop(text: str) -> bool:
+    """Whether a text has more than 10,000 characters, the last 10,000 of which zlib makes more than 10 times shorter.
+
+    So StableOPD (arXiv 2604.08527) counts repetition. Prose becomes 2 to 4 times shorter. A shorter text is none, however it repeats.
+    """
+    if len(text) <= LOOP_CHARACTERS:
+        return False
+    end = text[-LOOP_CHARACTERS:].encode("utf-8", "replace")
+    return len(end) > LOOP_COMPRESSION * len(zlib.compress(end))

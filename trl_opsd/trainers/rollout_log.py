@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..monitoring.markers import count_markers
-from ..monitoring.repetition import count_repeated
+from ..monitoring.repetition import count_repeated, is_loop
 
 
 def measure_rollouts(
@@ -30,11 +30,13 @@ def measure_rollouts(
     markers = [count_markers(text) for text in texts]
     repeated = count_repeated(rollout_ids)
     sums = [sum(markers), sum(map(len, rollout_ids)), sum(shortened), len(texts), num_teacher_tokens, *repeated]
+    sums.append(sum(map(is_loop, texts)))
     sums = torch.tensor(sums, dtype=torch.float64)
     sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").tolist()
     metrics = {
         "reflection_markers_per_1000": 1000 * sums[0] / max(sums[1], 1),
         "completions/repetition": sums[5] / max(sums[6], 1),
+        "completions/looping_ratio": sums[7] / sums[3],
         "teacher/solution_shortened": sums[2] / sums[3],
         "teacher/tokens_computed": sums[4],
     }

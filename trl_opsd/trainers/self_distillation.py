@@ -333,7 +333,10 @@ class SelfDistillationTrainer(RolloutTrainer):
                 loss, stats = self.method_loss.in_forward(model, ids, mask, self._loss_from_states(batch, columns))
         mask, clip_products = batch["distillation_mask"], stats.pop("clip_products", None)
         if apart:
-            diagnostics.add_extras(stats.pop("extra_terms"), batch["extra_mask"])
+            diagnostics.add_mean("extras/loss", stats.pop("extra_terms"), batch["extra_mask"].flatten())
+        if "reference_divergence" in stats:
+            distance = stats.pop("reference_divergence")[: columns.num_own]
+            diagnostics.add_mean("reference_divergence", distance, mask.flatten())
         values = {name: value[: columns.num_own].view(mask.shape) for name, value in stats.items()}
         diagnostics.add(values, mask, batch["rollout_index"], clip_products, batch["rollout_outcome"])
         if self.mode == "train":

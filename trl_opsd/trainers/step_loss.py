@@ -95,7 +95,13 @@ class StepLoss:
         settings |= {"token_ids": columns.token_ids, "given": columns.given()}
         loss, stats, facts = self._of_facts(states, head, target, columns, moment, settings)
         numbers |= {"facts": facts} if self.method.advantages is not None else {}
-        return loss, log_values(stats) | ({} if target is not None else columns.view_values(facts)) | numbers
+        values = log_values(stats)
+        if self.method.target_is_reference:
+            nothing = torch.zeros_like(values["divergence"])
+            values |= {"reference_divergence": values["divergence"], "top_token_agreement": nothing}
+        if target is None or self.method.target_is_reference:
+            values |= columns.view_values(facts)
+        return loss, values | numbers
 
     def of_extras(
         self, states: torch.Tensor, head: OutputHead, target: Target | None, columns: LossColumns, moment: Moment
