@@ -349,3 +349,20 @@ def test_what_every_other_rule_gives_is_the_trainers(step, name):
                         close(record.values[value], torch.where(mask != 0, result[row, :length].double(), known))
             found += 1
     assert found > 0 and (weights is not None or taken.recorded)
+
+
+def test_a_term_of_extras_is_shown_beside_the_rollout_with_its_weight(step):
+    taken = step("stableopd", **GROUPS, **HOT, gradient_accumulation_steps=1, golden_weight=0.7, reference_weight=0.3)
+    (_, terms), total, golden = taken.recorded["loss"][0], 0.0, []
+    for record in taken.records:
+        if record.is_extra:
+            golden.append(sum(record.values["term"]) / len(record.ids))
+            close(record.values["push"], torch.full((len(record.ids),), 0.7))
+            close(record.values["term"], -0.7 * torch.tensor(record.views[0].log_prob))
+        else:
+            close(record.values["term"], terms[taken.row_of(record), : len(record.ids)])
+            total += sum(record.values["term"])
+    assert len(golden) == 1 and len(taken.records) == 5
+    assert total / taken.batch["num_loss_items"].item() + golden[0] == pytest.approx(taken.loss.item(), rel=1e-5)
+    target = [view for view in taken.records[0].views if view.name == "plain (base)"]
+    assert len(target) == 1 and max(taken.records[0].values["divergence"]) > 1e-3
