@@ -4,7 +4,18 @@
 import pytest
 import torch
 from groups import EXACT, ids_of, privileged
-from pages import MOMENT, assert_same_step, gradients_of, moved, raw_logits, student_of, token_log_probs, whole_step
+from pages import (
+    MOMENT,
+    assert_same_step,
+    gradients_of,
+    grpo_by_hand,
+    moved,
+    raw_logits,
+    student_of,
+    token_log_probs,
+    whole_step,
+)
+from peft import LoraConfig
 
 from trl_opsd.experimental.stableopd.method import golden_rollouts, held_contexts, held_policy_gradient
 from trl_opsd.experimental.stableopd.trainer import StableOPDConfig, StableOPDTrainer
@@ -205,6 +216,37 @@ def test_a_run_logs_and_moves(build):
     first, second = trainer.state.log_history[:2]
     assert abs(first["reference_divergence"]) < 1e-9 < second["reference_divergence"]
     assert first["extras/loss"] > second["extras/loss"] > 0
+
+
+def test_a_reward_adds_grpo_in_the_same_step(build, dataset):
+    rows, steps = [dataset[index] for index in (0, 0, 0, 0, 5, 5, 5, 5)], []
+    for weight in (0.0, 0.5):
+        trainer = build(reward_weight=weight, num_generations=4, per_device_train_batch_size=8)
+        moved(trainer)
+        steps.append(whole_step(trainer, rows))
+    model = student_of(trainer)
+    value, surrogate = grpo_by_hand(trainer, model, rows)
+    (0.5 * surrogate).backward()
+    own = gradients_of(model)
+    total = {name: gradient + own[name] for name, gradient in steps[0][1].items()}
+    assert_same_step(steps[1], (steps[0][0] + 0.5 * value.item(), total), abs=1e-6)
+
+
+def test_a_lora_run_starts_at_the_reference_and_evaluates(build_group, dataset, make_args, make_model, tokenizer):
+    args = {**SMALL, "max_steps": 1, "logging_steps": 1, "per_device_eval_batch_size": 4, "num_generations_eval": 2}
+    trainer = StableOPDTrainer(
+        model=make_model(torch.float64),
+        args=make_args(StableOPDConfig, **args),
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(2)),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
+    )
+    trainer.train()
+    assert abs(trainer.state.log_history[0]["reference_divergence"]) < 1e-9
+    assert trainer.teacher.adapter_off and not trainer.scorer._owners["base"].values
+    metrics = trainer.evaluate()
+    assert metrics["eval_reference_divergence"] > 0 and metrics["eval_extras/loss"] > 0
 
 
 @pytest.mark.parametrize(

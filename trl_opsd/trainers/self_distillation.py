@@ -298,8 +298,8 @@ class SelfDistillationTrainer(RolloutTrainer):
 
     def prepare_micro_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         mask = batch["distillation_mask"].flatten()
-        apart, own = {}, self.method.extra_term is not None
-        if own:
+        apart = {}
+        if self.method.extra_term is not None:
             apart["extra_positions"] = nonzero_positions(batch["extra_mask"])
         elif "extra_mask" in batch:
             mask = torch.cat([mask, batch["extra_mask"].flatten()])
