@@ -57,13 +57,13 @@ def ratio(facts: Facts, advantage: torch.Tensor) -> torch.Tensor:
 def sampled_token(facts: Facts) -> torch.Tensor:
     """POPD, and in cost EGRSD: a policy gradient whose teacher's numbers are given."""
     advantage = facts.given["view_log_prob"] - facts.log_prob.detach()
-    return -advantage * ratio(facts, advantage) * facts.log_prob / len(facts.log_prob)
+    return -advantage * ratio(facts, advantage) * facts.log_prob / facts.given["count"]
 
 
 def vopd(facts: Facts) -> torch.Tensor:
     """vOPD: the log-ratio less its mean."""
     advantage = control_variate_advantage(facts.log_prob_ratio, facts.divergence)
-    return -advantage * ratio(facts, advantage) * facts.log_prob / len(facts.log_prob)
+    return -advantage * ratio(facts, advantage) * facts.log_prob / facts.given["count"]
 
 
 CASES = {}
@@ -190,7 +190,7 @@ def top_100(inputs: Inputs, case: Case) -> torch.Tensor:
 
 def ours(inputs: Inputs, case: Case) -> torch.Tensor:
     if case.loss_of is not None:
-        return fused_fact_loss(*_hidden(inputs, case), **_fact_settings(inputs, case))[0]
+        return fused_fact_loss(*_hidden(inputs, case), **_fact_settings(inputs, case), pointwise=True)[0]
     return fused_divergence(*_hidden(inputs, case), **_settings(inputs, case, len(inputs.student)))[0]
 
 
@@ -278,7 +278,11 @@ def _settings(inputs: Inputs, case: Case, size: int) -> dict[str, Any]:
 
 
 def _fact_settings(inputs: Inputs, case: Case) -> dict[str, Any]:
-    given = {"view_log_prob": torch.full((len(inputs.student),), -2.0, device=inputs.student.device)}
+    size, device = len(inputs.student), inputs.student.device
+    given = {
+        "view_log_prob": torch.full((size,), -2.0, device=device),
+        "count": torch.tensor(float(size), device=device),
+    }
     return {"token_ids": _tokens(inputs), "loss_of": case.loss_of, "given": given, "divergence": case.divergence}
 
 

@@ -331,3 +331,47 @@ def test_under_autocast_nothing_changes():
     want = fused(problem, trace)
     with torch.autocast("cpu", torch.bfloat16):
         assert_equal_runs(fused(problem, trace), want, rtol=0, atol=0)
+
+
+POINTWISE = [anti_sd, anti_sd_clipped, trace, only_divergence]
+
+
+@pytest.mark.parametrize("rule", [("reverse_kl", None), ("jsd", "upper"), ("forward_kl", "token")], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, MixtureShape(0.4, 3.0)], ids=str)
+@pytest.mark.parametrize("counted", [None, [0, 2, 3, 6]])
+@pytest.mark.parametrize("loss_of", POINTWISE)
+def test_a_loss_of_each_position_alone_is_the_same_tile_by_tile(loss_of, counted, shape, rule):
+    problem, positions = Problem(rule, shape, "all"), None if counted is None else torch.tensor(counted)
+    want = fused(problem, loss_of, positions=positions)
+    for tile_tokens in (1, 3, None):
+        got = fused(problem, loss_of, positions=positions, pointwise=True, tile_tokens=tile_tokens)
+        assert_equal_runs(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss_of", POINTWISE[:2])
+def test_without_a_target_too(loss_of):
+    problem = Problem(("reverse_kl", None), Shape(), "softcap")
+    want = fused(problem, loss_of, False)
+    assert_equal_runs(fused(problem, loss_of, False, pointwise=True, tile_tokens=2), want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("loss_of", "target", "products"),
+    [(anti_sd, False, 1), (anti_sd, True, 2), (trace, True, 2)],  # beside the gradient's
+)
+def test_tile_by_tile_each_is_projected_once(loss_of, target, products, monkeypatch):
+    calls, product = [], projection._product
+    monkeypatch.setattr(projection, "_product", lambda *args: (calls.append(args), product(*args)))
+    fused(Problem(("jsd", None), Shape()), loss_of, target, pointwise=True)
+    assert len(calls) == products
+
+
+def test_tile_by_tile_a_loss_that_is_no_term_a_position_is_refused():
+    with pytest.raises(ValueError, match=r"gave shape \(\); give terms \(7,\)"):
+        fused(Problem(("jsd", None), Shape()), pbsd, pointwise=True)
+
+
+def test_tile_by_tile_a_rank_without_positions_gets_a_connected_zero():
+    none = torch.tensor([], dtype=torch.long)
+    loss, gradients, _ = fused(Problem(("jsd", None), Shape(), "bias"), anti_sd, positions=none, pointwise=True)
+    assert loss == 0 and not any(gradient.any() for gradient in gradients)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """POPD and TOPD: a whole step by hand from raw logits, the horizon, and settings."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from groups import bare, ids_of, logits_of, privileged
@@ -119,3 +121,21 @@ def test_the_default_horizon_grows_and_is_ours():
     # arXiv 2605.31490 gives neither schedule nor ends to us: linear, a quarter of the rollout to all of it.
     assert [args.distillation_length_at(step) for step in (0, 25, 50)] == [256, 640, 1024]
     assert args.max_completion_length == 1024 and not args.mask_truncated_completions
+
+
+def test_a_pointwise_loss_takes_the_step_of_the_same_loss_by_rows(build_group, dataset):
+    rows = [dataset[index] for index in range(4)]
+    steps = []
+    for pointwise in (True, False):
+        owner = type("Changed", (POPDTrainer,), {"method": replace(POPDTrainer.method, pointwise=pointwise)})
+        trainer = build_group(owner, ("so 12", "wait", "a", "it is 3"), distillation_length=6, max_completion_length=30)
+        steps.append((*whole_step(trainer, rows), dict(trainer.diagnostics["train"].means(lambda sums: sums, "cpu"))))
+    assert steps[0][0] == pytest.approx(steps[1][0], rel=1e-12)
+    for name, gradient in steps[0][1].items():
+        torch.testing.assert_close(gradient, steps[1][1][name], rtol=0, atol=1e-12)
+    assert steps[0][2] == pytest.approx(steps[1][2], rel=1e-6)
+
+
+def test_pointwise_is_for_a_loss_alone():
+    with pytest.raises(ValueError, match="pointwise is for a loss alone"):
+        replace(POPDTrainer.method, extras=lambda group, settings, moment: [None] * len(group))

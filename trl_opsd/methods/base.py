@@ -8,7 +8,8 @@ the trainer does not change. The ways, from the nearest to the plain one:
 2. `loss` replaces it by any function of numbers a token: of the sampled token's log-probability, of the divergence.
 3. `advantages` replaces it by TRL's policy-gradient loss, whose advantage it gives token by token.
 
-All three read the same facts. In `token_weight` they are flat, (n,), a tile at a time; in the others (B, D), views (K, B, D).
+All three read the same facts. In `token_weight`, and in a `pointwise` loss, they are flat, (n,), a tile at a time; in the others
+(B, D), views (K, B, D).
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -117,6 +118,8 @@ class Method:
         loss: from (facts, settings, moment) to what is minimised: terms (B, D), averaged as `loss_reduction` says, or one
             number a rollout (B,), averaged over rollouts. Its gradient flows through `log_prob` and, where the method has a
             target, through `divergence` (under a clip `clipped_divergence`).
+        pointwise: a token's `loss` depends on its own facts alone. It then gets them as `token_weight` does, flat, (n,), a tile
+            at a time, gives terms (n,), and the student is projected once, not twice.
         averages_all: a loss of one number a rollout is averaged over all rollouts, those without a context too.
         advantages: from (facts, settings, moment) to the advantages (B, D) of TRL's policy-gradient loss; the facts'
             `advantage` is TRL's own times `reward_weight`.
@@ -162,6 +165,7 @@ class Method:
     paper: Mapping[str, str] = field(default_factory=dict)
     token_weight: FactRule | None = None
     loss: FactRule | None = None
+    pointwise: bool = False
     averages_all: bool = False
     advantages: FactRule | None = None
     has_target: bool = True
@@ -188,6 +192,8 @@ class Method:
         ways = [name for name in ("token_weight", "loss", "advantages") if getattr(self, name) is not None]
         if len(ways) > 1 and ways != ["loss", "advantages"]:
             raise ValueError(f"{self.name}: {' and '.join(ways)} are given; a method has one way to its loss.")
+        if self.pointwise and (ways != ["loss"] or self.extras is not None):
+            raise ValueError(f"{self.name}: pointwise is for a loss alone, without extras.")
         if not self.has_target and not {"loss", "advantages"} & set(ways):
             raise ValueError(f"{self.name}: without a target there is no divergence; give a loss or advantages.")
         term = self.extra_term

@@ -22,7 +22,7 @@ from .opsd import solution_read
 
 
 def policy_gradient(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
-    """-u r log student(y_t), (B, D)."""
+    """-u r log student(y_t), (n,)."""
     advantage = (facts.given["view_log_probs"][0] - facts.log_prob).detach()
     return -advantage * policy_ratio(facts, advantage, settings) * facts.log_prob
 
@@ -31,6 +31,7 @@ POPD = Method(
     name="POPD",
     contexts=solution_read,
     loss=policy_gradient,
+    pointwise=True,
     has_target=False,
     reads_views=True,
     reads_old=True,

@@ -26,7 +26,7 @@ from .opsd import privileged_contexts
 
 
 def token_advantage(facts: RowFacts, settings: Any) -> torch.Tensor:
-    """A_t, (B, D), detached: u with its baseline, its floor, or alone."""
+    """A_t, (n,), detached: u with its baseline, its floor, or alone."""
     ratio = facts.log_prob_ratio.detach()
     if settings.use_baseline:
         return control_variate_advantage(ratio, facts.divergence)
@@ -35,7 +35,7 @@ def token_advantage(facts: RowFacts, settings: Any) -> torch.Tensor:
 
 
 def policy_gradient(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
-    """-A_t r log student(y_t), (B, D)."""
+    """-A_t r log student(y_t), (n,)."""
     advantage = token_advantage(facts, settings)
     return -advantage * policy_ratio(facts, advantage, settings) * facts.log_prob
 
@@ -44,6 +44,7 @@ VOPD = Method(
     name="vOPD",
     contexts=privileged_contexts,
     loss=policy_gradient,
+    pointwise=True,
     reads_old=True,
     paper={
         "title": "KL for a KL: On-Policy Distillation with Control Variate Baseline",

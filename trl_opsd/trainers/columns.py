@@ -138,9 +138,13 @@ class LossColumns:
             extra = RowFacts(**columns, given={"mask": self.extra_mask, **(self.extra_views or {})})
         return RowFacts(**own, given=given, extra=extra)
 
-    def view_values(self, facts: Facts) -> dict[str, torch.Tensor]:
-        """What the log holds of views that are read, (N,): their mean entropy, and `losses.sampled_divergence`."""
-        given, log_prob = self.given(), facts.log_prob.detach()
+    def view_values(self, log_prob: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the log holds of views that are read, (N,): their mean entropy, and `losses.sampled_divergence`.
+
+        Args:
+            log_prob: (N,) of the sampled tokens under the student.
+        """
+        given, log_prob = self.given(), log_prob.detach()
         divergence = sampled_divergence(log_prob, given["view_log_probs"], given["view_weights"])
         entropy = (view_shares(given["view_weights"]) * given["view_entropies"]).sum(0)
         return {"divergence": divergence.to(log_prob.dtype), "target_entropy": entropy}

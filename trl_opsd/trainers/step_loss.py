@@ -93,14 +93,18 @@ class StepLoss:
             loss, stats = self._weighed(states, head, target, columns, moment, settings)
             return loss, log_values(stats) | numbers
         settings |= {"token_ids": columns.token_ids, "given": columns.given()}
-        loss, stats, facts = self._of_facts(states, head, target, columns, moment, settings)
-        numbers |= {"facts": facts} if self.method.advantages is not None else {}
+        if self.method.pointwise:
+            loss, stats, log_prob = self._by_token(states, head, target, columns, moment, settings)
+        else:
+            loss, stats, facts = self._of_facts(states, head, target, columns, moment, settings)
+            numbers |= {"facts": facts} if self.method.advantages is not None else {}
+            log_prob = facts.log_prob
         values = log_values(stats)
         if self.method.target_is_reference:
             nothing = torch.zeros_like(values["divergence"])
             values |= {"reference_divergence": values["divergence"], "top_token_agreement": nothing}
         if target is None or self.method.target_is_reference:
-            values |= columns.view_values(facts)
+            values |= columns.view_values(log_prob)
         return loss, values | numbers
 
     def of_extras(
@@ -141,8 +145,7 @@ class StepLoss:
         if rule is not None:
 
             def weight_of(facts: Facts) -> torch.Tensor:
-                given = {"old_log_prob": facts.log_prob, **facts.given}  # as in `LossColumns.by_row`
-                return rule(replace(facts, given=given), self.settings, moment)
+                return rule(_with_old(facts), self.settings, moment)
 
             settings = settings | {"token_ids": columns.token_ids, "given": columns.given(), "weight_of": weight_of}
         return fused_divergence(states, head, target, token_weights=columns.weights, **settings)
@@ -161,6 +164,28 @@ class StepLoss:
             loss, stats = fused_fact_loss(states, head, target, loss_of=loss_of, **settings)
         return loss, stats, seen[0]
 
+    def _by_token(self, states, head, target, columns, moment, settings):
+        """The method's loss, token by token; the diagnostics; and the log-probabilities (N,) of the sampled tokens."""
+        seen: list[torch.Tensor] = []
+
+        def loss_of(facts: Facts) -> torch.Tensor:
+            seen.append(facts.log_prob.detach())
+            weight = facts.given["loss_weight"]
+            terms = self.method.loss(_with_old(facts), self.settings, moment)
+            if terms.shape != weight.shape:
+                raise ValueError(
+                    f"{self.method.name}: its pointwise loss has shape {tuple(terms.shape)} for facts {tuple(weight.shape)}; "
+                    "give one."
+                )
+            return terms.masked_fill(weight == 0, 0.0) * weight
+
+        settings = {**settings, "given": {**settings["given"], "loss_weight": columns.weights}}
+        loss, stats = fused_fact_loss(states, head, target, loss_of=loss_of, pointwise=True, **settings)
+        places = slice(None) if columns.positions is None else columns.positions
+        log_prob = columns.weights.new_zeros(len(columns.weights), dtype=loss.dtype)
+        log_prob[places] = torch.cat([log_prob.new_zeros(0), *seen])
+        return loss, stats, log_prob
+
     def _reduced(self, terms: torch.Tensor, columns: LossColumns) -> torch.Tensor:
         weights = columns.row_weights if terms.ndim == 1 else columns.weights[: columns.num_own].view(columns.shape)
         if terms.shape != weights.shape:
@@ -169,3 +194,8 @@ class StepLoss:
                 "or (B,) numbers."
             )
         return (terms.masked_fill(weights == 0, 0.0) * weights).sum()
+
+
+def _with_old(facts: Facts) -> Facts:
+    """Flat facts whose `old_log_prob` is the student's own where nothing older is known, as in `LossColumns.by_row`."""
+    return replace(facts, given={"old_log_prob": facts.log_prob.detach(), **facts.given})
