@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """StableOPD: a whole step by hand from raw logits, what each weight of 0 leaves, and the reference that is no teacher."""
 
+import math
+
 import pytest
 import torch
 from groups import EXACT, ids_of, privileged
@@ -161,6 +163,21 @@ def test_the_expected_gradient_of_the_first_part_is_that_of_the_reverse_divergen
     log_q = leaf.log_softmax(-1)
     (log_q.exp() * (log_q - log_p)).sum().backward()
     torch.testing.assert_close(enumerated_gradient(logits, log_p), leaf.grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "u", "kept"), [(1.1, 0.5, 1.1), (1.5, 0.5, 0.0), (1.5, -0.5, 1.5), (0.7, -0.5, 0.0), (0.7, 0.5, 0.7)]
+)
+def test_the_ratio_to_the_policy_that_sampled_is_under_ppos_clip(ratio, u, kept):
+    log_q = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
+    given = {
+        "view_log_probs": (log_q.detach() + u)[None],
+        "old_log_prob": log_q.detach() - math.log(ratio),
+        "engine_weight": torch.ones(1, 1),
+    }
+    facts = RowFacts(log_q, None, log_q, None, torch.zeros_like(log_q), None, given)
+    (slope,) = torch.autograd.grad(held_policy_gradient(facts, Settings, MOMENT).sum(), log_q)
+    assert slope.item() == pytest.approx(-u * kept)
 
 
 def test_one_solution_joins_a_prompt_and_the_reference_reads_the_bare_prompt():

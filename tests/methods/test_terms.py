@@ -205,6 +205,20 @@ def test_a_target_of_the_initial_weights_beside_another_teacher_is_read_with_the
     assert_same_step(whole_step(trainer, rows), wanted)
 
 
+def test_the_student_reads_a_further_row_for_each_extra_alone(build, rows, monkeypatch):
+    trainer, seen = build(per_device_train_batch_size=2, gradient_accumulation_steps=2), []
+    forward = trainer.method_loss.in_forward
+    monkeypatch.setattr(
+        trainer.method_loss, "in_forward", lambda model, ids, *rest: seen.append(len(ids)) or forward(model, ids, *rest)
+    )
+    whole_step(trainer, rows)
+    assert sorted(seen) == [3, 4]  # three of four rollouts have a solution beside them
+    none = build(with_method(extras=lambda group, *_: [None] * len(group)))
+    loss, gradient = whole_step(none, rows)
+    alone = build(with_method(extras=None, extra_term=None))
+    assert_same_step((loss, gradient), whole_step(alone, rows), rel=1e-12)
+
+
 def test_the_extras_target_waits_in_host_memory_with_the_others(build, rows, monkeypatch):
     trainer, steps = build(), []
     bytes_each = 8 * trainer.scorer.hidden_size * 4

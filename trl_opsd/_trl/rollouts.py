@@ -44,22 +44,25 @@ PENDING_LAYOUT = 2
 def student_inputs(batch: dict[str, Any], length: int | None = None) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Ids and mask (B, S) of a micro-batch's prompts and rollouts, and how many of the S stand behind the prompts.
 
-    Extras, where the batch has some, are further rows: (2B, S).
+    Extras, where the batch has some, are further rows: (B + k, S).
 
     Args:
-        batch: `prompt_ids`, `completion_ids` and their masks, and perhaps `extra_ids` and `extra_mask` (B, E).
+        batch: `prompt_ids`, `completion_ids` and their masks, and perhaps `extra_ids` and `extra_mask` (B, E), and which k rows have
+            an extra, `extra_rows` (k,).
         length: of the rollouts' part that is read; None for all.
     """
-    parts = [
-        (batch[f"{name}_ids"], batch[f"{name}_mask"]) for name in ("completion", "extra") if f"{name}_ids" in batch
-    ]
-    parts[0] = tuple(part[:, :length] for part in parts[0])
-    width = max(ids.size(1) for ids, _ in parts)
-    rows = [
-        [torch.cat([prompt, functional.pad(part, (0, width - part.size(1)))], dim=1) for part in own]
-        for own, prompt in zip(zip(*parts, strict=True), (batch["prompt_ids"], batch["prompt_mask"]), strict=True)
-    ]
-    ids, mask = (torch.cat(row) for row in rows)
+    prompt = (batch["prompt_ids"], batch["prompt_mask"])
+    parts = [(prompt, (batch["completion_ids"][:, :length], batch["completion_mask"][:, :length]))]
+    if "extra_ids" in batch:
+        extra, rows = (batch["extra_ids"], batch["extra_mask"]), batch["extra_rows"]
+        parts.append(tuple(tuple(own.index_select(0, rows) for own in pair) for pair in (prompt, extra)))
+    width = max(own[0].size(1) for _, own in parts)
+    ids, mask = (
+        torch.cat(
+            [torch.cat([first[k], functional.pad(own[k], (0, width - own[k].size(1)))], 1) for first, own in parts]
+        )
+        for k in range(2)
+    )
     return ids, mask, width
 
 

@@ -298,13 +298,15 @@ class SelfDistillationTrainer(RolloutTrainer):
 
     def prepare_micro_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         mask = batch["distillation_mask"].flatten()
-        apart = {}
+        beside = {}
+        if "extra_mask" in batch:
+            beside["extra_rows"] = nonzero_positions(batch["extra_mask"].any(dim=1))
         if self.method.extra_term is not None:
-            apart["extra_positions"] = nonzero_positions(batch["extra_mask"])
+            beside["extra_positions"] = nonzero_positions(batch["extra_mask"])
         elif "extra_mask" in batch:
             mask = torch.cat([mask, batch["extra_mask"].flatten()])
         waiting = self.args.steps_per_generation if self.mode == "train" else 1
-        return {"distilled_positions": nonzero_positions(mask)} | apart | offload_states(batch, waiting)
+        return {"distilled_positions": nonzero_positions(mask)} | beside | offload_states(batch, waiting)
 
     def count_loss_items(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         def items(mask: torch.Tensor) -> torch.Tensor:
@@ -363,13 +365,15 @@ class SelfDistillationTrainer(RolloutTrainer):
 
     @staticmethod
     def _states(hidden: torch.Tensor, batch: dict[str, Any], columns: LossColumns) -> tuple[torch.Tensor, torch.Tensor]:
-        """(n, H) of the student's hidden states that predict rollouts, and those that predict extras, none without."""
+        """(B D, H) of the student's hidden states that predict rollouts, and (B E, H) that predict extras, 0 where there is none."""
         first, (size, length) = batch["prompt_ids"].size(1) - 1, columns.shape
-        width = batch["extra_mask"].size(1) if "extra_mask" in batch else 0
-        return tuple(
-            own[:, first : first + span].flatten(0, 1)
-            for own, span in ((hidden[:size], length), (hidden[size:], width))
-        )
+        states = hidden[:size, first : first + length].flatten(0, 1)
+        if "extra_mask" not in batch:
+            return states, states[:0]
+        width = batch["extra_mask"].size(1)
+        extras = hidden.new_zeros(size, width, hidden.size(-1))
+        extras = extras.index_copy(0, batch["extra_rows"], hidden[size:, first : first + width])
+        return states, extras.flatten(0, 1)
 
     def _extra_target(self, batch: dict[str, Any], columns: LossColumns):
         """The target of the extras; None where they have none."""
