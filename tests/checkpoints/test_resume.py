@@ -134,6 +134,21 @@ def test_settings_that_keep_more_between_steps_resume_exactly_too(build, tmp_pat
     check_every_resume(build, tmp_path, steps=steps, **settings)
 
 
+def test_rows_that_were_put_in_order_by_length_are_resumed_in_that_order(build, tmp_path, monkeypatch):
+    moved, arrange = [], OPSDTrainer.arrange_rows
+
+    def watched(trainer, batches):
+        arranged = arrange(trainer, batches)
+        pairs = zip(batches, arranged, strict=True)
+        moved.append(any(not torch.equal(one["rollout_index"], two["rollout_index"]) for one, two in pairs))
+        return arranged
+
+    monkeypatch.setattr(OPSDTrainer, "arrange_rows", watched)
+    settings = {"per_device_train_batch_size": 2, "max_completion_length": 40, "num_iterations": 2}
+    check_every_resume(build, tmp_path, steps=(1, 2, 3), **settings)
+    assert any(moved)
+
+
 def test_a_streamed_dataset_resumes_where_it_stopped(build, tmp_path, dataset):
     check_every_resume(build, tmp_path, steps=(1, 2), max_steps=4, train_dataset=dataset.to_iterable_dataset())
 

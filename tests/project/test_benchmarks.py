@@ -123,6 +123,19 @@ def test_growth_has_an_exponent_and_a_picture_for_each_curve(load, tmp_path, mon
     assert "time exponent" in capsys.readouterr().out
 
 
+def test_rows_by_length_leave_the_fewest_positions_and_the_same_gradient(load, tmp_path, capsys):
+    output = tmp_path / "rows.jsonl"
+    small = ["--rows", "8", "--batch", "2", "--prompt", "8", "--median", "20", "--cap", "60", "--steps", "1"]
+    small += ["--layers", "1", "--hidden", "64", "--vocabulary", "128", "--device", "cpu"]
+    load("padding").main([*small, "--output", str(output)])
+    rows = {row["way"]: row for row in read(output)}
+    ratios = [rows[way]["positions_per_token"] for way in ("padded", "cut", "by length")]
+    assert ratios[0] > ratios[1] > ratios[2] >= 1
+    assert all(row["difference"] < 1e-5 for row in rows.values()) and rows["by length"]["difference"] > 0
+    load("padding").main([*small, "--regroup", "off"])
+    assert "by length" not in capsys.readouterr().out.rpartition("| way")[2]
+
+
 def test_an_exponent_is_the_slope_of_the_upper_half(load):
     exponent = load("growth").exponent
     rows = [{"size": size, "median_s": max(100.0, size**2.0), "peak_extra_mb": None} for size in (1, 2, 4, 16, 32, 64)]

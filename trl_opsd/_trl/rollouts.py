@@ -129,6 +129,10 @@ class RolloutTrainer(CheckedTrainer, NamedByMethod, GRPOTrainer):
     def restore_pending_values(self, values: dict[str, Any]) -> None:
         """Take over what `pending_values` gave; called before the first step of a resumed run."""
 
+    def arrange_rows(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The micro-batches of one optimizer step, in which rows may have changed places; once, when they are split."""
+        return batches
+
     def prepare_micro_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """What a micro-batch gets before its step, when a GPU may still be waited for; asked again when a run resumes."""
         return {}
@@ -287,7 +291,9 @@ class RolloutTrainer(CheckedTrainer, NamedByMethod, GRPOTrainer):
 
     def _prepare_window(self, batches):
         """Prepare the micro-batches of one optimizer step, and give them the counts, over all ranks, of their losses."""
-        for batch in batches:
+        for batch, arranged in zip(batches, map(dict, self.arrange_rows(batches)), strict=True):
+            batch.clear()  # in place: TRL has handed out the first of them
+            batch.update(arranged)
             batch.update(self.prepare_micro_batch(batch))
         counts = [self.count_loss_items(batch) for batch in batches]
         sums = torch.stack([torch.stack(list(count.values())).float() for count in counts]).sum(0)

@@ -86,6 +86,18 @@ def engine_correction(cap: float) -> dict[str, Any]:
     }
 
 
+# What an optimizer step's micro-batches add up to does not depend on which rows share one: 'bnpo' divides by a micro-batch's
+# own tokens, and a later one may.
+_LOSSES_OF_ROWS = ("cispo", "dapo", "dr_grpo", "grpo", "luspo", "sapo", "vespo")
+
+
+def adds_up_over_rows(config: GRPOConfig) -> bool:
+    """Whether TRL's policy loss of an optimizer step is the same however its rows are grouped into micro-batches."""
+    quantile = getattr(config, "top_entropy_quantile", 1.0)  # which is taken of a micro-batch
+    bonus = getattr(config, "entropy_coef", 0.0) or getattr(config, "use_adaptive_entropy", False)  # and so is its mean
+    return config.loss_type in _LOSSES_OF_ROWS and quantile == 1.0 and not bonus
+
+
 def trusts_remote_code(config: GRPOConfig) -> bool:
     """Whether a model's own code may run; before TRL 1.7 `model_init_kwargs` alone says so."""
     default = getattr(config, "trust_remote_code", False)

@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from .._trl.rollouts import RolloutTrainer, student_inputs
+from .._trl.versions import adds_up_over_rows
 from ..card import describe_run
 from ..card.publishing import Publisher
 from ..checkpoints.initial_weights import check_initial_weights, fingerprint
@@ -38,6 +39,7 @@ from .checks import (
 from .columns import LossColumns, given_advantages
 from .config import OPSDConfig
 from .groups import GroupReader
+from .lengths import by_length
 from .prompt_checks import check_prompts
 from .rollout_log import measure_rollouts, warn_of_masked_rollouts
 from .rollout_text import rollouts_text
@@ -296,6 +298,19 @@ class SelfDistillationTrainer(RolloutTrainer):
     def _has_policy_loss(self) -> bool:
         return self.args.reward_weight > 0 or self.method.advantages is not None
 
+    def _has_router_loss(self) -> bool:
+        return getattr(self, "aux_loss_enabled", False)
+
+    def arrange_rows(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        policy, router = self._has_policy_loss(), self._has_router_loss()
+        return by_length(
+            batches,
+            # A router's loss is of all the tokens of a forward.
+            regroups=not router and (not policy or adds_up_over_rows(self.args)),
+            reads_whole=policy or router,
+            multiple=getattr(self.args, "pad_to_multiple_of", None) or 1,
+        )
+
     def prepare_micro_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         mask = batch["distillation_mask"].flatten()
         beside = {}
@@ -328,7 +343,7 @@ class SelfDistillationTrainer(RolloutTrainer):
             batch, self.args, num_processes=processes, reads_old=reads_old, extras_apart=apart
         )
         with diagnostics.clock("loss", self.accelerator.device):
-            if self._has_policy_loss() or getattr(self, "aux_loss_enabled", False):
+            if self._has_policy_loss() or self._has_router_loss():
                 loss, stats = self._mixed_loss(model, batch, columns)
             else:
                 ids, mask, _ = student_inputs(batch, columns.shape[1])
