@@ -177,7 +177,8 @@ def test_control_tokens_marks_of_thinking_and_newlines_are_left_out_of_the_step(
     assert {trainer.tokenizer.convert_tokens_to_ids(text) for text in ("<think>", "</think>")} <= left_out
     whole_step(trainer, [rows[index] for index in range(4)])
     (batch,) = trainer._buffered_inputs
-    kept = batch["completion_ids"][batch["distillation_mask"].bool()]
+    mask = batch["distillation_mask"].bool()
+    kept = batch["completion_ids"][:, : mask.size(1)][mask]
     assert not set(kept.tolist()) & left_out and "\n" not in trainer.tokenizer.decode(kept)
 
 
