@@ -8,12 +8,14 @@ within each step, on the same rollouts and from the same shuffle:
   padded     every micro-batch as wide as the generation batch's longest rollout, as TRL splits it
   cut        rows as they come, each micro-batch cut to its own longest
   by length  rows of the optimizer step by length, each micro-batch cut (what the trainers do)
-`--regroup off` leaves the last one out. Only the student is timed: its forwards, the loss, the backward; the teacher has scored
+`--regroup off` leaves the last one out. `--ranks 8` trains nothing, and counts what the slowest of 8 ranks computes in a step of
+`--rows` rollouts on each, over the mean rank's real tokens, where rows keep their ranks and where they change them. Only the student is timed: its forwards, the loss, the backward; the teacher has scored
 before. One JSON line a way, then ratios. `positions` counts prompt and rollout in the student's forwards, `tokens` those that are
 no padding; `difference` is the gradient's, over its norm, to padded's.
 """
 
 import argparse
+import json
 import math
 import random
 import statistics
@@ -29,7 +31,8 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from trl_opsd import OPSDConfig, OPSDTrainer
 from trl_opsd.demo import model_path
-from trl_opsd.trainers.lengths import by_length
+from trl_opsd.trainers import lengths as arranging
+from trl_opsd.trainers.lengths import Lengths, by_length, shares_of_ranks
 
 LETTERS = "bcdfghjklmnpqrstvwxz"  # one token each
 
@@ -43,6 +46,28 @@ def cut(trainer, batches):
 
 
 WAYS = {"padded": padded, "cut": cut, "by length": OPSDTrainer.arrange_rows}
+
+
+def draw_lengths(args, draw, count):
+    return [min(args.cap, math.ceil(draw.lognormvariate(math.log(args.median), args.sigma))) for _ in range(count)]
+
+
+def slowest_rank(args, steps=300):
+    """Means over drawn steps: positions of the slowest rank over the mean rank's tokens, each way, and the rows that change ranks."""
+    draw, sums = random.Random(args.seed), dict.fromkeys(("padded", "own rows", "over ranks", "moved"), 0.0)
+    threshold = arranging.WORTH_MOVING
+    for _ in range(steps):
+        rows = [Lengths(args.prompt, size, size, 0) for size in draw_lengths(args, draw, args.ranks * args.rows)]
+        real = sum(args.prompt + row.rollout for row in rows) / args.ranks
+        sums["padded"] += args.rows * (args.prompt + max(row.rollout for row in rows)) / real
+        for way, share in (("own rows", 1.0), ("over ranks", threshold)):
+            arranging.WORTH_MOVING = share
+            ranks = shares_of_ranks(rows, args.ranks, args.batch, True)
+            widths = [[args.prompt + max(rows[row].rollout for row in own) for own in groups] for groups in ranks]
+            sums[way] += args.batch * max(map(sum, widths)) / real
+        moved = [row // args.rows != rank for rank, groups in enumerate(ranks) for own in groups for row in own]
+        sums["moved"] += sum(moved) / len(moved)
+    return {way: value / steps for way, value in sums.items()}
 
 
 def make_trainer(args):
@@ -69,7 +94,7 @@ def make_trainer(args):
     letters, lengths = tokenizer(LETTERS)["input_ids"], random.Random(args.seed)
 
     def sample(prompts, *_, **__):
-        sizes = [min(args.cap, math.ceil(lengths.lognormvariate(math.log(args.median), args.sigma))) for _ in prompts]
+        sizes = draw_lengths(args, lengths, len(prompts))
         return [draw.choices(letters, k=size) for size in sizes], None
 
     trainer._generate_single_turn = sample
@@ -146,7 +171,11 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=None, help="a file that the lines are appended to")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--ranks", type=int, default=1)
     args = parser.parse_args(argv)
+    if args.ranks > 1:
+        print(json.dumps({"ranks": args.ranks, "rows": args.rows, "batch": args.batch, **slowest_rank(args)}))
+        return
     lines = []
     for way, numbers in measure(args).items():
         ratio = numbers["positions"] / numbers["tokens"]

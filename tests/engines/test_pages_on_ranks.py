@@ -52,3 +52,18 @@ def test_two_ranks_take_the_steps_of_one_process(tmp_path, page):
     assert ranks["norms"] == pytest.approx(alone["norms"], rel=5e-3, abs=1e-6)
     assert ranks["weights"] == pytest.approx(alone["weights"], rel=1e-4)
     assert all(norm > 0 for norm in alone["norms"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["pbsd", "sgsd"])
+def test_rows_that_change_ranks_leave_the_slower_rank_less_to_do_and_the_same_steps(tmp_path, page):
+    moved, padded = (
+        run("ddp", tmp_path / name, "--page", page, *options, worker=WORKER)
+        for name, options in (("moved", []), ("padded", ["--padded"]))
+    )
+    for name in ("losses", "norms"):
+        assert moved[name] == pytest.approx(padded[name], rel=1e-4, abs=1e-7)
+    assert moved["weights"] == pytest.approx(padded["weights"], rel=1e-6)
+    assert [sum(rank["moved"] for rank in numbers["rows"]) > 0 for numbers in (moved, padded)] == [True, False]
+    positions = [max(rank["positions"] for rank in numbers["rows"]) for numbers in (moved, padded)]
+    assert 0 < positions[0] < 0.95 * positions[1]

@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"], os.environ["CI"] = "1", "true"
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from engines import GLOBAL_BATCH, make_model, make_rows
 from peft import LoraConfig
@@ -110,10 +111,29 @@ def rows_of_pages():
     return Dataset.from_list([{**row, **own} for row, own in zip(make_rows(), columns, strict=False)])
 
 
+def watch_rows(trainer, padded):
+    """Positions that the student computes on this rank, and how many rows came from another; `padded` leaves them all."""
+    watched, arrange = {"positions": 0, "moved": 0}, trainer.arrange_rows
+
+    def arranged(batches):
+        before = {index for batch in batches for index in batch["rollout_index"].tolist()}
+        batches = batches if padded else arrange(batches)
+        watched["moved"] += len({index for batch in batches for index in batch["rollout_index"].tolist()} - before)
+        return batches
+
+    def count(module, args, kwargs):
+        watched["positions"] += torch.is_grad_enabled() * kwargs["input_ids"].numel()
+
+    trainer.arrange_rows = arranged
+    trainer.model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    return watched
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--page", required=True, choices=PAGES)
+    parser.add_argument("--padded", action="store_true")
     options = parser.parse_args()
     trainer_class, settings = PAGES[options.page]
     world, tokenizer = int(os.environ.get("WORLD_SIZE", 1)), build_tokenizer()
@@ -146,10 +166,13 @@ def main():
         else None,
     )
     give_rollouts(trainer)
+    watched = watch_rows(trainer, options.padded)
     trainer.train()
+    watched = gather_object([watched])
     if trainer.accelerator.is_main_process:
         entries = [entry for entry in trainer.state.log_history if "loss" in entry]
         numbers = {
+            "rows": watched,
             "world": trainer.accelerator.num_processes,
             "losses": [entry["loss"] for entry in entries],
             "norms": [entry["grad_norm"] for entry in entries],

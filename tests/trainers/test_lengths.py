@@ -15,7 +15,7 @@ from trl import GRPOTrainer
 from trl_opsd import AntiSDTrainer, OGLSSDTrainer, OPSDTrainer, PBSDTrainer, SGSDTrainer
 from trl_opsd._trl.versions import adds_up_over_rows, installed_fields
 from trl_opsd.trainers import lengths
-from trl_opsd.trainers.lengths import Lengths, by_length, cheapest_groups
+from trl_opsd.trainers.lengths import Lengths, by_length, cheapest_groups, shares_of_ranks
 
 # From two tokens to eighty; right and wrong in every group of four.
 TEXTS = (
@@ -205,6 +205,9 @@ def test_every_column_that_trl_makes_is_known():
     assert named - {"num_items_in_batch"} <= set(lengths._TOKENS)
 
 
+SHARED = ("number", "nothing")
+
+
 def a_batch(*, rollouts, prompts, **columns):
     """Rows whose tokens are counted from 1, padded as TRL does."""
     width, before = 12, 6
@@ -266,3 +269,39 @@ def test_rows_stay_where_no_order_is_better():
     assert cheapest_groups([Lengths(3, own, own, 0) for own in (1, 9, 2, 8)], 2, True) == [[1, 3], [2, 0]]
     extras = [Lengths(1, 1, 1, own) for own in (9, 1, 9, 1)]
     assert cheapest_groups(extras, 2, False) == [[0, 2], [1, 3]]
+
+
+def rollouts_of(*sizes):
+    return [Lengths(3, own, own, 0) for own in sizes]
+
+
+def test_ranks_get_about_equal_work_the_longest_first():
+    """The first rank sampled all that is long."""
+    shares = shares_of_ranks(rollouts_of(90, 80, 70, 60, 4, 3, 2, 1), num_ranks=2, size=1, reads_whole=True)
+    assert shares == [[[0], [3], [4], [7]], [[1], [2], [5], [6]]]
+    shares = shares_of_ranks(rollouts_of(90, 88, 80, 70, 4, 3, 2, 1), num_ranks=2, size=2, reads_whole=True)
+    assert shares == [[[0, 1], [6, 7]], [[2, 3], [4, 5]]]
+
+
+def test_rows_keep_their_rank_where_moving_saves_it_little():
+    shares = shares_of_ranks(rollouts_of(90, 4, 89, 3), num_ranks=2, size=1, reads_whole=True)
+    assert shares == [[[0], [1]], [[2], [3]]]
+    shares = shares_of_ranks(rollouts_of(90, 80, 4, 89, 3, 2), num_ranks=1, size=3, reads_whole=True)
+    assert shares == [[[0, 3, 1], [2, 4, 5]]]
+
+
+def test_rows_of_another_rank_are_padded_where_theirs_are():
+    """Of other widths and another number of views."""
+    ours = a_batch(rollouts=(2, 9), prompts=(1, 4))
+    theirs = {name: column[:1] for name, column in a_batch(rollouts=(5,), prompts=(2,)).items() if name not in SHARED}
+    theirs["view_log_probs"], theirs["view_weights"] = torch.ones(1, 3, 5), torch.ones(1, 3)
+    rows = [*lengths._rows_of(ours, [*theirs]), *lengths._rows_of(theirs, [*theirs])]
+    rows[2] = {name: lengths._cut(name, column, Lengths(2, 5, 5, 1)) for name, column in rows[2].items()}
+    batch = lengths._join([rows[0], rows[2]], Lengths(2, 5, 5, 1))
+    assert batch["prompt_ids"].tolist() == [[0, 1], [1, 2]]
+    assert batch["completion_ids"].tolist() == [[1, 2, 0, 0, 0], [1, 2, 3, 4, 5]]
+    assert batch["view_log_probs"].shape == (2, 3, 5) and batch["view_weights"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    longer = lengths._join([rows[2], rows[1]], Lengths(4, 9, 8, 1))
+    assert longer["prompt_mask"].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
+    assert longer["completion_mask"].sum(1).tolist() == [5, 9] and longer["anchor_hidden"].shape == (2, 8, 3)
+    assert longer["anchor_hidden"][0, 5:].abs().sum() == 0 and longer["importance_sampling_ratio"].shape == (2, 1)

@@ -38,7 +38,7 @@ def model_for_generation(trainer: Any) -> AbstractContextManager:
 
 
 # Of what a checkpoint holds of a pending batch: one more wherever its columns or `pending_values` change.
-PENDING_LAYOUT = 2
+PENDING_LAYOUT = 3
 
 
 def student_inputs(batch: dict[str, Any], length: int | None = None) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from .._trl.rollouts import RolloutTrainer, student_inputs
@@ -245,7 +246,7 @@ class SelfDistillationTrainer(RolloutTrainer):
         if self._decomposition_is_due():
             self._log_decomposition(mask.size(1))
         if self.mode == "train":
-            self._prompt_texts = [str(prompt)[:80] for prompt in own.prompts]
+            self._prompt_texts = gather_object([str(prompt)[:80] for prompt in own.prompts])
             if self.method.remember is not None:
                 self.memory = dict(self.method.remember(self.memory, self.targets.seen(own), self.args))
                 report = {} if self.method.report is None else self.method.report(self.memory)
@@ -303,12 +304,14 @@ class SelfDistillationTrainer(RolloutTrainer):
 
     def arrange_rows(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         policy, router = self._has_policy_loss(), self._has_router_loss()
+        shared_by_ranks = getattr(self.accelerator, "parallelism_config", None) is not None
         return by_length(
             batches,
             # A router's loss is of all the tokens of a forward.
             regroups=not router and (not policy or adds_up_over_rows(self.args)),
             reads_whole=policy or router,
             multiple=getattr(self.args, "pad_to_multiple_of", None) or 1,
+            accelerator=self.accelerator if self.mode == "train" and not shared_by_ranks else None,
         )
 
     def prepare_micro_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -438,8 +441,7 @@ class SelfDistillationTrainer(RolloutTrainer):
         losses, self._losses = self._losses, []
         if not losses or bool(torch.stack([loss for loss, _ in losses]).isfinite().all()):
             return
-        first = self.accelerator.process_index * len(self._prompt_texts)
-        bad = [index - first for loss, rows in losses if not loss.isfinite() for index in rows.tolist()]
+        bad = [index for loss, rows in losses if not loss.isfinite() for index in rows.tolist()]
         raise FloatingPointError(
             f"The loss is not finite at step {self.state.global_step} for the rows with prompts "
             f"{[self._prompt_texts[index] for index in sorted(set(bad))]}. The weights of earlier checkpoints are "
