@@ -14,7 +14,8 @@ ROW = {"prompt": "1+1=?", "solution": "2"}
 
 
 def settings(**values):
-    return SimpleNamespace(**{"num_generations": 4, "max_completion_length": 8, "reward_weight": 0.0, **values})
+    given = {"num_generations": 4, "max_completion_length": 8, "reward_weight": 0.0, **values}
+    return SimpleNamespace(**given, solution_share_at=lambda step: 1.0)
 
 
 def peers(group, settings, moment):

@@ -41,7 +41,7 @@ def write_card(trainer: Any, dataset_name: str | None, evaluation: Sequence[Mapp
         sections.introduction(trainer, name, base),
         sections.loading(trainer.args, trainer.hub_model_id, is_adapter),
         results_section(evaluation),
-        sections.method_section(trainer.args, trainer.method, evaluation),
+        sections.method_section(trainer.args, trainer.method, evaluation, trainer.train_dataset.column_names or ()),
         sections.settings_section(trainer),
         sections.training_section(trainer, folder),
         sections.sources_section(trainer, dataset_name, base, licence),

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sections of a card, each a text from a trainer or its config."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 from ..methods import Method
+from ..methods.privileged import PrivilegedText
 from .facts import describe_hardware, installed_versions, thinking_modes
 from .markdown import as_json, cell, code_span, escaped, fenced, hub_link, keyword_arguments, table
 from .plots import has_curves, plot_run
@@ -72,8 +73,10 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ```"""
 
 
-def method_section(args: Any, method: Method, evaluation: Sequence[Mapping[str, Any]] | None) -> str:
-    """The pair of templates and the triple of thinking modes: student, teacher, evaluation."""
+def method_section(
+    args: Any, method: Method, evaluation: Sequence[Mapping[str, Any]] | None, columns: Collection[str] = ()
+) -> str:
+    """The pair of templates, what rows bring beside them, and the triple of thinking modes: student, teacher, evaluation."""
     modes = thinking_modes(args) | {"evaluation": evaluation_thinking(evaluation)}
     parts = [
         f"""## Method: {method.name}
@@ -86,6 +89,9 @@ The student's and the teacher's last user message stand below; `{{prompt}}` is t
     ]
     if method.inferred:
         parts.insert(1, f"The method is experimental. {method.inferred}")
+    brought = PrivilegedText(method, args).describe(columns)
+    if brought:
+        parts.append(f"By row the teacher also reads: {escaped(brought)}.")
     for name, template in method.templates(args).items():
         parts += [f"Teacher, as `{name}`:", fenced(template)]
     return "\n\n".join(parts)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .._trl.versions import dict_fields, gkd_classes
+from ..rows.texts import slots_of
 from ..settings.fields import check_settings, option
 from ..settings.shared import SelfDistillationSettings
 
@@ -71,6 +72,12 @@ class OPSDGKDConfig(SelfDistillationSettings, GKDConfig):
             if getattr(self, name) != defaults[name].default:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not read by OPSDGKDTrainer. Set {instead}.")
         check_settings(self)
+        columns = [slot for slot in slots_of(self.teacher_prompt_template) if slot not in ("prompt", "solution")]
+        if columns:
+            raise ValueError(
+                f"teacher_prompt_template: OPSDGKDTrainer fills {{prompt}} and {{solution}}, not {{{columns[0]}}}. Take the slot "
+                "out, or train with OPSDTrainer, which reads further columns."
+            )
 
 
 class NoTeacher(torch.nn.Linear):

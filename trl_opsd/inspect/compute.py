@@ -16,6 +16,7 @@ import torch
 
 from ..losses import Divergence, LinearShape, view_shares
 from ..methods import Extra, Method
+from ..methods.privileged import PrivilegedText
 from ..rows.checks import without_special_tokens
 from ..rows.texts import Prompt, fill_template, rewrite_last_turn
 from ..rows.token_texts import token_ends, token_texts
@@ -78,6 +79,11 @@ class Inspector:
         templates = self.method.templates(self.settings)
         return TeacherCollator.from_settings(self.tokenizer, self.settings, templates=templates)
 
+    @cached_property
+    def privileged(self) -> PrivilegedText:
+        """What rows bring for the teacher to read."""
+        return PrivilegedText(self.method, self.settings)
+
     def encode(self, rollout: Rollout, context: TeacherContext) -> list[int]:
         """Token ids of what a view reads before the rollout."""
         prompt = student_prompt(rollout.prompt, self.settings) if context.template == "plain" else rollout.prompt
@@ -103,19 +109,25 @@ class Inspector:
     def _ask(self, group: Sequence[SampledRollout], moment: Moment) -> list[_Asked]:
         """Everything that the method says of a group, in the order of training."""
         method, settings = self.method, self.settings
-        rollouts = method.noted([self._with_ends(sampled) for sampled in group], settings, moment)
+        rollouts = method.noted([self._known(sampled) for sampled in group], settings, moment)
+        tokens, complete = self._collator.special_tokens, self.privileged
+        rollouts, _ = complete.with_own_prompts(rollouts, self.encode, tokens)
         rollouts = [self._answered(rollout) for rollout in rollouts]
         contexts = method.contexts(rollouts, settings, moment)
+        contexts = [complete.views(views, rollout) for views, rollout in zip(contexts, rollouts, strict=True)]
         nothing = [None] * len(rollouts)
         extras = nothing if method.extras is None else method.extras(rollouts, settings, moment)
+        extras = [complete.extra(extra, rollout) for extra, rollout in zip(extras, rollouts, strict=True)]
         marks = nothing if method.marks is None else method.marks(rollouts, settings, moment)
         advantages = group_advantages([rollout.reward for rollout in rollouts], settings)
         ids = [sampled.ids for sampled in group]
         return [_Asked(*parts) for parts in zip(rollouts, ids, contexts, extras, marks, advantages, strict=True)]
 
-    def _with_ends(self, sampled: SampledRollout) -> Rollout:
+    def _known(self, sampled: SampledRollout) -> Rollout:
+        """The rollout with what training knows of it."""
         ends = () if self.method.marks is None else token_ends(self.tokenizer, sampled.ids)
-        return replace(sampled.rollout, token_ends=ends)
+        share = self.settings.solution_share_at(self.step)
+        return replace(sampled.rollout, token_ends=ends, solution_share=share)
 
     def _answered(self, rollout: Rollout) -> Rollout:
         """The rollout with what the model writes for it, where the method asks, by the weights that the context names."""
@@ -125,6 +137,7 @@ class Inspector:
         request = self.method.asks(rollout, self.settings)
         if request is None:
             return rollout
+        request = self.privileged.view(request, rollout)
         with torch.random.fork_rng():
             torch.manual_seed(self.settings.seed)
             (ids,) = sample(self._reader(request.weights), self.encode(rollout, request), 1, self.settings, tokenizer)
@@ -211,7 +224,10 @@ class Inspector:
         strengths = [share * shape.strength for share in _STRENGTHS] if isinstance(shape, LinearShape) else []
         shapes = [("", shape), *((f"@{index}", LinearShape(strength)) for index, strength in enumerate(strengths))]
         shown = [ViewRecord("student", 0), *([ViewRecord("target", 0)] if views.anchor is not None else [])]
-        shown += [ViewRecord(name, count, weight=views.weights.get(name)) for name, count in views.counts.items()]
+        shown += [
+            ViewRecord(name, count, weight=views.weights.get(name), reads=views.reads.get(name, ""))
+            for name, count in views.counts.items()
+        ]
         values: dict[str, list[float]] = {}
         for start in range(0, len(ids), _ROWS):
             part = views.rows(slice(start, start + _ROWS))
@@ -251,14 +267,15 @@ class Inspector:
         for name, context in zip(pool_names(contexts), contexts, strict=True):
             logits = self._logits(self._reader(context.weights), rollout, context, ids)
             views.add(name, context, logits)
-            if rollout.solution is not None and context.slot == rollout.solution and context.weights == "teacher":
+            views.reads.setdefault(name, self.tokenizer.decode(self.encode(rollout, context)))
+            if rollout.solution is not None and context.slot == rollout.shown_solution and context.weights == "teacher":
                 solution[context.template] = logits
-        if rollout.solution is None or not decomposes:
+        if rollout.solution is None or rollout.teacher_prompt is not None or not decomposes:
             return views
         shown = {context.template for context in contexts}
         for template in ("teacher", "reference"):
             if template not in solution:
-                context = TeacherContext(template, rollout.solution)
+                context = self.privileged.view(TeacherContext(template, rollout.shown_solution), rollout)
                 solution[template] = self._logits(self._reader("teacher"), rollout, context, ids)
                 if template not in shown:
                     views.add(template, context, solution[template])

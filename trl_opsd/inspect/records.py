@@ -28,6 +28,7 @@ class ViewRecord:
         entropy: T.
         top_ids, top_log_probs: the likeliest tokens, T lists of k.
         weight: of a view that is read; None for the others.
+        reads: what the view is shown before the rollout, the first of several, as text; empty for student and target.
     """
 
     name: str
@@ -38,6 +39,7 @@ class ViewRecord:
     top_ids: list[list[int]] = field(default_factory=list)
     top_log_probs: list[list[float]] = field(default_factory=list)
     weight: float | None = None
+    reads: str = ""
 
 
 @dataclass

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..rewards import accuracy_reward
-from ..rows.texts import Prompt
+from ..rows.texts import Prompt, own_prompt
 from ..teacher.contexts import Rollout
 from .compute import PLAIN, Inspector, student_prompt
 from .records import SampledRollout
@@ -58,7 +58,7 @@ def saved_groups(inspector: Inspector, path: str | Path, rows: Sequence[dict] | 
             raise ValueError(f"{file}: row {index} has the columns {sorted(line)}; it needs `prompt` and `completion`.")
         found = known.get(_key(line["prompt"]), {})
         row = {**found, **line} if line.get("solution") else found or line
-        if inspector.method.needs_solution and not row.get("solution"):
+        if inspector.method.needs_solution and not row.get("solution") and own_prompt(row) is None:
             raise ValueError(
                 f"{file}: row {index} has no `solution` and its prompt is not in the dataset. Give the run's "
                 "dataset_name (and prompt_template, if it had one), or a JSONL file with a `solution` column."
@@ -73,9 +73,7 @@ def saved_groups(inspector: Inspector, path: str | Path, rows: Sequence[dict] | 
 
 def _sampled(row: dict, ids: list[int], inspector: Inspector, reward: float | None = None) -> SampledRollout:
     text, solution = inspector.tokenizer.decode(ids, skip_special_tokens=True), row.get("solution")
-    needed = inspector.method.needs_columns
-    needed = needed(inspector.settings) if callable(needed) else needed
-    missing = [name for name in needed if name not in row]
+    missing = [name for name in inspector.method.needed_columns(inspector.settings) if name not in row]
     if missing:
         raise ValueError(
             f"{inspector.method.name} reads the columns {missing}; give a dataset or a file that has them."
@@ -83,7 +81,8 @@ def _sampled(row: dict, ids: list[int], inspector: Inspector, reward: float | No
     if reward is None:
         (reward,) = accuracy_reward([text], [solution])
     finished = bool(ids) and ids[-1] in end_tokens(inspector.student, inspector.tokenizer)
-    columns = {name: row.get(name) for name in inspector.method.columns}
+    inspector.privileged.check_row(row, "a row")
+    columns = inspector.privileged.columns_of(row)
     return SampledRollout(Rollout(row["prompt"], solution, text, reward, len(ids), finished, columns), ids)
 
 

@@ -193,6 +193,9 @@ def _facts(inspector: Inspector, inspect_args: InspectArguments, base: str) -> d
         "loss temperature": settings.loss_temperature,
         "thinking of student / teacher": " / ".join(str(thinking[role]) for role in ("student", "teacher")),
     } | _facts_of_method(inspector)
+    brought = inspector.privileged.describe()
+    if brought:
+        facts["the teacher also reads, by row"] = brought
     if inspect_args.completions is None:
         return facts | {"rollouts": "sampled from the student for this page"}
     return facts | {"rollouts": f"{Path(inspect_args.completions).name}, tokenized again from their text"}

@@ -21,6 +21,7 @@ class Views:
         pools: mean of the views of each name.
         counts: how many views that is.
         weights: of the views that are read, by name.
+        reads: what the first view of each name is shown, as text.
         solution: the teacher's view of problem and solution, and of the solution alone; None without a solution.
     """
 
@@ -30,6 +31,7 @@ class Views:
     pools: dict[str, torch.Tensor] = field(default_factory=dict)
     counts: Counter = field(default_factory=Counter)
     weights: dict[str, float] = field(default_factory=dict)
+    reads: dict[str, str] = field(default_factory=dict)
     solution: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def add(self, name: str, context: TeacherContext, logits: torch.Tensor) -> None:

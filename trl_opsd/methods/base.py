@@ -151,6 +151,9 @@ class Method:
         marks: from (rollouts of one prompt, settings, moment) to a number for each rollout, or to one for each of its tokens,
             which the facts' `mark` holds; `Rollout.token_ends` is then known.
         report: from memory to numbers for the log, by a name in small letters; asked after `remember`.
+        own_prompts: a row may bring what the view `teacher` reads, see `PrivilegedText`: where no other view has to differ from
+            it in the template alone.
+        solution_shares: its views show `Rollout.shown_solution`.
         inferred: what of the formula no source states, in a sentence; told at the start, and in the card. For pages of
             `experimental`.
     """
@@ -186,6 +189,8 @@ class Method:
     target_is_reference: bool = False
     marks: Callable[[Sequence[Rollout], Any, Moment], list[float | Sequence[float]]] | None = None
     report: Callable[[Mapping[str, Any]], Mapping[str, float]] | None = None
+    own_prompts: bool = False
+    solution_shares: bool = False
     inferred: str = ""
 
     def __post_init__(self):
@@ -204,6 +209,10 @@ class Method:
     def extras_have_target(self) -> bool:
         """Whether views of extras have an anchor."""
         return self.extra_term is not None and self.extra_term.divergence is not None
+
+    def needed_columns(self, settings: Any) -> tuple[str, ...]:
+        """Columns that a dataset must have under the settings."""
+        return self.needs_columns(settings) if callable(self.needs_columns) else self.needs_columns
 
     def noted(self, rollouts: Sequence[Rollout], settings: Any, moment: Moment) -> list[Rollout]:
         """The rollouts with what `notes` says of them."""

@@ -10,17 +10,19 @@ from .base import Method
 
 def privileged_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
     """The teacher reads problem and reference solution; its view is the target (section 3)."""
-    return [(TeacherContext("teacher", rollout.solution, anchor=1.0),) for rollout in group]
+    return [(TeacherContext("teacher", rollout.shown_solution, anchor=1.0),) for rollout in group]
 
 
 def solution_read(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
     """The same view for methods that read the sampled token alone: it is no target, two numbers a token are kept of it."""
-    return [(TeacherContext("teacher", rollout.solution, read=1.0),) for rollout in group]
+    return [(TeacherContext("teacher", rollout.shown_solution, read=1.0),) for rollout in group]
 
 
 OPSD = Method(
     name="OPSD",
     contexts=privileged_contexts,
+    own_prompts=True,
+    solution_shares=True,
     paper={
         "title": "Self-Distilled Reasoner: On-Policy Self-Distillation for Large Language Models",
         "id": "2601.18734",

@@ -22,7 +22,7 @@ from .base import Extra, Method, RowFacts
 
 def privileged_prompt(rollout: Rollout, settings: Any) -> TeacherContext:
     """The prompt that y+ answers, and under which the teacher reads both sequences."""
-    return TeacherContext("teacher", rollout.solution, read=1.0)
+    return TeacherContext("teacher", rollout.shown_solution, read=1.0)
 
 
 def judged_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
@@ -60,6 +60,8 @@ PBSD = Method(
     loss=pair_loss,
     has_target=False,
     reads_views=True,
+    own_prompts=True,
+    solution_shares=True,
     paper={
         "title": "Preference-Based Self-Distillation: Beyond KL Matching via Reward Regularization",
         "id": "2605.05040",

@@ -35,6 +35,8 @@ POPD = Method(
     has_target=False,
     reads_views=True,
     reads_old=True,
+    own_prompts=True,
+    solution_shares=True,
     paper={
         "title": "Are Full Rollouts Necessary for On-Policy Distillation?",
         "id": "2605.31490",

@@ -18,8 +18,8 @@ def purified_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -
     return [
         (
             TeacherContext("plain", None, anchor=1.0),
-            TeacherContext("teacher", rollout.solution, direction=1.0),
-            TeacherContext("reference", rollout.solution, direction=-1.0),
+            TeacherContext("teacher", rollout.shown_solution, direction=1.0),
+            TeacherContext("reference", rollout.shown_solution, direction=-1.0),
         )
         for rollout in group
     ]
@@ -36,6 +36,7 @@ PURIFIED_OPSD = Method(
     shape=bounded_shape,
     templates=lambda settings: {"reference": settings.reference_prompt_template},
     decomposition_steps=lambda settings: settings.decomposition_steps,
+    solution_shares=True,
     paper={
         "title": "Purified OPSD: On-Policy Self-Distillation Without Losing How to Think",
         "id": "2607.02234",

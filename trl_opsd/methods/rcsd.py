@@ -44,7 +44,7 @@ def _guided(rollout: Rollout, settings: Any) -> Contexts:
 
 
 def _context(template: str, rollout: Rollout, guidance: str, **rest: Any) -> TeacherContext:
-    return TeacherContext(template, rollout.solution, texts=(("guidance", guidance),), **rest)
+    return TeacherContext(template, rollout.shown_solution, texts=(("guidance", guidance),), **rest)
 
 
 def _rubric(rollout: Rollout) -> str:
@@ -63,6 +63,7 @@ RCSD = Method(
         "guided": settings.guided_prompt_template,
     },
     columns=("rubric",),
+    solution_shares=True,
     paper={
         "title": "Rethinking Reward Supervision: Rubric-Conditioned Self-Distillation",
         "id": "2606.19327",

@@ -37,6 +37,8 @@ RETHINKING_OPD = Method(
     contexts=privileged_contexts,
     token_weight=sampled_ratio,
     reads_old=True,
+    own_prompts=True,
+    solution_shares=True,
     paper={
         "title": "Rethinking On-Policy Distillation of Large Language Models: Phenomenology, Mechanism, and Recipe",
         "id": "2604.13016",

@@ -56,6 +56,8 @@ RLSD = Method(
     has_target=False,
     reads_views=True,
     reads_old=True,
+    own_prompts=True,
+    solution_shares=True,
     paper={
         "title": "Self-Distilled RLVR",
         "id": "2604.03128",

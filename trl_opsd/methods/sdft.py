@@ -19,6 +19,8 @@ SDFT = Method(
     name="SDFT",
     contexts=privileged_contexts,
     token_weight=engine_weight,
+    own_prompts=True,
+    solution_shares=True,
     paper={
         "title": "Self-Distillation Enables Continual Learning",
         "id": "2601.19897",

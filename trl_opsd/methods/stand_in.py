@@ -3,7 +3,7 @@
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Written
@@ -54,11 +54,14 @@ def stand_in(method: Method, settings: Any, row: Mapping[str, Any] | None = None
     size = min(settings.num_generations, most) if method.needs_group else 1
     groups = [["right"] * (size // 2) + ["wrong"] * (size - size // 2), ["wrong"] * size, ["right"] * size]
     moment = Moment(random.Random(0))
-    first = method.noted(stand_in_group(method, row, groups[0]), settings, moment)
-    request = None if method.asks is None else method.asks(first[0], settings)
+    request = None
 
     def group_of(kinds: Sequence[str]) -> list[Rollout]:
-        return method.noted(stand_in_group(method, row, kinds, request), settings, moment)
+        rollouts, share = stand_in_group(method, row, kinds, request), settings.solution_share_at(0)
+        return method.noted([replace(rollout, solution_share=share) for rollout in rollouts], settings, moment)
+
+    if method.asks is not None:
+        request = method.asks(group_of(groups[0])[0], settings)
 
     views: dict[TeacherContext, str] = {}
     longest: Contexts = ()
@@ -112,12 +115,13 @@ def _text(row: Mapping[str, Any], kind: str, place: int) -> str:
 
 def context_name(context: TeacherContext) -> str:
     """A view in words: its template, what it does, and whose weights read it where they are not the teacher's."""
+    template = "own prompt of the row" if context.own_prompt else context.template
     if context.read is not None:
         role = f"read, weight {context.read:+.2g}"
     else:
         role = f"{'anchor' if context.anchor else 'direction'} {context.anchor or context.direction:+.2g}"
     weights = "" if context.weights == "teacher" else f", {context.weights} weights"
-    return f"{context.template} ({role}{weights})"
+    return f"{template} ({role}{weights})"
 
 
 def work_lines(method: Method, settings: Any, found: StandIn) -> list[tuple[str, str]]:

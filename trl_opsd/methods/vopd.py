@@ -46,6 +46,8 @@ VOPD = Method(
     loss=policy_gradient,
     pointwise=True,
     reads_old=True,
+    own_prompts=True,
+    solution_shares=True,
     paper={
         "title": "KL for a KL: On-Policy Distillation with Control Variate Baseline",
         "id": "2605.07865",

@@ -8,10 +8,10 @@ from itertools import islice
 from typing import Any
 
 from .passes import check_all_rows
-from .texts import check_prompt, check_text, is_missing, joined_parts
+from .texts import OWN_PROMPT, check_prompt, check_text, is_missing, joined_parts, own_prompt
 
 # What the cache of checked rows is told apart by: one more wherever a check of rows changes.
-CHECKS_VERSION = 1
+CHECKS_VERSION = 2
 IMAGE_COLUMNS = ("image", "images")
 # Keyword arguments that TRL's trainer passes to every reward function beside the dataset's columns.
 TRL_COLUMNS = ("prompts", "completions", "trainer_state", "log_extra", "log_metric", "environments")
@@ -25,7 +25,7 @@ def check_dataset(dataset: Any, name: str, *, needs_solution: bool) -> None:
     Args:
         dataset: a `datasets.Dataset`, `IterableDataset`, or a dict of them for evaluation.
         name: the trainer argument it was given as, for the message.
-        needs_solution: the method's teacher reads the reference solution of every row.
+        needs_solution: the method's teacher reads the reference solution of every row that brings no prompt of its own.
 
     Raises:
         ValueError: it is no dataset or empty, lacks a column, has images, or a row is malformed.
@@ -41,7 +41,7 @@ def check_dataset(dataset: Any, name: str, *, needs_solution: bool) -> None:
     columns = dataset.column_names
     if columns is not None:
         _check_columns(columns, name, needs_solution)
-        dataset = dataset.select_columns([column for column in ("prompt", "solution") if column in columns])
+        dataset = dataset.select_columns([column for column in ("prompt", "solution", OWN_PROMPT) if column in columns])
     if not hasattr(dataset, "__len__"):
         check_rows(islice(dataset, 1), name, needs_solution=needs_solution)
         return
@@ -80,7 +80,7 @@ def check_rows(
         if not isinstance(row, Mapping):
             raise ValueError(f"{place} is {type(row).__name__}. Give a dict with `prompt` and `solution`.")
         check_prompt(row.get("prompt"), place)
-        _check_solution(row.get("solution"), place, needs_solution)
+        _check_solution(row.get("solution"), place, needs_solution and own_prompt(row) is None)
         _check_other_columns(row, place)
         first = row if first is None else first
         _check_alike(row, first, place)
@@ -107,7 +107,8 @@ def check_no_special_token(
     texts = [("prompt", joined_parts(message).get("content")) for message in messages]
     for name in ("solution", *columns):
         value = row.get(name)
-        texts += [(name, text) for text in (value if isinstance(value, list) else [value])]
+        parts = value if isinstance(value, list) else [value]
+        texts += [(name, joined_parts(part).get("content") if isinstance(part, dict) else part) for part in parts]
     for field, text in texts:
         if not isinstance(text, str) or not any(start in text for start in starts):
             continue
@@ -184,7 +185,7 @@ def _check_alike(row: Mapping[str, Any], first: Mapping[str, Any], place: str) -
 
 
 def _check_columns(columns: list[str], name: str, needs_solution: bool) -> None:
-    for column in ("prompt", "solution") if needs_solution else ("prompt",):
+    for column in ("prompt", "solution") if needs_solution and OWN_PROMPT not in columns else ("prompt",):
         if column not in columns:
             raise ValueError(
                 f"{name} has no `{column}` column (it has {columns}). Copy the column that holds the "

@@ -2,11 +2,15 @@
 """Texts of a row: prompts as a string or as messages, their parts, and templates with named slots."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 Prompt = str | list[dict[str, Any]]
 ROLES = ("system", "user", "assistant", "tool")
+OWN_PROMPT = "teacher_prompt"  # the column with a row's own prompt for the teacher
+_SLOT = re.compile(r"\{(\w+)\}")
+# What stands in front of braces that are LaTeX: a command with its arguments so far, a superscript or a subscript.
+_LATEX = re.compile(r"(?:\\[A-Za-z]+\*?(?:\[[^\]\n]*\])?(?:\{[^{}\n]*\})*|[\^_])\Z")
 
 
 def is_missing(solution: Any) -> bool:
@@ -27,10 +31,59 @@ def check_template(name: str, template: str, *slots: str) -> None:
             raise ValueError(f"{name} does not contain {slot}: {template!r}. Put {slot} where that text should stand.")
 
 
+def slots_of(template: str) -> tuple[str, ...]:
+    """Names in braces, each once; a number, and an argument of LaTeX as in `\\boxed{answer}`, is none."""
+    found = (slot for slot in _SLOT.finditer(template) if not _LATEX.search(template[: slot.start()]))
+    return tuple(dict.fromkeys(slot[1] for slot in found if slot[1].isidentifier()))
+
+
+def without_empty_lines(template: str, empty: Collection[str]) -> str:
+    """The template without the lines on which nothing but empty slots stand; of two blank lines around one, one stays.
+
+    Args:
+        template: with slots.
+        empty: names of the slots that have no text.
+    """
+    kept: list[str] = []
+    dropped = False
+    for line in template.split("\n") if empty else [template]:
+        slots = set(_SLOT.findall(line))
+        if slots and slots <= set(empty):
+            dropped = True
+        elif not (dropped and not line.strip() and not (kept and kept[-1].strip())):
+            kept.append(line)
+            dropped = False
+    if dropped and kept and not kept[-1].strip():
+        kept.pop()
+    return "\n".join(kept)
+
+
+def column_text(value: Any, place: str) -> str | None:
+    """What a column puts into a slot: its text, a list of texts as lines, None where it is empty.
+
+    Raises:
+        ValueError: it is something else, or no Unicode; the message starts with `place`.
+    """
+    parts = [value] if isinstance(value, str) else value
+    if parts is None:
+        return None
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"{place} is {type(value).__name__}; a slot takes text, a list of texts, or None.")
+    text = "\n".join(parts)
+    check_text(text, place, may_be_empty=True)
+    return text if text.strip() else None
+
+
+def own_prompt(row: Mapping[str, Any]) -> Any:
+    """A row's own prompt for the teacher, None where it is empty."""
+    value = row.get(OWN_PROMPT)
+    return None if is_missing(value) or value == [] else value
+
+
 def fill_template(template: str, *, prompt: str = "", solution: str = "", **texts: str) -> str:
     """Put texts into `{prompt}`, `{solution}` and slots of other names, in one pass: braces in the texts are data."""
     texts |= {"prompt": prompt, "solution": solution}
-    return re.sub(r"\{(\w+)\}", lambda match: texts.get(match[1], match[0]), template)
+    return _SLOT.sub(lambda match: texts.get(match[1], match[0]), template)
 
 
 def without_blocks(text: str, opening: str, closing: str) -> str:
@@ -70,28 +123,28 @@ def check_text(text: Any, place: str, *, may_be_empty: bool = False) -> None:
         ) from None
 
 
-def check_prompt(prompt: Any, row: str) -> None:
-    """Check that a dataset prompt is text or a text-only conversation that ends with a user turn.
+def check_prompt(prompt: Any, row: str, field: str = "prompt") -> None:
+    """Check that a dataset prompt, or what stands in another `field`, is text or a text-only conversation that ends with a user turn.
 
     Raises:
         ValueError: it is not; the message starts with `row`, which names the place.
     """
     if isinstance(prompt, str):
-        check_text(prompt, f"{row}: `prompt`")
+        check_text(prompt, f"{row}: `{field}`")
         return
     if not isinstance(prompt, list) or not prompt or not all(isinstance(m, dict) for m in prompt):
         raise ValueError(
-            f"{row}: `prompt` is {type(prompt).__name__}, not text or a list of messages. Give a string or "
+            f"{row}: `{field}` is {type(prompt).__name__}, not text or a list of messages. Give a string or "
             '[{"role": "user", "content": ...}].'
         )
     if prompt[-1].get("role") != "user":
         raise ValueError(
-            f"{row}: `prompt` ends with a {repr(prompt[-1].get('role'))[:40]} turn, but the model answers a user. End "
+            f"{row}: `{field}` ends with a {repr(prompt[-1].get('role'))[:40]} turn, but the model answers a user. End "
             "it with a message of role 'user' and move an answer to `solution`."
         )
     for index, message in enumerate(prompt):
-        _check_message(message, f"{row}: `prompt`", index)
-    message_text(prompt[-1], row)
+        _check_message(message, f"{row}: `{field}`", index)
+    message_text(prompt[-1], f"{row}: `{field}`" if field != "prompt" else row)
 
 
 def _check_message(message: dict[str, Any], place: str, index: int) -> None:

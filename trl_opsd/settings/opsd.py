@@ -4,11 +4,12 @@
 from dataclasses import dataclass
 
 from .fields import option, require
+from .privileged import PrivilegedTextSettings
 from .shared import AnswerSettings, SelfDistillationSettings
 
 
 @dataclass
-class OPSDSettings(SelfDistillationSettings, AnswerSettings):
+class OPSDSettings(PrivilegedTextSettings, SelfDistillationSettings, AnswerSettings):
     """What OPSD's official code runs, version 3, where GRPOConfig has another default; rollouts, rewards, diagnostics."""
 
     # Defaults of GRPOConfig that the method changes.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..rows.solution_steps import first_steps
 from ..rows.texts import Prompt
 
 TEACHER_KINDS = ("base", "live", "ema")  # whose weights a teacher has
@@ -42,6 +43,12 @@ def reference_template(teacher_template: str) -> str:
     return teacher_template.replace("{prompt}", "").strip()
 
 
+def all_templates(settings: Any, own: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Prompt templates by the name that contexts use: those of every method, and a method's `own`, which win."""
+    teacher = settings.teacher_prompt_template
+    return {"teacher": teacher, "reference": reference_template(teacher), **(own or {})}
+
+
 @dataclass(frozen=True)
 class Rollout:
     """One sampled completion and what is known of it.
@@ -57,6 +64,8 @@ class Rollout:
         written: what was written for it before scoring (see `Method.asks`), or None.
         token_ends: of each of its tokens, the place in `completion` where its text ends; empty unless the method has marks.
         note: what `Method.notes` said of it, or None.
+        solution_share: share of the solution's steps that the teacher is shown, above 0 and at most 1.
+        teacher_prompt: what the teacher reads in place of the template `teacher`, text or a conversation; None for the template.
     """
 
     prompt: Prompt
@@ -69,6 +78,13 @@ class Rollout:
     written: "Written | None" = None
     token_ends: tuple[int, ...] = ()
     note: Any = None
+    solution_share: float = 1.0
+    teacher_prompt: Prompt | None = None
+
+    @property
+    def shown_solution(self) -> str | None:
+        """What of the solution the teacher is shown: its first steps, by `solution_share`."""
+        return first_steps(self.solution, self.solution_share)
 
 
 @dataclass(frozen=True)
@@ -113,8 +129,10 @@ class TeacherContext:
         read: None, or the weight of a view that stands apart: the sampled token's log-probability and the entropy under
             it are kept, and the weight beside them.
         weights: whose weights read it: "teacher", "base" (the initial ones) or "live" (the student's).
-        texts: name and text of the template's further slots; they are never shortened.
+        texts: name and text of the template's further slots; they are never shortened. None stands for an empty column, whose
+            line is left out.
         opening: text that opens the teacher's turn, behind `teacher_prefix` and before the rollout.
+        own_prompt: what the row brings in place of the template, as JSON of a text or of messages; empty for the template.
     """
 
     template: str
@@ -124,8 +142,9 @@ class TeacherContext:
     direction: float = 0.0
     read: float | None = None
     weights: str = "teacher"
-    texts: tuple[tuple[str, str], ...] = ()
+    texts: tuple[tuple[str, str | None], ...] = ()
     opening: str = ""
+    own_prompt: str = ""
 
 
 class Unused(tuple):

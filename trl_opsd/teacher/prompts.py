@@ -4,6 +4,7 @@
 The rollout's ids are appended as they were sampled. Nothing here decodes and re-encodes a prompt or a completion.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 
 from ..rows.checks import check_no_special_token
-from ..rows.texts import Prompt, as_text_turns, fill_template, rewrite_last_turn
-from .contexts import TeacherContext, reference_template
+from ..rows.texts import OWN_PROMPT, Prompt, as_text_turns, fill_template, rewrite_last_turn, without_empty_lines
+from .contexts import TeacherContext, all_templates
 
 _CUT = " [...] "
 
@@ -66,13 +67,9 @@ class TeacherCollator:
         **limits: int | None,
     ):
         """The collator that an `OPSDConfig` describes, with the method's own `templates` and `limits` of the model."""
-        own = {
-            "teacher": settings.teacher_prompt_template,
-            "reference": reference_template(settings.teacher_prompt_template),
-        }
         return cls(
             tokenizer=tokenizer,
-            templates={**own, **(templates or {})},
+            templates=all_templates(settings, templates),
             student_kwargs=settings.chat_template_kwargs or {},
             teacher_kwargs=settings.teacher_chat_template_kwargs or {},
             prefix=settings.teacher_prefix,
@@ -90,6 +87,8 @@ class TeacherCollator:
         """
         if context.template == "plain":
             return EncodedContext(self._within_positions(self._render(prompt, self.student_kwargs)))
+        if context.own_prompt:
+            return EncodedContext(self._within_positions(self._own_ids(prompt, context)))
         for text in (context.slot, context.opening, *(text for _, text in context.texts)):
             check_no_special_token({"prompt": "", "solution": text}, "teacher context", self.special_tokens)
         slot, cut = self._within_slot_budget(context)
@@ -98,6 +97,19 @@ class TeacherCollator:
         if self.max_length is None or len(ids) <= self.max_length:
             return EncodedContext(self._within_positions(ids), shortened=cut)
         return EncodedContext(self._shortened_ids(prompt, context), shortened=True)
+
+    def _own_ids(self, prompt: Prompt, context: TeacherContext) -> list[int]:
+        """Ids of a row's own prompt: messages as they are, a text in place of the last user turn; never shortened."""
+        own = json.loads(context.own_prompt)
+        check_no_special_token({"prompt": "", OWN_PROMPT: own}, "teacher context", self.special_tokens, [OWN_PROMPT])
+        turns = rewrite_last_turn(prompt, lambda _: own) if isinstance(own, str) else own
+        ids = self._opened(self._render(turns, self.teacher_kwargs), context.opening)
+        if self.max_length is not None and len(ids) > self.max_length:
+            raise ValueError(
+                f"`{OWN_PROMPT}` takes {len(ids)} tokens, more than max_teacher_prompt_length={self.max_length}, and is not "
+                "shortened. Raise max_teacher_prompt_length, or shorten the row's text."
+            )
+        return ids
 
     def _within_slot_budget(self, context: TeacherContext) -> tuple[str, bool]:
         """The slot's text within its own budget, and whether it was cut."""
@@ -155,7 +167,7 @@ class TeacherCollator:
         return repr((vocabulary, tokenizer.all_special_tokens, getattr(tokenizer, "chat_template", None), own))
 
     def check_budget(
-        self, prompt: Prompt, template: str, texts: Sequence[tuple[str, str]] = (), opening: str = ""
+        self, prompt: Prompt, template: str, texts: Sequence[tuple[str, str | None]] = (), opening: str = ""
     ) -> None:
         """Check that the budget leaves room for some of the slot's text.
 
@@ -168,18 +180,24 @@ class TeacherCollator:
         if needed > self.max_length:
             raise ValueError(
                 f"max_teacher_prompt_length={self.max_length} leaves nothing of the solution: template and problem "
-                f"alone take {needed} tokens. Raise max_teacher_prompt_length, or drop prompts this long."
+                f"alone take {needed} tokens{', columns included' * bool(texts)}. Raise max_teacher_prompt_length, or drop prompts "
+                "this long."
             )
 
     def _context_ids(self, prompt: Prompt, context: TeacherContext, slot: str) -> list[int]:
         return self._privileged_ids(prompt, context.template, slot, context.texts, context.opening)
 
     def _privileged_ids(
-        self, prompt: Prompt, template: str, slot: str, texts: Sequence[tuple[str, str]] = (), opening: str = ""
+        self, prompt: Prompt, template: str, slot: str, texts: Sequence[tuple[str, str | None]] = (), opening: str = ""
     ) -> list[int]:
-        filled = partial(fill_template, self.templates[template], solution=slot, **dict(texts))
+        given = {name: text or "" for name, text in texts}
+        whole = without_empty_lines(self.templates[template], [name for name, text in texts if text is None])
+        filled = partial(fill_template, whole, solution=slot, **given)
         prompt = rewrite_last_turn(prompt, lambda problem: filled(prompt=problem))
-        ids = self._render(prompt, self.teacher_kwargs)
+        return self._opened(self._render(prompt, self.teacher_kwargs), opening)
+
+    def _opened(self, ids: list[int], opening: str) -> list[int]:
+        """The ids with what opens the teacher's turn behind them."""
         for text in filter(None, (self.prefix, opening)):
             ids = ids + self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids

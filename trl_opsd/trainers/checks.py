@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from .._trl.versions import trusts_remote_code
 from ..methods import Method
+from ..methods.privileged import PrivilegedText
 from ..model.checks import check_model_config
 from ..model.heads import causal_lm
 from ..rewards import make_accuracy_reward, no_reward
@@ -56,24 +57,25 @@ def check_inputs(
 
 
 def check_columns(method: Method, args: Any, dataset: Any, name: str) -> None:
-    """Check that a dataset, or each of a dict of them, has the columns that a method reads under the settings `args`.
+    """Check that a dataset, or each of a dict of them, has the columns that a method and its templates read under `args`.
 
     Raises:
-        ValueError: it lacks one.
+        ValueError: it lacks one, or has prompts that the method does not take.
     """
+    privileged = PrivilegedText(method, args)
     if isinstance(dataset, Mapping):
         for key, part in dataset.items():
             check_columns(method, args, part, f"{name}[{key!r}]")
         return
     columns = getattr(dataset, "column_names", None)  # None where a stream does not know them
-    needed = method.needs_columns(args) if callable(method.needs_columns) else method.needs_columns
-    missing = [column for column in needed if columns is not None and column not in columns]
+    missing = [column for column in method.needed_columns(args) if columns is not None and column not in columns]
     if missing:
         raise ValueError(
             f"{name} has no column `{missing[0]}`, which {method.name} reads; it has {sorted(columns)}. Add it. (On the command "
             "line, dataset_format makes `prompt` and `solution` and drops every other column; use problem_column and "
             "solution_column instead.)"
         )
+    privileged.check_columns(columns, name)
 
 
 def check_fills_a_batch(args: Any, dataset: Any) -> None:

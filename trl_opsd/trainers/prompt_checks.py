@@ -4,11 +4,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ..methods.privileged import PrivilegedText
 from ..rows.checks import CHECKS_VERSION, check_no_special_token
 from ..rows.passes import check_all_rows, check_datasets
-from ..rows.texts import Prompt, message_text
+from ..rows.texts import Prompt, column_text, message_text, own_prompt
 from ..rows.token_counts import TokenCounts
-from ..teacher.contexts import TeacherContext
+from ..teacher.contexts import Rollout, TeacherContext
 from ..teacher.prompts import TeacherCollator
 from .checks import named_place
 
@@ -20,7 +21,7 @@ def check_prompts(
     train_dataset: Any,
     eval_dataset: Any,
     first_rows: Sequence[int] = (),
-    columns: Sequence[str] = (),
+    privileged: PrivilegedText | None = None,
 ) -> None:
     """Check on one process that no row spells out a control token, exhausts the budget or has too few positions.
 
@@ -32,13 +33,13 @@ def check_prompts(
         train_dataset: with the columns `prompt` and, where there is one, `solution`.
         eval_dataset: the same, a dict of them, or None.
         first_rows: indices into the training set of what is trained on first; these are checked before all others.
-        columns: further ones whose texts the teacher reads.
+        privileged: what rows bring beside prompt and solution.
 
     Raises:
-        ValueError: the chat template refuses, a text spells out a control token, the budget leaves nothing of the
-            solution, or the model has too few positions; names dataset and row.
+        ValueError: the chat template refuses, a text spells out a control token, a column is no text, the budget leaves nothing
+            of the solution, or the model has too few positions; names dataset and row.
     """
-    check = PromptCheck(collator, columns)
+    check = PromptCheck(collator, privileged)
 
     def check_dataset(dataset: Any, name: str) -> None:
         check.check_dataset(dataset, name, first_rows if name == "train_dataset" else ())
@@ -51,11 +52,12 @@ class PromptCheck:
 
     Args:
         collator: of the run; its templates are rendered once.
-        columns: beside prompt and solution, whose texts the teacher reads.
+        privileged: what rows bring beside prompt and solution.
     """
 
-    def __init__(self, collator: TeacherCollator, columns: Sequence[str] = ()):
-        self.collator, self.columns = collator, tuple(columns)
+    def __init__(self, collator: TeacherCollator, privileged: PrivilegedText | None = None):
+        self.collator, self.privileged = collator, privileged
+        self.columns = () if privileged is None else privileged.read_columns
         self.counts = TokenCounts(collator.tokenizer)
         positions, budget = collator.max_positions, collator.max_length
         limits = [limit for limit in (positions, budget) if limit is not None]
@@ -86,6 +88,8 @@ class PromptCheck:
         for index, row in enumerate(rows):
             place = f"{name} row {start + index}"
             with named_place(place):
+                if self.privileged is not None:
+                    self.privileged.check_row(row, place)
                 check_no_special_token(row, place, self.collator.special_tokens, self.columns)
                 if index in near:
                     self._check_exactly(row)
@@ -93,19 +97,33 @@ class PromptCheck:
     def _near_a_limit(self, rows: Sequence[dict]) -> set[int]:
         if self.problem_limit is None:
             return set()
-        problems = [_problem_text(row["prompt"]) for row in rows]
+        problems = [self._unshortened_text(row) for row in rows]
         near = self.counts.may_exceed(problems, self.problem_limit)
         if self.row_limit is not None:
             texts = [f"{problem} {row.get('solution') or ''}" for problem, row in zip(problems, rows, strict=True)]
             near |= self.counts.may_exceed(texts, self.row_limit)
         return near
 
+    def _unshortened_text(self, row: dict) -> str:
+        """Whatever of a row stands whole in some prompt, in one text."""
+        if self.privileged is None:
+            return _problem_text(row["prompt"])
+        texts = [column_text(row[name], name) or "" for name in self.privileged.columns]
+        return " ".join([_problem_text(row["prompt"]), *texts, f"{own_prompt(row) or ''}"])
+
     def _check_exactly(self, row: dict) -> None:
-        self.collator.check_renders(row["prompt"])
+        prompt = row["prompt"]
+        self.collator.check_renders(prompt)
+        view = TeacherContext("teacher", row.get("solution"))
+        if self.privileged is not None:
+            rollout = Rollout(prompt, row.get("solution"), "", columns=row, teacher_prompt=own_prompt(row))
+            view = self.privileged.view(view, rollout)
         for template in self.collator.templates:
-            self.collator.check_budget(row["prompt"], template)
-        if self.row_limit is not None and row.get("solution"):
-            self.collator.encode(row["prompt"], TeacherContext("teacher", row["solution"]))
+            texts = () if self.privileged is None else self.privileged.texts(template, row)
+            if not (view.own_prompt and template in ("teacher", "reference")):  # which this row has no use for
+                self.collator.check_budget(prompt, template, texts)
+        if view.own_prompt or (self.row_limit is not None and row.get("solution")):
+            self.collator.encode(prompt, view)
 
 
 def _problem_text(prompt: Prompt) -> str:

@@ -99,7 +99,7 @@ class Scorer:
 
     def encode(self, prompt: Prompt, view: TeacherContext, place: str) -> EncodedContext:
         """Ids of a view of a row at `place`, which stands in front of its errors."""
-        key = (str(prompt), view.template, view.slot, view.slot_tokens, view.texts, view.opening)
+        key = (str(prompt), view.template, view.slot, view.slot_tokens, view.texts, view.opening, view.own_prompt)
         if key not in self._encoded:
             with named_place(place):
                 self._encoded[key] = self.collator.encode(prompt, view)
@@ -212,29 +212,39 @@ class Scorer:
         return torch.stack([facts.log_prob, facts.student_entropy], dim=-1)
 
     def sum_signals(
-        self, prompts: Sequence[tuple[Prompt, Prompt]], solutions: Sequence[str], sequences: Sequence[list[int]]
+        self,
+        prompts: Sequence[tuple[Prompt, Prompt]],
+        views: Mapping[str, Sequence[TeacherContext]],
+        sequences: Sequence[list[int]],
     ) -> torch.Tensor:
         """Sums (7,) of `sum_decompositions` over sequences: what the solution alone explains of the teacher's signal.
 
         A collective that costs three views of them.
+
+        Args:
+            prompts: of each, as the student and as the teacher's templates get it.
+            views: of each, with the problem ("teacher") and without it ("reference").
+            sequences: token ids of each.
         """
-        student = Teacher("live", self.model)
-        views = [(student, "plain"), (self.teacher, "teacher"), (self.teacher, "reference")]
-        states = [self._states(teacher, template, prompts, solutions, sequences) for teacher, template in views]
+        plain = [TeacherContext("plain", None)] * len(sequences)
+        readers = [
+            (Teacher("live", self.model), plain),
+            *((self.teacher, views[name]) for name in ("teacher", "reference")),
+        ]
+        states = [self._states(teacher, own, prompts, sequences) for teacher, own in readers]
         with whole_head(self.model) as head:
-            heads = [teacher.head or head for teacher, _ in views]
+            heads = [teacher.head or head for teacher, _ in readers]
             return sum_decompositions(
                 *zip(states, heads, strict=True),
                 temperature=self.settings.loss_temperature,
                 num_tokens=self.num_tokens,
             )
 
-    def _states(self, teacher, template, prompts, solutions, sequences) -> torch.Tensor:
+    def _states(self, teacher, views, prompts, sequences) -> torch.Tensor:
         """Hidden states (n, H) of one view of all sequences, one behind the other."""
         jobs = []
-        for row, (prompt, solution, ids) in enumerate(zip(prompts, solutions, sequences, strict=True)):
-            view = TeacherContext(template, None if template == "plain" else solution)
-            context = self.encode(prompt[template != "plain"], view, f"generation batch row {row}")
+        for row, (prompt, view, ids) in enumerate(zip(prompts, views, sequences, strict=True)):
+            context = self.encode(prompt[view.template != "plain"], view, f"generation batch row {row}")
             jobs.append(ScoringJob(context.ids, ids, row, 1.0, 0.0))
         shape = (len(jobs), max(map(len, sequences), default=0), self.hidden_size)
         dtype = torch.promote_types(self.model.dtype, torch.float32)

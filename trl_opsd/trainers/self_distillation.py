@@ -22,6 +22,7 @@ from ..checkpoints.initial_weights import check_initial_weights, fingerprint
 from ..losses import Facts, OutputHead, SignalDecomposition
 from ..losses.tiles import nonzero_positions
 from ..methods import OPSD, Method
+from ..methods.privileged import PrivilegedText
 from ..model.heads import head_function
 from ..monitoring.accuracy_guard import AccuracyGuard
 from ..monitoring.diagnostics import Diagnostics
@@ -118,7 +119,8 @@ class SelfDistillationTrainer(RolloutTrainer):
             keep_head=self._updates_per_generation() > 1,
         )
         check_sampling_keeps_weights(self.model, args)
-        check_prompts(self.scorer.collator, train_dataset, eval_dataset, self.first_rows(), self.method.columns)
+        privileged = PrivilegedText(self.method, args)
+        check_prompts(self.scorer.collator, train_dataset, eval_dataset, self.first_rows(), privileged)
         warning = None if reward_funcs else warn_of_first_golds(train_dataset, args.verifier)
         if warning is not None:
             self.run.tell(warning)
@@ -169,6 +171,8 @@ class SelfDistillationTrainer(RolloutTrainer):
         """Logged numbers that change by plan, which the guard is not to take for a collapse."""
         args, planned = self.args, set()
         if self.method.shape(args, 0) != self.method.shape(args, args.max_steps):  # OGLS-SD's lambda
+            planned.add("divergence")
+        if args.solution_share_at(0) != args.solution_share_at(None):
             planned.add("divergence")
         if args.horizon() is not None:
             planned |= {"divergence", "student_entropy"}  # of other positions
@@ -225,6 +229,7 @@ class SelfDistillationTrainer(RolloutTrainer):
         begins = [reward.begin for reward in self.reward_funcs if hasattr(reward, "begin")]
         method = self.method
         reads_rewards = method.needs_reward or method.label is not None or method.notes is not None
+        reads_rewards |= self.args.teacher_prompt_function is not None
         if not begins or reads_rewards or self.args.mask_truncated_completions:
             return
         for begin in begins:

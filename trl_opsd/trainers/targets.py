@@ -11,8 +11,9 @@ import torch
 from accelerate.utils import gather_object
 
 from ..methods import Extra, Seen
+from ..methods.privileged import PrivilegedText
 from ..rows.checks import check_rows, without_special_tokens
-from ..rows.texts import Prompt, as_text_turns, fill_template, is_missing, rewrite_last_turn
+from ..rows.texts import OWN_PROMPT, Prompt, as_text_turns, fill_template, is_missing, rewrite_last_turn
 from ..rows.token_texts import token_ends
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Written
 from ..teacher.states import TargetStates, waits_in_host_memory
@@ -79,6 +80,7 @@ class TargetMaker:
     ):
         self.scorer, self.groups, self.settings, self.tokenizer = scorer, groups, settings, tokenizer
         self.method, self.longest, self.write, self.log = scorer.method, longest, write, log
+        self.privileged = PrivilegedText(self.method, settings)
         self._told = False  # that vLLM does not write with the teacher's weights
 
     def prepare(self, rows: list[dict], mode: str) -> RolloutBatch:
@@ -90,6 +92,8 @@ class TargetMaker:
         name, template = "generation batch", self.settings.prompt_template
         tokens = self.scorer.collator.special_tokens
         check_rows(rows, name, needs_solution=self.method.needs_solution, special_tokens=tokens)
+        for index, row in enumerate(rows):
+            self.privileged.check_row(row, f"{name} row {index}")
         rows = [{**row, "prompt": as_text_turns(row["prompt"])} for row in rows]
         prompts = [row["prompt"] for row in rows]
         if template is not None:
@@ -116,7 +120,7 @@ class TargetMaker:
                 None,
                 len(ids),
                 bool(ids) and ids[-1] in end_token_ids,
-                {name: row.get(name) for name in self.method.columns},
+                self.privileged.columns_of(row),
                 token_ends=() if self.method.marks is None else token_ends(self.tokenizer, ids),
             )
             for prompt, row, text, ids in columns
@@ -129,19 +133,47 @@ class TargetMaker:
     def read(self, batch: RolloutBatch, group_size: int, moment: Moment) -> None:
         """Ask the method for notes, contexts and extras of the rollouts; a collective."""
         tokens = self.scorer.collator.special_tokens
-        noted = self.method.noted(batch.rollouts, self.settings, moment)
+        share = self.settings.solution_share_at(moment.step if batch.mode == "train" else None)
+        rollouts = [replace(each, solution_share=share) for each in batch.rollouts]
+        noted = self.method.noted(rollouts, self.settings, moment)
         batch.rollouts = [replace(each, note=_without_control(each.note, tokens)) for each in noted]
+        self._read_own_prompts(batch, share)
         if self.method.asks is not None:
             self._ask(batch)
         reading = self.groups.read(batch.rollouts, group_size, moment)
-        batch.contexts, batch.extras, batch.marks = reading.contexts, reading.extras, reading.marks
+        batch.contexts, batch.extras = (
+            [complete(own, rollout) for own, rollout in zip(given, batch.rollouts, strict=True)]
+            for complete, given in (
+                (self.privileged.views, reading.contexts),
+                (self.privileged.extra, reading.extras),
+            )
+        )
+        batch.marks = reading.marks
         self.log(reading.metrics)
         if self.method.extras is not None:
             batch.extra_ids = [[] if extra is None else self._ids_of(extra) for extra in batch.extras]
 
+    def _read_own_prompts(self, batch: RolloutBatch, share: float) -> None:
+        """Give the rollouts the prompts that rows bring, and log how many do; a collective."""
+
+        def encode(rollout: Rollout, view: TeacherContext) -> None:
+            self.scorer.encode(rollout.prompt, view, "what it gave")
+
+        tokens = self.scorer.collator.special_tokens
+        batch.rollouts, counts = self.privileged.with_own_prompts(batch.rollouts, encode, tokens)
+        if share != 1 or self.settings.solution_share != 1:
+            self.log({"solution_share": share})
+        if OWN_PROMPT in batch.rows[0] or self.settings.teacher_prompt_function is not None:
+            gathered, size = gather_object([counts]), len(gather_object(batch.rollouts))
+            self.log({f"teacher_prompts/{kind}": sum(each[kind] for each in gathered) / size for kind in counts})
+
     def _ask(self, batch: RolloutBatch) -> None:
         """Give the rollouts what the model writes to the contexts that the method asks; a collective."""
         asked = [self.method.asks(rollout, self.settings) for rollout in batch.rollouts]
+        asked = [
+            None if view is None else self.privileged.view(view, rollout)
+            for view, rollout in zip(asked, batch.rollouts, strict=True)
+        ]
         if not any(gather_object([any(view is not None for view in asked)])):
             return
         prompts = [
@@ -258,11 +290,18 @@ class TargetMaker:
 
     def sum_signals(self, batch: RolloutBatch, length: int, most: int) -> torch.Tensor:
         """`Scorer.sum_signals` of the first `most` rollouts that have a solution; a collective."""
-        rows = [row for row, each in enumerate(batch.rollouts) if batch.ids[row] and not is_missing(each.solution)]
-        rows = rows[:most]
+        rows = [
+            row
+            for row, each in enumerate(batch.rollouts)
+            if batch.ids[row] and not is_missing(each.solution) and each.teacher_prompt is None
+        ][:most]
         prompts = [(batch.rows[row]["prompt"], batch.prompts[row]) for row in rows]
-        solutions = [batch.rollouts[row].solution for row in rows]
-        return self.scorer.sum_signals(prompts, solutions, [batch.ids[row][:length] for row in rows])
+        rollouts = [batch.rollouts[row] for row in rows]
+        views = {
+            template: [self.privileged.view(TeacherContext(template, own.shown_solution), own) for own in rollouts]
+            for template in ("teacher", "reference")
+        }
+        return self.scorer.sum_signals(prompts, views, [batch.ids[row][:length] for row in rows])
 
 
 def _marks(marks: Sequence[float | Sequence[float]], mask: torch.Tensor) -> torch.Tensor:

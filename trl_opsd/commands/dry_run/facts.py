@@ -14,6 +14,7 @@ from ...card import thinking_modes
 from ...experimental.planning.memory import GIB
 from ...experimental.planning.workload import Workload
 from ...methods import Method
+from ...methods.privileged import PrivilegedText
 from ...methods.stand_in import stand_in, work_lines
 from ..arguments import given_value, option_value, read_command_line
 from ..launch import accelerate_config_path
@@ -51,6 +52,7 @@ def run_facts(
     distilled, horizon = str(args.distillation_length_at(None) or args.max_completion_length), args.horizon()
     if horizon is not None:
         distilled = f"{horizon.start} to {distilled} (over {horizon.steps} steps)"
+    brought = PrivilegedText(method, args).describe(row)
     return [
         (
             "thinking",
@@ -68,6 +70,7 @@ def run_facts(
             f"up to {args.max_completion_length} tokens at temperature {args.temperature}; first {distilled} distilled",
         ),
         ("loss", f"{measured}temperature {args.loss_temperature}; teacher {args.teacher_model_kind}"),
+        *([("by row", f"the teacher also reads {brought}")] if brought else []),
         *work_lines(method, args, stand_in(method, args, row)),
     ]
 

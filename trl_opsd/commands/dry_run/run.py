@@ -2,6 +2,7 @@
 """`trl-opsd dry-run METHOD ...`: takes the training command's words, loads no weights, needs no accelerator."""
 
 import itertools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ..._trl.versions import trusts_remote_code
 from ...errors import UsageError
 from ...methods import Method
+from ...methods.privileged import PrivilegedText
 from ...model.checks import check_model_config
 from ...rows.checks import check_rows
 from ...teacher.prompts import TeacherCollator
@@ -31,7 +33,7 @@ def run(arguments: list[str]) -> int:
     """Print the run that a command line describes; 0 if it would start, warnings or not, 1 if it would be refused."""
     options, rest = make_parser().parse_known_args(arguments)
     try:
-        warnings = _report(options.method, rest, options.rows)
+        found = _report(options.method, rest, options.rows)
     except UsageError:
         raise
     except Exception as error:
@@ -40,8 +42,8 @@ def run(arguments: list[str]) -> int:
             raise
         print(f"\nERROR, the run would not start: {told}")
         return 1
-    print(f"\nWarnings: {len(warnings) or 'none'}")
-    for warning in warnings:
+    print(f"\nWarnings: {len(found) or 'none'}")
+    for warning in found:
         print(f"  ! {warning}")
     return 0
 
@@ -56,10 +58,16 @@ def _report(name: str, arguments: Sequence[str], num_rows: int) -> list[str]:
     size = len(rows) if hasattr(rows, "__len__") else None
     rows = list(itertools.islice(rows, max(num_rows, _ROWS_READ)))
     check_rows(rows, "train_dataset", needs_solution=method.needs_solution)
+    for index, row in enumerate(rows):
+        PrivilegedText(method, args).check_row(row, f"train_dataset row {index}")
     config, tokenizer = load_config_and_tokenizer(args, model_args)
     check_model_config(config)
     collator = TeacherCollator.from_settings(tokenizer, args, templates=method.templates(args))
-    views = [views_of(row, method, args, collator) for row in rows]
+    with warnings.catch_warnings(
+        record=True
+    ) as caught:  # of the user's functions, which are called on stand-in rollouts
+        warnings.simplefilter("always")
+        views = [views_of(row, method, args, collator) for row in rows]
     print(f"{method.name} on {model_args.model_name_or_path}, data {script_args.dataset_name}\n")
     facts = run_facts(args, processes, size, method, rows[0])
     for label, text in facts + model_facts(config, model_args, views, args, name, arguments):
@@ -67,7 +75,8 @@ def _report(name: str, arguments: Sequence[str], num_rows: int) -> list[str]:
     for index in range(min(num_rows, len(rows))):
         print(f"\n--- row {index} " + "-" * 60)
         print("\n".join(row_lines(views[index], rows[index], tokenizer)))
-    return find_mismatches(method, args, collator, rows, views, config)
+    told = dict.fromkeys(str(each.message) for each in caught)
+    return [*told, *find_mismatches(method, args, collator, rows, views, config)]
 
 
 def load_config_and_tokenizer(args: Any, model_args: Any) -> tuple[Any, Any]:
@@ -127,9 +136,9 @@ def _template_mismatches(collator: TeacherCollator, rows: list[dict], views: lis
     found = []
     for view in views[0][1:]:
         name = view.name.split(" ")[0]
-        if name in collator.templates:
+        if view.template:
             rendered = collator.tokenizer.decode(view.ids)
-            found.append(mismatches.check_template_whole(f"the {name} template", collator.templates[name], rendered))
+            found.append(mismatches.check_template_whole(f"the {name} template", view.template, rendered))
     return found
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from ...methods import Method
+from ...methods.privileged import PrivilegedText
 from ...methods.stand_in import context_name, stand_in
-from ...rows.texts import fill_template, rewrite_last_turn
-from ...teacher.contexts import TeacherContext
+from ...rows.texts import fill_template, rewrite_last_turn, without_empty_lines
+from ...teacher.contexts import Rollout, TeacherContext
 from ...teacher.prompts import TeacherCollator, left_pad
 
 _BOUNDARY = 4  # tokens shown on each side
@@ -24,6 +25,7 @@ class View:
     Attributes:
         name: "student", or template and weight of a teacher's view, or what else is read or answered.
         ids: its tokens.
+        template: the template that it fills, without the lines that this row leaves out; empty where there is none.
         shortened: its solution lost text to the budget.
         is_target: it is the target itself or read beside the student, not a direction whose views cancel where they
             agree, nor the plain prompt.
@@ -33,6 +35,7 @@ class View:
     ids: list[int]
     shortened: bool = False
     is_target: bool = False
+    template: str = ""
 
 
 def views_of(row: dict[str, Any], method: Method, args: Any, collator: TeacherCollator) -> list[View]:
@@ -44,21 +47,39 @@ def views_of(row: dict[str, Any], method: Method, args: Any, collator: TeacherCo
     else:
         student_prompt = prompt
     views = [View("student", collator.encode(student_prompt, TeacherContext("plain", None)).ids)]
-    for name, context in _contexts(row, method, args):
+    for name, context in _contexts(row, method, args, collator):
         encoded = collator.encode(student_prompt if context.template == "plain" else prompt, context)
         is_target = bool(context.anchor or context.read is not None) and context.template != "plain"
-        views.append(View(name, encoded.ids, encoded.shortened, is_target))
+        views.append(View(name, encoded.ids, encoded.shortened, is_target, _filled_template(context, collator)))
     return views
 
 
-def _contexts(row: dict[str, Any], method: Method, args: Any) -> Iterator[tuple[str, TeacherContext]]:
+def _filled_template(context: TeacherContext, collator: TeacherCollator) -> str:
+    if context.own_prompt or context.template == "plain":
+        return ""
+    return without_empty_lines(
+        collator.templates[context.template], [name for name, text in context.texts if text is None]
+    )
+
+
+def _contexts(
+    row: dict[str, Any], method: Method, args: Any, collator: TeacherCollator
+) -> Iterator[tuple[str, TeacherContext]]:
     """What is read of stand-in rollouts: the solution is a right one, an answer without a number a wrong one."""
-    found = stand_in(method, args, row)
+    found, privileged = stand_in(method, args, row), PrivilegedText(method, args)
+    text = row.get("solution") or "answer"
+    rollout = Rollout(row["prompt"], row.get("solution"), text, 1.0, len(text), True, privileged.columns_of(row))
+    (rollout,), _ = privileged.with_own_prompts(
+        [rollout], lambda own, view: collator.encode(own.prompt, view), collator.special_tokens
+    )
     if found.request is not None:
-        yield f"{found.request.template} (the model answers it before scoring)", found.request
+        request = privileged.view(found.request, rollout)
+        yield f"{request.template} (the model answers it before scoring)", request
     for kind, context in found.views:
+        context = privileged.view(context, rollout)
         yield context_name(context) + (f", of a {kind} rollout" if method.needs_group else ""), context
     for context in found.extra.contexts if found.extra is not None else ():
+        context = privileged.view(context, rollout)
         yield f"{context_name(context)}, of the sequence beside the rollout", context
 
 

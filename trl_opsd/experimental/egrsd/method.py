@@ -23,7 +23,8 @@ from ...teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 def solution_read(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
     """One view that is read, of problem and solution; a rollout without a reward has none."""
     return [
-        () if rollout.reward is None else (TeacherContext("teacher", rollout.solution, read=1.0),) for rollout in group
+        () if rollout.reward is None else (TeacherContext("teacher", rollout.shown_solution, read=1.0),)
+        for rollout in group
     ]
 
 
@@ -74,6 +75,8 @@ EGRSD = Method(
     remember=remember_scale,
     inferred="The bound e and the bonus b, that a batch's own rewards are among those it is put to scale by, and that the lookahead ends "
     "with the rollout are inferred: the paper as we know it does not say.",
+    own_prompts=True,
+    solution_shares=True,
     paper={
         "title": "Respecting Self-Uncertainty in On-Policy Self-Distillation for Efficient LLM Reasoning",
         "id": "2605.13255",

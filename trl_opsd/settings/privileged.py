@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of what rows bring for the teacher to read: prompts of their own, and parts of their solutions."""
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..user_functions import load_function
+from .fields import option, require
+
+_NUMBER = r"(\d+\.?\d*|\.\d+)"
+_MOVING = re.compile(rf"\s*{_NUMBER}\s*\.\.\s*{_NUMBER}\s+in\s+(\d+)\s*")
+
+
+class Share(NamedTuple):
+    """A share that moves linearly.
+
+    Attributes:
+        start: at the first step.
+        end: after `steps` optimizer steps, and from then on.
+        steps: that the change takes.
+    """
+
+    start: float
+    end: float
+    steps: int
+
+    def at(self, step: int | None) -> float:
+        """The share after `step` optimizer steps; None for the last."""
+        if step is None or step >= self.steps:
+            return self.end
+        return self.start + (self.end - self.start) * step / self.steps
+
+
+def read_share(value: float | str) -> Share:
+    """A `solution_share`: a number, or text as "1.0..0.2 in 50"; a number does not move.
+
+    Raises:
+        ValueError: a share is not above 0 and at most 1, or nothing moves; says what to write.
+    """
+    moving = _MOVING.fullmatch(value) if isinstance(value, str) else None
+    try:
+        start, end, steps = moving.groups() if moving else (value, value, 1)
+        share = Share(float(start), float(end), int(steps))
+    except (TypeError, ValueError):
+        share = Share(0.0, 0.0, 0)
+    valid = all(0 < part <= 1 for part in share[:2]) and share.steps > 0 and not isinstance(value, bool)
+    if valid and not (moving and share.start == share.end):
+        return share
+    raise ValueError(
+        f"solution_share={value!r} is not valid; set it to a number above 0 and at most 1, or to a moving one as '1.0..0.2 in "
+        "50': the whole solution at the first step, linearly less down to a fifth of its steps after 50 optimizer steps."
+    )
+
+
+@dataclass
+class PrivilegedTextSettings:
+    """What the teacher reads by row, beside what a method shows it. The columns that a template names need no setting."""
+
+    teacher_prompt_function: str | None = option(
+        None,
+        "What the teacher reads in place of the template, as `module:function` of yours: from a rollout (see `trl_opsd.Rollout`) "
+        "to text, to messages, or to None for the row's column `teacher_prompt`, else the template. Called after sampling.",
+    )
+    teacher_prompt_calls_at_once: int = option(
+        1, "Calls of `teacher_prompt_function` at a time; above 1 it must be safe to call from several threads."
+    )
+    solution_share: float | str | None = option(
+        1.0,
+        "Share of the solution's steps (lines, or the sentences of a single line) that the teacher is shown. `1.0..0.2 in 50` "
+        "moves from all of them to a fifth over 50 optimizer steps.",
+    )
+
+    def check(self) -> None:
+        """Raise a ValueError that names a field outside its range."""
+        require(self.teacher_prompt_calls_at_once >= 1, self, "teacher_prompt_calls_at_once", "1 or more")
+        if self.teacher_prompt_function is not None:
+            load_function(self.teacher_prompt_function, "teacher_prompt_function", takes="a rollout")
+        share = read_share(1.0 if self.solution_share is None else self.solution_share)
+        self.solution_share = share.start if share.start == share.end else self.solution_share
+
+    def solution_share_at(self, step: int | None) -> float:
+        """The share after `step` optimizer steps, None for what the run ends with."""
+        return read_share(self.solution_share).at(step)
