@@ -54,7 +54,7 @@ def test_a_column_is_text_lines_or_nothing(value, text):
 
 @pytest.mark.parametrize("value", [3, ["a", None], {"a": "b"}, "\ud800"])
 def test_what_is_no_text_is_refused_with_its_place(value):
-    with pytest.raises(ValueError, match="^here is "):
+    with pytest.raises(ValueError, match=r"^here is "):
         column_text(value, "here")
 
 

@@ -2,7 +2,6 @@
 """What rows bring for the teacher: columns of a template, prompts of their own, parts of solutions."""
 
 import inspect
-import json
 import re
 import warnings
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, IterableDataset
 from groups import ids_of
-from pages import MOMENT, assert_same_step, moved, whole_step
+from pages import assert_same_step, moved, whole_step
 
 from trl_opsd import OGLSSDTrainer, OPSDConfig, OPSDGKDConfig, OPSDTrainer, PurifiedOPSDTrainer
 from trl_opsd.methods import OPSD
@@ -59,6 +58,13 @@ def of_reward(rollout):
     return f"{rollout.prompt[-1]['content']} {rollout.completion} has {rollout.reward}, {rollout.columns['tests']} <|im_end|>"
 
 
+REWARDS = []
+
+
+def of_rewards(rollout):
+    REWARDS.append(rollout.reward)
+
+
 def too_long(rollout):
     return "word " * 300
 
@@ -73,8 +79,20 @@ def build(build_group, dataset):
 
 
 def step(trainer, rows):
+    """A whole step of a student that has moved; what is sampled a second time differs from the first."""
     moved(trainer)
-    return whole_step(trainer, rows)
+    sample, calls = trainer._generate_single_turn, []
+
+    def sample_and_turn(*args, **kwargs):
+        ids, rest = sample(*args, **kwargs)
+        calls.append(len(ids))
+        return ids[len(calls) - 1 :] + ids[: len(calls) - 1], rest
+
+    trainer._generate_single_turn = sample_and_turn
+    try:
+        return whole_step(trainer, rows)
+    finally:
+        trainer._generate_single_turn = sample
 
 
 def with_column(dataset, **columns):
@@ -101,13 +119,17 @@ GROUPS = {"num_generations": 4, "per_device_train_batch_size": 4}
 
 @pytest.mark.parametrize(
     "trainer_class, settings",
-    [(OPSDTrainer, {}), (SDFTTrainer, {}), (POPDTrainer, {}), (PBSDTrainer, {}), (RLSDTrainer, GROUPS)],
+    [
+        (OPSDTrainer, {}),
+        (SDFTTrainer, {}),
+        (POPDTrainer, {"distillation_length": "4..8 in 4"}),
+        (PBSDTrainer, {}),
+        (RLSDTrainer, GROUPS),
+    ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 @pytest.mark.parametrize("source", ["text", "messages", "function", "function of messages"])
-def test_the_templates_own_rendering_as_a_rows_prompt_is_the_template(
-    build, dataset, trainer_class, settings, source
-):
+def test_the_templates_own_rendering_as_a_rows_prompt_is_the_template(build, dataset, trainer_class, settings, source):
     settings = {"teacher_prompt_template": TEACHER_PROMPT_TEMPLATE, **settings}
     own, function = dataset, None
     if source == "text":
@@ -170,7 +192,9 @@ def test_a_row_with_its_own_prompt_needs_no_solution(build, dataset):
 def test_a_function_sees_reward_and_columns_and_where_it_fails_the_template_is_read(build, dataset):
     rows = [{**row, "tests": f"{place} of 9 passed", "teacher_prompt": None} for place, row in enumerate(dataset)]
     trainer = build(rows=Dataset.from_list(rows), teacher_prompt_function=f"{HERE}:of_reward", clip=None)
-    with pytest.warns(UserWarning, match=r"of_reward' failed on 2 of 4 rollouts, for which the teacher reads the template"):
+    with pytest.warns(
+        UserWarning, match=r"of_reward' failed on 2 of 4 rollouts, for which the teacher reads the template"
+    ):
         step(trainer, rows[:4])
     texts = [text for (text,) in shown(trainer)]
     assert "so \\boxed{3} has 1.0, 1 of 9 passed " in texts[1] and texts[1].count("<|im_end|>") == 1
@@ -192,13 +216,16 @@ def test_a_prompt_of_a_function_that_is_too_long_is_a_failure(build, dataset):
     assert logged(trainer, "teacher_prompts") == {"teacher_prompts/own": 0.0, "teacher_prompts/failed": 1.0}
 
 
-def test_rewards_are_known_to_the_function_although_they_are_verified_meanwhile(build, dataset):
-    """Without a function the teacher scores while answers are verified."""
-    trainer = build(reward=None, teacher_prompt_function=f"{HERE}:nothing") if False else build(
-        teacher_prompt_function=f"{HERE}:nothing"
-    )
-    step(trainer, [dataset[place] for place in range(4)])
-    assert [rollout.reward for rollout in trainer._batch.rollouts] == [0.0, 1.0, 0.0, 0.0]
+def test_rewards_are_known_to_the_function_although_others_are_verified_while_the_teacher_scores(build, dataset):
+    rows, seen = [dataset[place] for place in range(4)], []
+    for function in (None, f"{HERE}:of_rewards"):
+        trainer = build(teacher_prompt_function=function)
+        begun = []
+        trainer.reward_funcs[0].begin = lambda *given, begun=begun: begun.append(given)
+        REWARDS.clear()
+        step(trainer, rows)
+        seen.append((len(begun), REWARDS.copy()))
+    assert seen == [(1, []), (0, [0.0, 1.0, 0.0, 0.0])]
 
 
 TAKE_PROMPTS = {"opsd", "sdft", "pbsd", "popd", "vopd", "rethinking-opd", "rlsd", "egrsd"}
@@ -240,9 +267,7 @@ def test_refusals_come_before_training(build, dataset):
 
 
 def columned(dataset):
-    return [
-        {**row, "hint": HINTS[place % 4], "rubric": RUBRICS[place % 4]} for place, row in enumerate(dataset)
-    ]
+    return [{**row, "hint": HINTS[place % 4], "rubric": RUBRICS[place % 4]} for place, row in enumerate(dataset)]
 
 
 BY_HAND = (
@@ -257,9 +282,7 @@ def test_columns_fill_their_slots_and_an_empty_one_leaves_its_line_out(build, da
     rows = columned(dataset)
     trainer = build(rows=Dataset.from_list(rows), teacher_prompt_template=WITH_HINT)
     got = step(trainer, rows[:4])
-    own = [
-        {**row, "teacher_prompt": rendered(row, BY_HAND[place % 4])} for place, row in enumerate(dataset)
-    ]
+    own = [{**row, "teacher_prompt": rendered(row, BY_HAND[place % 4])} for place, row in enumerate(dataset)]
     by_hand = build(rows=Dataset.from_list(own))
     wanted = step(by_hand, own[:4])
     assert shown(trainer) == shown(by_hand)
@@ -320,11 +343,11 @@ def test_a_budget_counts_columns_and_shortens_the_solution_alone(build, dataset)
     trainer = build(rows=Dataset.from_list(rows), max_teacher_prompt_length=120, **settings)
     step(trainer, rows[:4])
     collator = trainer.scorer.collator
-    for prompt, (view,), (text,) in zip(
-        trainer._batch.prompts, trainer._batch.contexts, shown(trainer), strict=True
-    ):
+    for prompt, (view,), (text,) in zip(trainer._batch.prompts, trainer._batch.contexts, shown(trainer), strict=True):
         assert len(collator.encode(prompt, view).ids) <= 120 and "h " * 30 in text and "[...]" in text
-    with pytest.raises(ValueError, match=r"train_dataset row \d: max_teacher_prompt_length=60 leaves nothing.*columns included"):
+    with pytest.raises(
+        ValueError, match=r"train_dataset row \d: max_teacher_prompt_length=60 leaves nothing.*columns included"
+    ):
         build(rows=Dataset.from_list(rows), max_teacher_prompt_length=60, **settings)
     late = [{**row, "hint": "h"} for row in rows[:7]] + [{**rows[7], "hint": "h " * 300}]
     with pytest.raises(ValueError, match="train_dataset row 7: max_teacher_prompt_length=120 leaves nothing"):
@@ -332,8 +355,11 @@ def test_a_budget_counts_columns_and_shortens_the_solution_alone(build, dataset)
 
 
 BAD_COLUMNS = {
-    "another name": ({"hnt": "x"}, r"teacher_prompt_template: `\{hint\}` is neither a slot that OPSD fills nor a column of "
-                     r"train_dataset, which has .*Did you mean `\{hnt\}`"),
+    "another name": (
+        {"hnt": "x"},
+        r"teacher_prompt_template: `\{hint\}` is neither a slot that OPSD fills nor a column of "
+        r"train_dataset, which has .*Did you mean `\{hnt\}`",
+    ),
     "a number": ({"hint": 3}, "train_dataset row 0: `hint` is int; a slot takes text, a list of texts, or None"),
     "a list of numbers": ({"hint": [3]}, "train_dataset row 0: `hint` is list; a slot takes text"),
     "a control token": ({"hint": "so <|im_end|>"}, r"train_dataset row 0: `hint` spells out '<\|im_end\|>'"),
@@ -349,7 +375,10 @@ def test_a_column_that_cannot_fill_its_slot_is_refused_before_training(build, da
 
 
 BAD_PROMPTS = {
-    "ends with an answer": ([{"role": "assistant", "content": "x"}], "row 0: `teacher_prompt` ends with a 'assistant' turn"),
+    "ends with an answer": (
+        [{"role": "assistant", "content": "x"}],
+        "row 0: `teacher_prompt` ends with a 'assistant' turn",
+    ),
     "no text": ([{"role": "user", "content": " "}], "row 0: `teacher_prompt`: the last message's content is not text"),
     "a number": (3, "row 0: `teacher_prompt` is int, not text or a list of messages"),
     "a control token": ("so <|im_end|>", r"row 0: `teacher_prompt` spells out '<\|im_end\|>'"),
@@ -421,7 +450,9 @@ def test_the_gkd_trainer_refuses_columns_in_its_template(tmp_path):
 
 def test_the_share_moves_linearly_and_then_stays(make_args):
     args = make_args(solution_share="1.0..0.2 in 4")
-    assert [args.solution_share_at(step) for step in (0, 1, 2, 4, 9, None)] == pytest.approx([1, 0.8, 0.6, 0.2, 0.2, 0.2])
+    assert [args.solution_share_at(step) for step in (0, 1, 2, 4, 9, None)] == pytest.approx(
+        [1, 0.8, 0.6, 0.2, 0.2, 0.2]
+    )
     assert {make_args(solution_share=share).solution_share for share in (1, "1", None, 1.0)} == {1.0}
     assert make_args(solution_share="0.25").solution_share_at(3) == 0.25
     assert make_args(solution_share=".5..1 in 2").solution_share_at(1) == 0.75
@@ -477,7 +508,9 @@ def test_the_card_says_what_rows_bring(build, dataset):
 
 def test_a_run_of_several_steps_trains_and_is_saved(build, dataset):
     rows = columned(dataset)
-    trainer = build(rows=Dataset.from_list(rows), teacher_prompt_template=WITH_HINT, solution_share="1..0.5 in 2", max_steps=3)
+    trainer = build(
+        rows=Dataset.from_list(rows), teacher_prompt_template=WITH_HINT, solution_share="1..0.5 in 2", max_steps=3
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.train()
@@ -494,4 +527,4 @@ def test_settings_and_documented_names_are_these():
         "teacher_prompt_calls_at_once",
         "solution_share",
     ]
-    assert issubclass(OPSDConfig, PrivilegedTextSettings) and json.dumps(MOMENT.step) == "0"
+    assert issubclass(OPSDConfig, PrivilegedTextSettings)
