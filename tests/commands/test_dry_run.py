@@ -315,3 +315,50 @@ def test_prompts_of_a_methods_own_are_shown_with_its_columns(dry_run, method, se
         and all(value in text for value in columns.values() if isinstance(value, str))
     )
     assert text.endswith("Warnings: none\n"), text[-800:]
+
+
+def speak_of(rollout):
+    """A prompt of the row's own, and a failure on one row."""
+    if rollout.completion.startswith("1+1"):
+        raise OSError("no server")
+    return f"Of {rollout.columns['hint']}: {rollout.completion}"
+
+
+def test_what_rows_bring_is_shown_as_rendered(dry_run):
+    template = "{prompt}\n[hint] {hint}\n[reference]\n{solution}\n[end]"
+    rows = [{**row, "hint": None if place == 0 else "carry"} for place, row in enumerate(build_rows("train", 8))]
+    code, text = dry_run(("teacher_prompt_template", template), ("solution_share", "1.0..0.5 in 2"), rows=rows)
+    first, second = text.split("--- row 1")
+    assert code == 0 and "[hint]" not in first and "  | [hint] carry\n" in second
+    assert "the teacher also reads columns hint; of the solution's steps a share of 1.0..0.5 in 2" in text
+    assert text.endswith("Warnings: none\n")
+
+
+def test_a_rows_own_prompt_is_shown_and_a_function_that_fails_is_a_warning(dry_run):
+    rows = [{**row, "hint": "sums", "teacher_prompt": "All of this"} for row in build_rows("train", 8)]
+    _, text = dry_run(rows=rows)
+    assert "own prompt of the row (anchor +1): " in text and "  | All of this<|im_end|>\n" in text
+    rows[3]["solution"] = "1+1 is \\boxed{2}"
+    code, text = dry_run(("teacher_prompt_function", "test_dry_run:speak_of"), rows=rows)
+    assert f"Of sums: {rows[0]['solution']}<|im_end|>" in text.replace("\n  | ", "\n")
+    assert code == 0 and "! teacher_prompt_function='test_dry_run:speak_of' failed on 1 of 1 rollouts" in text
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings", "message"),
+    [
+        ({"hnt": "x"}, [("teacher_prompt_template", "{prompt} {hint} {solution}")], "Did you mean `{hnt}`?"),
+        (
+            {"hint": 3},
+            [("teacher_prompt_template", "{prompt} {hint} {solution}")],
+            "train_dataset row 0: `hint` is int",
+        ),
+        ({"teacher_prompt": "x"}, [("method", "purified-opsd")], "which Purified OPSD does not take"),
+        ({}, [("method", "sdpo"), ("solution_share", 0.5)], "solution_share=0.5 is not possible with SDPO"),
+    ],
+)
+def test_what_rows_cannot_bring_is_an_error(dry_run, columns, settings, message):
+    rows, given = [{**row, **columns} for row in build_rows("train", 8)], dict(settings)
+    method = given.pop("method", "opsd")
+    code, text = dry_run(*given.items(), method=method, rows=rows)
+    assert code == 1 and message in text

@@ -3,7 +3,7 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -178,6 +178,36 @@ def _sum_of_views(record):
     """The target of anchor + 2 * 0.5 * direction has the log-probability of a sum of logits; here from the records."""
     shift = torch.tensor(record.values["shift"])
     return (torch.tensor(record.views[2].log_prob) + shift).tolist()
+
+
+def test_what_rows_bring_is_read_and_shown(make_inspector, sample, tokenizer):
+    template = "{prompt}\n[hint] {hint}\n[reference]\n{solution}\n[end]"
+    settings = {"teacher_prompt_template": template, "solution_share": 0.5}
+    inspector, rollout = make_inspector(OPSD, **settings), sample("3", solution="1+2\nis 3")
+    rollout = replace(rollout, rollout=replace(rollout.rollout, columns={"hint": ["add", "it"]}))
+    (record,) = inspector.inspect_group([rollout])
+    shown = "1+2=?\n[hint] add\nit\n[reference]\n1+2\n[end]"
+    assert shown in next(view.reads for view in record.views if view.name == "teacher")
+    student = logits_of(inspector.student, tokenizer, "1+2=?", rollout.ids)
+    teacher = logits_of(inspector.teacher, tokenizer, shown, rollout.ids)
+    close(record.values["divergence"], token_divergence(student, teacher, temperature=1.1))
+    reference = "[hint] add\nit\n[reference]\n1+2\n[end]"
+    alone = logits_of(inspector.teacher, tokenizer, reference, rollout.ids)
+    ids = torch.tensor(rollout.ids)[:, None]
+    log_p, log_q = (each.div(1.1).log_softmax(-1).gather(-1, ids)[:, 0] for each in (alone, student))
+    close(record.values["reference_induced"], log_p - log_q)
+
+
+def test_a_rows_own_prompt_is_read_and_has_no_reference_part(make_inspector, sample, tokenizer):
+    inspector, rollout = make_inspector(OPSD), sample("3")
+    rollout = replace(rollout, rollout=replace(rollout.rollout, columns={"teacher_prompt": "mine alone"}))
+    (record,) = inspector.inspect_group([rollout])
+    student = logits_of(inspector.student, tokenizer, "1+2=?", rollout.ids)
+    teacher = logits_of(inspector.teacher, tokenizer, "mine alone", rollout.ids)
+    close(record.values["divergence"], token_divergence(student, teacher, temperature=1.1))
+    assert "reference_induced" not in record.values and "mine alone" in record.views[-1].reads
+    page = page_payload([record], tokenizer.decode, "t", {})
+    assert page["rollouts"][0]["reads"] == [["teacher", record.views[-1].reads]]
 
 
 def test_equal_weights_and_contexts_give_zero(make_model, make_args, tokenizer, sample):
