@@ -344,6 +344,14 @@ def test_a_rows_own_prompt_is_shown_and_a_function_that_fails_is_a_warning(dry_r
     assert code == 0 and "! teacher_prompt_function='test_dry_run:speak_of' failed on 1 of 1 rollouts" in text
 
 
+@pytest.mark.parametrize(("reference", "number"), [("{solution}", "1"), ("{hint} {solution}", "none")])
+def test_a_column_that_the_reference_lacks_is_a_warning(dry_run, reference, number):
+    rows = [{**row, "hint": "carry"} for row in build_rows("train", 8)]
+    templates = [("teacher_prompt_template", "{prompt} {hint} {solution}"), ("reference_prompt_template", reference)]
+    _, text = dry_run(*templates, method="purified-opsd", rows=rows)
+    assert f"Warnings: {number}\n" in text and ("! column that is not subtracted: `{hint}`" in text) == (number == "1")
+
+
 @pytest.mark.parametrize(
     ("columns", "settings", "message"),
     [

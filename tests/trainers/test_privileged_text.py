@@ -2,6 +2,7 @@
 """What rows bring for the teacher: columns of a template, prompts of their own, parts of solutions."""
 
 import inspect
+import json
 import re
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from pages import assert_same_step, moved, whole_step
 from trl_opsd import OGLSSDTrainer, OPSDConfig, OPSDGKDConfig, OPSDTrainer, PurifiedOPSDTrainer
 from trl_opsd.methods import OPSD
 from trl_opsd.methods.privileged import PrivilegedText
+from trl_opsd.methods.stand_in import stand_in
 from trl_opsd.pages import PAGES, trainer_of
 from trl_opsd.rows.texts import fill_template
 from trl_opsd.teacher.contexts import TEACHER_PROMPT_TEMPLATE
@@ -22,6 +24,8 @@ from trl_opsd.trainers.popd import POPDTrainer
 from trl_opsd.trainers.rlsd import RLSDTrainer
 from trl_opsd.trainers.sdft import SDFTTrainer
 from trl_opsd.trainers.sdpo import SDPOTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* is experimental")
 
 HERE = "test_privileged_text"
 TEXTS = ("1+2=3", "so \\boxed{3}", "wait, 10 it is", "a")
@@ -105,9 +109,9 @@ def logged(trainer, start):
 
 def shown(trainer):
     """What the teacher's views of the last batch read, as text."""
-    collator, batch = trainer.scorer.collator, trainer._batch
+    scorer, batch = trainer.scorer, trainer._batch
     return [
-        [trainer.tokenizer.decode(collator.encode(prompt, view).ids) for view in views if view.template != "plain"]
+        [trainer.tokenizer.decode(scorer.encode(prompt, view, "").ids) for view in views if view.template != "plain"]
         for prompt, views in zip(batch.prompts, batch.contexts, strict=True)
     ]
 
@@ -228,6 +232,30 @@ def test_rewards_are_known_to_the_function_although_others_are_verified_while_th
     assert seen == [(1, []), (0, [0.0, 1.0, 0.0, 0.0])]
 
 
+def of_completion(rollout):
+    return f"about {rollout.completion}"
+
+
+def test_rollouts_of_one_prompt_may_bring_different_ones(build, dataset):
+    trainer = build(teacher_prompt_function=f"{HERE}:of_completion")
+    step(trainer, [dataset[0]] * 4)
+    assert all(f"about {text}<" in shown_text for text, (shown_text,) in zip(TEXTS, shown(trainer), strict=True))
+
+
+def test_pbsd_writes_and_reads_its_pair_under_the_rows_own_prompt(build, dataset):
+    rows = [{**row, "teacher_prompt": f"mine {place}"} for place, row in enumerate(dataset)]
+    trainer, asked = build(PBSDTrainer, Dataset.from_list(rows)), []
+    sample = trainer._generate_single_turn
+    trainer._generate_single_turn = lambda prompts, *rest, **named: (
+        asked.append(prompts),
+        sample(prompts, *rest, **named),
+    )[1]
+    whole_step(trainer, rows[:4])
+    assert [f"mine {place}<" in trainer.tokenizer.decode(ids) for place, ids in enumerate(asked[1])] == [True] * 4
+    owns = [json.loads(view.own_prompt) for extra in trainer._batch.extras for view in extra.contexts]
+    assert owns == [f"mine {place}" for place in range(4)] and all("mine" in text for (text,) in shown(trainer))
+
+
 TAKE_PROMPTS = {"opsd", "sdft", "pbsd", "popd", "vopd", "rethinking-opd", "rlsd", "egrsd"}
 TAKE_SHARES = TAKE_PROMPTS | {"purified-opsd", "rcsd"}
 
@@ -241,6 +269,23 @@ def test_the_methods_that_take_them_are_those_that_the_page_lists():
     listed = {row[0]: row[1:] for row in rows if len(row) == 3 and row[1] in ("yes", "no")}
     names = {name: ["yes" if name in taking else "no" for taking in (TAKE_PROMPTS, TAKE_SHARES)] for name in PAGES}
     assert listed == names
+
+
+@pytest.mark.parametrize("name", sorted(TAKE_SHARES))
+def test_a_method_that_takes_a_share_shows_no_more_in_any_view(tmp_path, name):
+    method, config = trainer_of(name).method, trainer_of(name).config_class
+    args = config(str(tmp_path), bf16=False, use_cpu=True, solution_share=0.5)
+    found = stand_in(method, args, {"prompt": "1+1=?", "solution": "one\ntwo"})
+    contexts = [context for _, context in found.views] + [found.request] * (found.request is not None)
+    contexts += found.extra.contexts if found.extra is not None else ()
+    assert {context.slot for context in contexts if context.template != "plain"} == {"one"}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_by_default_no_method_reads_a_column_by_its_templates(tmp_path, name):
+    config, given = trainer_of(name).config_class, {"write_critique": True} if name == "critique" else {}
+    args = config(str(tmp_path), bf16=False, use_cpu=True, **given)
+    assert PrivilegedText(trainer_of(name).method, args).columns == ()
 
 
 @pytest.mark.parametrize("name", sorted(set(PAGES) - TAKE_PROMPTS))
@@ -403,10 +448,25 @@ def test_messages_beside_a_prompt_of_text_are_refused(build, dataset):
         build(rows=Dataset.from_list(rows))
 
 
-def test_a_late_prompt_that_is_too_long_is_found(build, dataset):
-    rows = [{**row, "teacher_prompt": "x " * (400 if place == 6 else 1)} for place, row in enumerate(dataset)]
-    with pytest.raises(ValueError, match="train_dataset row 6: `teacher_prompt` takes"):
-        build(rows=Dataset.from_list(rows), max_teacher_prompt_length=500)
+@pytest.mark.parametrize(
+    "short, long, message",
+    [
+        ({"teacher_prompt": "x"}, {"teacher_prompt": "x " * 400}, "`teacher_prompt` takes"),
+        ({"hint": "x"}, {"hint": ["x "] * 400}, "max_teacher_prompt_length=500 leaves nothing of the solution"),
+    ],
+)
+def test_a_row_that_is_trained_on_late_is_checked_too(build, dataset, short, long, message):
+    rows = [{**dataset[place % 8], **short} for place in range(32)]
+    settings = {"max_teacher_prompt_length": 500}
+    if "hint" in short:
+        settings["teacher_prompt_template"] = "{prompt} {hint} {solution}"
+    first = build(rows=Dataset.from_list(rows), **settings).first_rows()
+    late = next(place for place in range(1, 32) if place not in first)
+    rows[late] = {**rows[late], **long}
+    if "hint" in short:
+        rows = [{**row, "hint": row["hint"] if isinstance(row["hint"], list) else [row["hint"]]} for row in rows]
+    with pytest.raises(ValueError, match=f"train_dataset row {late}: {message}"):
+        build(rows=Dataset.from_list(rows), **settings)
 
 
 def test_rows_of_a_stream_are_checked_as_they_come(build, dataset):

@@ -164,8 +164,9 @@ class TargetMaker:
         if share != 1 or self.settings.solution_share != 1:
             self.log({"solution_share": share})
         if OWN_PROMPT in batch.rows[0] or self.settings.teacher_prompt_function is not None:
-            gathered, size = gather_object([counts]), len(gather_object(batch.rollouts))
-            self.log({f"teacher_prompts/{kind}": sum(each[kind] for each in gathered) / size for kind in counts})
+            gathered = gather_object([{**counts, "all": len(batch.rollouts)}])
+            total = {kind: sum(each[kind] for each in gathered) for kind in gathered[0]}
+            self.log({f"teacher_prompts/{kind}": total[kind] / total["all"] for kind in counts})
 
     def _ask(self, batch: RolloutBatch) -> None:
         """Give the rollouts what the model writes to the contexts that the method asks; a collective."""

@@ -5,7 +5,7 @@ Each check returns a warning that says what to set, or None.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...rewards import make_accuracy_reward
@@ -85,6 +85,17 @@ def check_template_whole(template_name: str, template: str, rendered: str) -> st
     return (
         f"truncated template: {template_name} has {lost[0][-60:]!r}, which is not in the rendered prompt. The chat "
         "template or the tokenizer cuts messages; the teacher would not know what to do."
+    )
+
+
+def check_subtracted(columns: Mapping[str, Sequence[str]], own_templates: Mapping[str, str]) -> str | None:
+    """A column stands in the teacher's template and not in the one whose view is subtracted from it."""
+    extra = [name for name in columns["teacher"] if name not in columns["reference"]]
+    if "reference" not in own_templates or not extra:
+        return None
+    return (
+        f"column that is not subtracted: `{{{extra[0]}}}` stands in teacher_prompt_template but not in reference_prompt_template, "
+        "so what it says without the problem is taught. Put it into both, unless you mean that."
     )
 
 

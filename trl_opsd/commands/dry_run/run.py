@@ -103,6 +103,7 @@ def find_mismatches(
         if any(view.is_target for view in views[0]):
             found.append(mismatches.check_first_token(student, teacher, args.num_loss_tokens_to_skip))
     found += _template_mismatches(collator, rows, views)
+    found.append(mismatches.check_subtracted(PrivilegedText(method, args).slots, method.templates(args)))
     longest = max(len(view.ids) for row in views for view in row)
     limits = {"config.max_position_embeddings": getattr(config.get_text_config(), "max_position_embeddings", None)}
     if args.use_vllm and args.vllm_mode == "colocate":
