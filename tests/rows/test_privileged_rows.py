@@ -70,7 +70,7 @@ LINES = "First a.\n\n  Then b. And c.\n\t\nSo d.\n"
         (LINES, 0.34, "First a.\n\n  Then b. And c."),
         (LINES, 1 / 3, "First a."),
         (LINES, 0.01, "First a."),
-        ("\n".join("abcdefghijklmnopqrst"), 0.55, "\n".join("abcdefghijk")),  # 0.55 * 20 is a little above 11
+        ("x\n" * 100, 0.07, "x\n" * 6 + "x"),  # 0.07 * 100 is a little above 7
         ("It is 3.5. Is it? Yes! Done", 0.5, "It is 3.5. Is it?"),
         ("It is 3.5. Is it? Yes! Done", 0.75, "It is 3.5. Is it? Yes!"),
         ("一步。兩步。三步。", 0.3, "一步。"),
