@@ -7,7 +7,7 @@ import pytest
 
 from trl_opsd.methods import Method
 from trl_opsd.methods.stand_in import context_name, stand_in, stand_in_group, work_lines
-from trl_opsd.pages import PAGES, settings_of, trainer_of
+from trl_opsd.pages import PAGES, trainer_of
 from trl_opsd.teacher.contexts import TeacherContext, Unused
 
 ROW = {"prompt": "1+1=?", "solution": "2"}
@@ -57,13 +57,12 @@ def test_rollouts_of_a_group_are_different_texts_and_the_first_right_one_is_the_
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_method_of_the_table_can_be_asked_without_a_row(name):
-    method, kind = trainer_of(name).method, settings_of(name)
-    defaults = {field.name: field.default for field in kind.__dataclass_fields__.values()}
-    found = stand_in(method, trainer_of(name).config_class("out", bf16=False), None)
+    method, args = trainer_of(name).method, trainer_of(name).config_class("out", bf16=False)
+    found = stand_in(method, args, None)
     assert found.most or found.extra is not None or method.marks is not None  # marks come from functions of the user's
     for context in (*found.most, *(found.extra.contexts if found.extra else ())):
         assert context_name(context).startswith(context.template)
-    lines = dict(work_lines(method, settings(**{"reward_weight": defaults.get("reward_weight", 0.0)}), found))
+    lines = dict(work_lines(method, args, found))
     assert ("written" in lines) == (found.request is not None) and ("beside it" in lines) == (method.extras is not None)
 
 

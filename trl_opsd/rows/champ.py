@@ -5,11 +5,12 @@ import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any
 
 from .formats import boxed, make_row
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 NAME = "champ"
 SPLITS = ("train", "test")
@@ -32,7 +33,7 @@ _SUM = re.compile(r"sum_\(([^()]*)\)\^(\w+) ")
 _WORDS = re.compile(r"[A-Z][a-z]+(?: [a-z]+)*|n times")
 
 
-def load_champ(name: str, split: str) -> Dataset:
+def load_champ(name: str, split: str) -> "Dataset":
     """Problems of a split, each with `prompt` and `solution` (the steps, then the boxed answer).
 
     Further columns are texts for a teacher and for a choice of problems: `hints` and `concepts` (lists), `category`,
@@ -45,6 +46,8 @@ def load_champ(name: str, split: str) -> Dataset:
     Raises:
         ValueError: there is no such file, package or split.
     """
+    from datasets import Dataset  # `--help` reads this module's names, and has no time for it
+
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}, the splits of champ.")
     parts = json.loads(_file(name).read_text(encoding="utf-8"))
