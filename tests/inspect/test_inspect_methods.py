@@ -341,7 +341,11 @@ def test_what_every_other_rule_gives_is_the_trainers(step, name):
                 close(record.values["weight"], weights[row, :length])
             for rule, value in (("loss", "term"), ("advantages", "advantage")):
                 for facts, result in taken.recorded[rule]:
-                    if result.ndim == 1:
+                    if taken.trainer.method.pointwise:
+                        whole = torch.zeros_like(taken.batch["distillation_mask"], dtype=result.dtype)
+                        whole.view(-1)[taken.batch["distilled_positions"]] = result
+                        close(record.values[value], whole[row, :length])
+                    elif result.ndim == 1:
                         assert record.numbers["loss of the rollout"] == pytest.approx(result[row].item(), abs=1e-4)
                     elif rule == "loss":
                         close(record.values[value], result[row, :length] * mask)

@@ -177,7 +177,9 @@ def test_a_weight_of_facts_and_a_support_ask_for_no_value(by_hand, support):
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_sweeps_of_a_loss_of_facts_ask_for_no_value(by_hand, trained, monkeypatch):
     # Autograd would ask for a GPU's streams: numbers of the first sweep stand in for its derivatives.
-    monkeypatch.setattr(FactWork, "differentiate", lambda work, stats: (stats[0].sum(), stats[6], stats[1]))
+    monkeypatch.setattr(
+        FactWork, "differentiate", lambda work, stats, given, counted: (stats[0].sum(), stats[6], stats[1])
+    )
     with fake_cuda() as products:
         results = run(by_hand, trained=trained, loss=fused_fact_loss, extra=columns() | {"loss_of": None})
         check(results, by_hand, torch.bfloat16, trained)

@@ -63,9 +63,8 @@ def _convert(weights: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(**where)
+    model = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
     # What marks it as quantized, which it no longer is; `from_pretrained` would ask for the GGUF file again.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False

@@ -101,7 +101,7 @@ def apply_rule(method: Method, settings: Any, moment: Moment, facts: RowFacts) -
 
 def _loss_values(method: Method, settings: Any, moment: Moment, facts: RowFacts) -> tuple[Values, Values, float | None]:
     with torch.enable_grad():
-        terms = method.loss(facts, settings, moment)
+        terms = _terms(method, settings, moment, facts)
         counted = terms if terms.ndim == 1 else terms.masked_fill(facts.given["mask"] == 0, 0.0)
         leaves = {"push": facts.log_prob, "weight": facts.clipped_divergence}
         if facts.extra is not None:
@@ -131,11 +131,19 @@ def apply_term(term: Term, settings: Any, moment: Moment, facts: RowFacts) -> Va
     return {"term": terms.detach()[0], **push}
 
 
-def _flat(facts: RowFacts) -> Facts:
+def _terms(method: Method, settings: Any, moment: Moment, facts: RowFacts) -> torch.Tensor:
+    """(1, T) or (1,) what the method's loss gives; a pointwise one is asked with flat facts."""
+    if method.pointwise:
+        return method.loss(_flat(facts, detached=False), settings, moment).unsqueeze(0)
+    return method.loss(facts, settings, moment)
+
+
+def _flat(facts: RowFacts, *, detached: bool = True) -> Facts:
     """The same as (T,), as a weight of the divergence is asked."""
     names = [field.name for field in fields(Facts) if field.name != "given"]
     numbers = {name: getattr(facts, name) for name in names}
-    flat = {name: None if number is None else number.detach()[0] for name, number in numbers.items()}
+    numbers = {name: number.detach() if detached and number is not None else number for name, number in numbers.items()}
+    flat = {name: None if number is None else number[0] for name, number in numbers.items()}
     given = {name: column.flatten() if column.ndim == 2 else column[:, 0] for name, column in facts.given.items()}
     return replace(Facts(**flat), given=given)
 
