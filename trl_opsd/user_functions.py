@@ -57,14 +57,23 @@ def call_for_each(function: Callable[[Any], Any], values: Sequence[Any], *, at_o
         return list(threads.map(call, values))
 
 
-def ask_function(name: str, place: str, values: Sequence[Any], *, takes: str, at_once: int = 1) -> list[Any]:
-    """What the function that a setting names says of values, see `load_function` and `call_for_each`; warns of what it raises."""
+def ask_function(
+    name: str, place: str, values: Sequence[Any], *, takes: str, failing: str, at_once: int = 1
+) -> list[Any]:
+    """What the function that a setting names says of rollouts, see `load_function` and `call_for_each`; warns of what it raises.
+
+    Args:
+        name, place, takes: as in `load_function`.
+        values: the rollouts.
+        failing: what becomes of those on which it fails, behind "which", for the message.
+        at_once: as in `call_for_each`.
+    """
     results = call_for_each(load_function(name, place, takes=takes), values, at_once=at_once)
     errors = [result for result in results if isinstance(result, Exception)]
     if errors:
         warnings.warn(
-            f"{place}={name!r} failed: {errors[0]!r}. The rollouts on which it fails are counted in the log and not "
-            "distilled; the run goes on.",
+            f"{place}={name!r} failed on {len(errors)} of {len(results)} rollouts, which {failing}; the run goes on. The first "
+            f"error: {errors[0]!r}.",
             stacklevel=2,
         )
     return results

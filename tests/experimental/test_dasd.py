@@ -9,7 +9,7 @@ import torch
 from groups import bare, ids_of, logits_of, privileged
 from grpo import assert_steps_of_grpo, clipped_terms, group_advantages
 from loss_problem import draw
-from pages import assert_same_gradients, moved, prepared, raw_logits, weights_after_steps
+from pages import an_older_policy, assert_same_gradients, moved, prepared, raw_logits, weights_after_steps
 
 from trl_opsd.experimental.dasd.method import DASD, directed_advantage, verified_solutions
 from trl_opsd.experimental.dasd.trainer import DASDConfig, DASDTrainer
@@ -97,11 +97,7 @@ def test_a_step_equals_the_formula_from_raw_logits(build, dataset, ratios):
     student, rows = bare(trainer), [dataset[index] for index in (0, 5) for _ in range(4)]
     batch, old = prepared(trainer, rows), None
     if ratios == "real":
-        with torch.no_grad():
-            now = trainer.policy_logps(trainer.model, batch)[0]
-        shift = torch.randn(now.shape, generator=torch.Generator().manual_seed(5), dtype=now.dtype)
-        batch["old_per_token_logps"] = now + 0.3 * shift
-        old = dict(zip(batch["rollout_index"].tolist(), batch["old_per_token_logps"], strict=True))
+        old = an_older_policy(trainer, batch)
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     hand, seen = loss_by_hand(trainer, student, student, rows, old)

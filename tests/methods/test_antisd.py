@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 from groups import EXACT, bare, ids_of, logits_of
-from pages import assert_same_gradients, prepared, raw_logits, weights_after_steps
+from pages import an_older_policy, assert_same_gradients, prepared, raw_logits, weights_after_steps
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_opsd.methods import Seen
@@ -87,11 +87,7 @@ def test_a_step_with_an_open_gate_equals_the_formula_from_raw_logits(build, data
     student, rows = bare(trainer), [dataset[index] for index in (0, 5) for _ in range(4)]
     batch, old = prepared(trainer, rows), None
     if ratios == "real":
-        with torch.no_grad():
-            now = trainer.policy_logps(trainer.model, batch)[0]
-        shift = torch.randn(now.shape, generator=torch.Generator().manual_seed(5), dtype=now.dtype)
-        batch["old_per_token_logps"] = now + 0.3 * shift
-        old = dict(zip(batch["rollout_index"].tolist(), batch["old_per_token_logps"], strict=True))
+        old = an_older_policy(trainer, batch)
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     hand, moves = loss_by_hand(trainer, student, rows, 2.0, old)

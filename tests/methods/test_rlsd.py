@@ -10,7 +10,7 @@ import torch
 from groups import bare, ids_of, logits_of, privileged
 from grpo import assert_steps_of_grpo, clipped_terms, group_advantages
 from loss_problem import draw
-from pages import assert_same_gradients, moved, prepared, raw_logits, weights_after_steps
+from pages import an_older_policy, assert_same_gradients, moved, prepared, raw_logits, weights_after_steps
 
 from trl_opsd.methods import RowFacts
 from trl_opsd.methods.rlrt import peers_of_right_rollouts, surprising_advantage
@@ -90,11 +90,7 @@ def test_a_step_equals_the_formula_from_raw_logits(build, dataset, trainer_class
     teacher = first if trainer_class is RLSDTrainer else student  # frozen, or live
     batch, old = prepared(trainer, rows), None
     if ratios == "real":
-        with torch.no_grad():
-            now = trainer.policy_logps(trainer.model, batch)[0]
-        shift = torch.randn(now.shape, generator=torch.Generator().manual_seed(5), dtype=now.dtype)
-        batch["old_per_token_logps"] = now + 0.3 * shift
-        old = dict(zip(batch["rollout_index"].tolist(), batch["old_per_token_logps"], strict=True))
+        old = an_older_policy(trainer, batch)
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     hand, weights = loss_by_hand(trainer, student, teacher, rows, read, direction, 0.8, old)

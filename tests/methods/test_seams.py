@@ -12,7 +12,7 @@ from pages import assert_same_step, raw_logits, student_of, token_log_probs, who
 from trl_opsd import OPSDConfig, SDPOConfig
 from trl_opsd.card.sections import method_section
 from trl_opsd.methods import OPSD
-from trl_opsd.rows.token_texts import token_ends
+from trl_opsd.rows.token_texts import text_ends
 from trl_opsd.settings.fields import option
 from trl_opsd.teacher.contexts import TeacherContext, Unused
 from trl_opsd.trainers.columns import engine_weights
@@ -70,7 +70,7 @@ def test_marks_reach_the_loss_at_their_places(kind, build_group, dataset):
 
 def test_places_of_tokens_are_in_the_text_without_control_tokens(tokenizer):
     ids = [*tokenizer("so 12", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    ends = token_ends(tokenizer, ids)
+    ends = text_ends(tokenizer, ids)
     assert len(ends) == len(ids) and ends[-1] == ends[-2] == len("so 12") and sorted(ends) == list(ends)
 
 
@@ -166,3 +166,13 @@ def test_the_moving_average_may_follow_generation_batches(build_group, dataset, 
 def test_an_interval_of_the_moving_average_is_positive(value, tmp_path):
     with pytest.raises(ValueError, match="teacher_sync_steps"):
         SDPOConfig(str(tmp_path), bf16=False, teacher_sync_steps=value)
+
+
+def test_only_the_teacher_or_the_student_writes(build_group, dataset):
+    method = make_method(
+        loss=lambda facts, settings, moment: facts.log_prob,
+        asks=lambda rollout, settings: TeacherContext("teacher", rollout.solution, weights="base"),
+    )
+    trainer = build_group(make_owner(method), TEXTS)
+    with pytest.raises(ValueError, match=r"asks names the weights \['base'\].*'teacher' or 'live'"):
+        whole_step(trainer, [dataset[index] for index in range(4)])

@@ -7,11 +7,11 @@ import pytest
 import torch
 from groups import EXACT, bare, ids_of, logits_of, privileged
 from loss_problem import draw
-from pages import MOMENT, assert_same_gradients, moved, prepared, raw_logits, weights_after_steps
+from pages import MOMENT, an_older_policy, assert_same_gradients, moved, prepared, raw_logits, weights_after_steps
 
 from trl_opsd.losses import Facts, OutputHead, Target, fused_divergence, fused_fact_loss
 from trl_opsd.methods.groups import policy_ratio
-from trl_opsd.methods.vopd import VOPD, policy_gradient
+from trl_opsd.methods.vopd import VOPD, sampled_loss
 from trl_opsd.trainers.vopd import VOPDConfig, VOPDTrainer
 
 SMALL = {"max_completion_length": 40, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
@@ -74,11 +74,7 @@ def test_a_step_equals_the_formula_from_raw_logits(build, dataset, form, ratios)
     student, rows = bare(trainer), [dataset[index] for index in (0, 3, 5, 7)]
     batch, old = prepared(trainer, rows), None
     if ratios == "real":
-        with torch.no_grad():
-            now = trainer.policy_logps(trainer.model, batch)[0]
-        shift = torch.randn(now.shape, generator=torch.Generator().manual_seed(5), dtype=now.dtype)
-        batch["old_per_token_logps"] = now + 0.3 * shift
-        old = dict(zip(batch["rollout_index"].tolist(), batch["old_per_token_logps"], strict=True))
+        old = an_older_policy(trainer, batch)
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     hand, advantages, cut = loss_by_hand(trainer, student, teacher, rows, old)
@@ -128,7 +124,7 @@ def enumerated(args, rows=20, size=7, scale=0.3):
 
     def loss_of(facts):
         facts.given["old_log_prob"] = facts.log_prob.detach()
-        return policy_gradient(facts, args, MOMENT).sum()
+        return sampled_loss(facts, args, MOMENT).sum()
 
     given = {"engine_weight": torch.ones(rows * size, dtype=torch.float64)}
     loss, _ = fused_fact_loss(

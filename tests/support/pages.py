@@ -78,6 +78,15 @@ def prepared(trainer, rows):
     return trainer._prepare_inputs(list(rows))
 
 
+def an_older_policy(trainer, batch):
+    """Let another policy than the student have sampled the batch; log-probabilities (T,) under it by a rollout's index."""
+    with torch.no_grad():
+        now = trainer.policy_logps(trainer.model, batch)[0]
+    shift = torch.randn(now.shape, generator=torch.Generator().manual_seed(5), dtype=now.dtype)
+    batch["old_per_token_logps"] = now + 0.3 * shift
+    return dict(zip(batch["rollout_index"].tolist(), batch["old_per_token_logps"], strict=True))
+
+
 def assert_same_gradients(ours, hand, rtol=1e-5, least=1e-6):
     """Gradients of two models agree in every parameter, relative to the largest of that parameter, and none is 0."""
     for (name, own), (_, other) in zip(ours.named_parameters(), hand.named_parameters(), strict=True):

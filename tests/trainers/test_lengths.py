@@ -14,6 +14,7 @@ from trl import GRPOTrainer
 
 from trl_opsd import AntiSDTrainer, OGLSSDTrainer, OPSDTrainer, PBSDTrainer, SGSDTrainer
 from trl_opsd._trl.versions import adds_up_over_rows, installed_fields
+from trl_opsd.teacher.states import TargetStates
 from trl_opsd.trainers import lengths
 from trl_opsd.trainers.lengths import Lengths, by_length, cheapest_groups, shares_of_ranks
 
@@ -245,6 +246,20 @@ def test_a_multiple_is_kept_as_far_as_the_batch_goes():
     assert batch["prompt_ids"].size(1) == 4 and batch["completion_ids"].size(1) == 8
     (batch,) = by_length([a_batch(rollouts=(5, 2), prompts=(5, 1))], regroups=True, reads_whole=True, multiple=4)
     assert batch["prompt_ids"].size(1) == 6
+
+
+def test_every_column_that_the_teacher_fills_is_known():
+    columns = TargetStates.empty(
+        (2, 3, 4),
+        torch.float32,
+        torch.device("cpu"),
+        with_direction=True,
+        view_weights=[[1.0]] * 4,
+        num_view_tokens=3,
+        extra_shape=(2, 5, 4),
+    ).columns()
+    assert len(columns) == 9
+    assert all(lengths._is_known(name, column) for name, column in columns.items())
 
 
 def test_a_column_of_an_unknown_kind_keeps_a_batch_as_it_is():

@@ -19,7 +19,7 @@ from ..methods import Extra, Method
 from ..methods.privileged import PrivilegedText
 from ..rows.checks import without_special_tokens
 from ..rows.texts import Prompt, fill_template, rewrite_last_turn
-from ..rows.token_texts import token_ends, token_texts
+from ..rows.token_texts import text_ends, token_texts
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Written
 from ..teacher.prompts import TeacherCollator
 from .measures import decompose, extend_view, measure_direction, measure_loss
@@ -125,7 +125,7 @@ class Inspector:
 
     def _known(self, sampled: SampledRollout) -> Rollout:
         """The rollout with what training knows of it."""
-        ends = () if self.method.marks is None else token_ends(self.tokenizer, sampled.ids)
+        ends = () if self.method.marks is None else text_ends(self.tokenizer, sampled.ids)
         share = self.settings.solution_share_at(self.step)
         return replace(sampled.rollout, token_ends=ends, solution_share=share)
 

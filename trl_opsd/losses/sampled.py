@@ -37,6 +37,17 @@ def preference_loss(margin: torch.Tensor) -> torch.Tensor:
     return softplus(-margin)
 
 
+def policy_loss(log_prob: torch.Tensor, advantage: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+    """-A r log q(y), in the shape of all three: what has the gradient of PPO's surrogate, with A and r held constant.
+
+    Args:
+        log_prob: log q(y), with its gradient.
+        advantage: A, detached.
+        ratio: of [`clipped_ratio`], perhaps times an engine's weight.
+    """
+    return -advantage * ratio * log_prob
+
+
 def importance_weight(log_prob: torch.Tensor, old_log_prob: torch.Tensor, *, cap: float = 2.0) -> torch.Tensor:
     """min(q(y) / q_old(y), cap), detached: what SDPO (arXiv 2601.20802) weighs its divergence with."""
     return torch.exp(log_prob.detach() - old_log_prob).clamp(max=cap)
@@ -197,7 +208,7 @@ def critical_weight(top_entropy: torch.Tensor, log_prob: torch.Tensor, mask: tor
 
 
 def held_then_falling(step: int, *, largest: float, hold: int, fall: int) -> float:
-    """`largest` for `hold` steps, then linearly to 0 over `fall` further ones: TRACE's lambda (arXiv 2605.10194)."""
+    """`largest` for `hold` steps, then linearly to 0 over `fall` further ones: TRACE's lambda (arXiv 2605.10194), and without a hold RLSD's."""
     return largest * min(1.0, max(0.0, 1 - (step - hold) / fall))
 
 

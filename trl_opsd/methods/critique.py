@@ -32,7 +32,14 @@ def critiques(rollouts: Sequence[Rollout], settings: Any, moment: Moment) -> lis
     name = settings.critique_function
     if name is None:
         return [rollout.columns.get("critique") for rollout in rollouts]
-    return ask_function(name, "critique_function", rollouts, takes=TAKES, at_once=settings.critique_calls_at_once)
+    return ask_function(
+        name,
+        "critique_function",
+        rollouts,
+        takes=TAKES,
+        failing="are counted in the log and not distilled",
+        at_once=settings.critique_calls_at_once,
+    )
 
 
 def critic_request(rollout: Rollout, settings: Any) -> TeacherContext | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..losses import Facts, clipped_ratio, importance_weight
+from ..losses import Facts, clipped_ratio, importance_weight, policy_loss
 from ..rows.texts import is_missing
 from ..teacher.contexts import Moment, Rollout
 
@@ -47,3 +47,8 @@ def policy_ratio(facts: Facts, advantage: torch.Tensor, settings: Any) -> torch.
     bounds = {"low": settings.epsilon, "high": high, "largest": settings.delta}
     ratio = clipped_ratio(facts.log_prob, facts.given["old_log_prob"], advantage, **bounds)
     return ratio * facts.given["engine_weight"]
+
+
+def policy_gradient(facts: Facts, advantage: torch.Tensor, settings: Any) -> torch.Tensor:
+    """-A r log q(y) with the ratio of `policy_ratio`, in the shape of the facts."""
+    return policy_loss(facts.log_prob, advantage, policy_ratio(facts, advantage, settings))

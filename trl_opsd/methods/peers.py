@@ -2,7 +2,6 @@
 """What the pages of SDPO's tree share: the blocks of text that their teacher reads, feedback, and the weight of a token."""
 
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from ..losses import Facts
 from ..rows.texts import fill_template, is_missing, without_blocks
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
-from ..user_functions import call_for_each, load_function
+from ..user_functions import ask_function
 from .groups import ratio_weight
 
 _END_OF_THINKING = r"</think>\s*"
@@ -51,13 +50,7 @@ def feedback_notes(rollouts: Sequence[Rollout], settings: Any, moment: Moment) -
 
 
 def _reports(name: str, rollouts: Sequence[Rollout]) -> list[Any]:
-    said = call_for_each(load_function(name, "feedback_function", takes="a rollout"), rollouts)
-    errors = [report for report in said if isinstance(report, Exception)]
-    if errors:
-        warnings.warn(
-            f"feedback_function={name!r} failed on {len(errors)} of {len(said)} rollouts, which have no feedback: {errors[0]!r}.",
-            stacklevel=2,
-        )
+    said = ask_function(name, "feedback_function", rollouts, takes="a rollout", failing="have no feedback")
     return [None if isinstance(report, Exception) else report for report in said]
 
 

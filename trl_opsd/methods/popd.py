@@ -17,20 +17,20 @@ import torch
 
 from ..teacher.contexts import Moment
 from .base import Method, RowFacts
-from .groups import policy_ratio
+from .groups import policy_gradient
 from .opsd import solution_read
 
 
-def policy_gradient(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
+def sampled_loss(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
     """-u r log student(y_t), (n,)."""
     advantage = (facts.given["view_log_probs"][0] - facts.log_prob).detach()
-    return -advantage * policy_ratio(facts, advantage, settings) * facts.log_prob
+    return policy_gradient(facts, advantage, settings)
 
 
 POPD = Method(
     name="POPD",
     contexts=solution_read,
-    loss=policy_gradient,
+    loss=sampled_loss,
     pointwise=True,
     has_target=False,
     reads_views=True,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..losses import evidence_weight
+from ..losses import evidence_weight, held_then_falling
 from ..teacher.contexts import Contexts, Moment, Rollout
 from .base import Method, RowFacts
 from .groups import group_label
@@ -24,8 +24,8 @@ from .opsd import solution_read
 
 def strength_at(settings: Any, step: int) -> float:
     """l after `step` optimizer steps."""
-    left = 1.0 if settings.evidence_steps is None else 1 - step / settings.evidence_steps
-    return settings.evidence_strength * max(0.0, left)
+    strength, steps = settings.evidence_strength, settings.evidence_steps
+    return strength if steps is None else held_then_falling(step, largest=strength, hold=0, fall=steps)
 
 
 def solution_while_it_counts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:

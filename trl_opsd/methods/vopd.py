@@ -21,7 +21,7 @@ import torch
 from ..losses import control_variate_advantage, floored_log_ratio
 from ..teacher.contexts import Moment
 from .base import Method, RowFacts
-from .groups import policy_ratio
+from .groups import policy_gradient
 from .opsd import privileged_contexts
 
 
@@ -34,16 +34,15 @@ def token_advantage(facts: RowFacts, settings: Any) -> torch.Tensor:
     return ratio if share is None else floored_log_ratio(ratio, share=share)
 
 
-def policy_gradient(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
+def sampled_loss(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
     """-A_t r log student(y_t), (n,)."""
-    advantage = token_advantage(facts, settings)
-    return -advantage * policy_ratio(facts, advantage, settings) * facts.log_prob
+    return policy_gradient(facts, token_advantage(facts, settings), settings)
 
 
 VOPD = Method(
     name="vOPD",
     contexts=privileged_contexts,
-    loss=policy_gradient,
+    loss=sampled_loss,
     pointwise=True,
     reads_old=True,
     own_prompts=True,

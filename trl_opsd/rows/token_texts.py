@@ -33,7 +33,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return texts
 
 
-def token_ends(tokenizer: Any, ids: Sequence[int]) -> tuple[int, ...]:
+def text_ends(tokenizer: Any, ids: Sequence[int]) -> tuple[int, ...]:
     """Of each token, the place where its text ends in the text without control tokens, which add nothing."""
     control = set(tokenizer.all_special_ids)
     texts = token_texts(tokenizer, ids)

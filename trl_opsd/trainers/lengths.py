@@ -31,7 +31,7 @@ _TOKENS = {
     ),
     **dict.fromkeys(("anchor_hidden", "direction_hidden", "distillation_mask", "rollout_mark"), ("distilled", 1)),
     **dict.fromkeys(("view_entropies", "view_log_probs"), ("distilled", 2)),
-    **dict.fromkeys(("extra_ids", "extra_mask"), ("extra", 1)),
+    **dict.fromkeys(("extra_anchor_hidden", "extra_ids", "extra_mask"), ("extra", 1)),
     **dict.fromkeys(("extra_view_entropies", "extra_view_log_probs"), ("extra", 2)),
 }
 _WITHOUT_TOKENS = ("extra_view_weights", "view_weights")

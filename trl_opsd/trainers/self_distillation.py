@@ -119,19 +119,22 @@ class SelfDistillationTrainer(RolloutTrainer):
             keep_head=self._updates_per_generation() > 1,
         )
         check_sampling_keeps_weights(self.model, args)
-        privileged = PrivilegedText(self.method, args)
-        check_prompts(self.scorer.collator, train_dataset, eval_dataset, self.first_rows(), privileged)
-        warning = None if reward_funcs else warn_of_first_golds(train_dataset, args.verifier)
-        if warning is not None:
-            self.run.tell(warning)
-        if self.method.inferred:
-            self.run.tell(f"{self.method.name} is experimental. {self.method.inferred}")
+        self.privileged = PrivilegedText(self.method, args)
+        check_prompts(self.scorer.collator, train_dataset, eval_dataset, self.first_rows(), self.privileged)
+        self._tell_at_start(None if reward_funcs else train_dataset)
         self.scorer.make_teacher()
         self.run.remember_weights(self.model, self.scorer.first_values)
         self.method_loss = StepLoss(self.model, self.method, args, self.scorer.num_tokens)
         self._start_logs()
 
     # Set-up
+
+    def _tell_at_start(self, verified: Any) -> None:
+        """What a user is to know of the method, and of a dataset whose answers are verified."""
+        told = [] if verified is None else [warn_of_first_golds(verified, self.args.verifier)]
+        told += [f"{self.method.name} is experimental. {self.method.inferred}"] if self.method.inferred else []
+        for text in filter(None, told):
+            self.run.tell(text)
 
     @property
     def teacher(self):
@@ -150,6 +153,7 @@ class SelfDistillationTrainer(RolloutTrainer):
             longest=self.max_completion_length,
             write=self.write_answers,
             log=self.add_metrics,
+            privileged=self.privileged,
         )
         self.memory: dict[str, Any] = {}
         self._losses: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -14,7 +14,7 @@ from ..methods import Extra, Seen
 from ..methods.privileged import PrivilegedText
 from ..rows.checks import check_rows, without_special_tokens
 from ..rows.texts import OWN_PROMPT, Prompt, as_text_turns, fill_template, is_missing, rewrite_last_turn
-from ..rows.token_texts import token_ends
+from ..rows.token_texts import text_ends
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Written
 from ..teacher.states import TargetStates, waits_in_host_memory
 from .groups import GroupReader
@@ -66,6 +66,7 @@ class TargetMaker:
         longest: tokens that a rollout, and an extra, may have.
         write: answers of the model to prompts, see `RolloutTrainer.write_answers`.
         log: takes numbers that are the same on every rank.
+        privileged: what rows bring, for the same method.
     """
 
     def __init__(
@@ -77,10 +78,11 @@ class TargetMaker:
         longest: int,
         write: Callable[[list[list[int]]], list[list[int]]],
         log: Callable[[dict[str, float]], None],
+        privileged: PrivilegedText,
     ):
         self.scorer, self.groups, self.settings, self.tokenizer = scorer, groups, settings, tokenizer
         self.method, self.longest, self.write, self.log = scorer.method, longest, write, log
-        self.privileged = PrivilegedText(self.method, settings)
+        self.privileged = privileged
         self._told = False  # that vLLM does not write with the teacher's weights
 
     def prepare(self, rows: list[dict], mode: str) -> RolloutBatch:
@@ -121,7 +123,7 @@ class TargetMaker:
                 len(ids),
                 bool(ids) and ids[-1] in end_token_ids,
                 self.privileged.columns_of(row),
-                token_ends=() if self.method.marks is None else token_ends(self.tokenizer, ids),
+                token_ends=() if self.method.marks is None else text_ends(self.tokenizer, ids),
             )
             for prompt, row, text, ids in columns
         ]
@@ -184,9 +186,8 @@ class TargetMaker:
             for index, (row, prompt, view) in enumerate(zip(batch.rows, batch.prompts, asked, strict=True))
         ]
         with self._writing_as({view.weights for view in asked if view is not None}):
-            answers = self.write(
-                [prompt.ids for prompt in prompts]
-            )  # of every row: an engine samples on all ranks at once
+            # Of every row: an engine samples on all ranks at once.
+            answers = self.write([prompt.ids for prompt in prompts])
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         used = [(place, ids) for place, ids in enumerate(answers) if asked[place] is not None]
         accelerator = self.scorer.accelerator
@@ -200,8 +201,10 @@ class TargetMaker:
     def _writing_as(self, weights: set[str]) -> AbstractContextManager:
         """The time in which the module has the weights that the asked contexts name; vLLM has the student's alone."""
         names = {name for found in gather_object([sorted(weights)]) for name in found}
-        if len(names) > 1:
-            raise ValueError(f"{self.method.name}: asks names the weights {sorted(names)} in one batch; name one.")
+        if len(names) > 1 or not names <= {"teacher", "live"}:
+            raise ValueError(
+                f"{self.method.name}: asks names the weights {sorted(names)} in one batch; name 'teacher' or 'live'."
+            )
         live = names == {"live"} or self.settings.teacher_model_kind == "live"
         if live or not self.settings.use_vllm:
             return nullcontext() if live else self.scorer.teacher.active()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ...methods.base import Extra, Method, RowFacts, Term
-from ...methods.groups import policy_ratio
+from ...methods.groups import policy_gradient
 from ...methods.opsd import solution_read
 from ...teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 
@@ -39,8 +39,7 @@ def golden_rollouts(group: Sequence[Rollout], settings: Any, moment: Moment) -> 
 def held_policy_gradient(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
     """-u r log student(y_t) + b KL(student || first), (B, D)."""
     advantage = (facts.given["view_log_probs"][0] - facts.log_prob).detach()
-    gradient = -advantage * policy_ratio(facts, advantage, settings) * facts.log_prob
-    return gradient + settings.reference_weight * facts.divergence
+    return policy_gradient(facts, advantage, settings) + settings.reference_weight * facts.divergence
 
 
 def unlikelihood(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
