@@ -19,17 +19,14 @@ from .._trl.versions import adds_up_over_rows
 from ..card import describe_run
 from ..card.publishing import Publisher
 from ..checkpoints.initial_weights import check_initial_weights, fingerprint
-from ..losses import Facts, OutputHead, SignalDecomposition
-from ..losses.tiles import nonzero_positions
+from ..losses import SignalDecomposition
 from ..methods import OPSD, Method
 from ..methods.privileged import PrivilegedText
 from ..model.heads import head_function
-from ..monitoring.accuracy_guard import AccuracyGuard
 from ..monitoring.diagnostics import Diagnostics
-from ..monitoring.guard import LIMITS, ClipWarning, CollapseGuard, TeacherWarning
-from ..rewards import guard_rewards, skips_errors
+from ..monitoring.finite import FiniteLosses
+from ..rewards import guard_rewards
 from ..teacher.contexts import Moment, views_text
-from ..teacher.states import offload_states, read_extra_target, read_target
 from .checks import (
     check_fills_a_batch,
     check_inputs,
@@ -38,11 +35,14 @@ from .checks import (
     choose_reward,
     warn_of_first_golds,
 )
-from .columns import LossColumns, given_advantages
+from .columns import LossColumns
 from .config import OPSDConfig
 from .groups import GroupReader
+from .guards import guards_of
 from .lengths import by_length
+from .micro_batch import MicroBatchLoss, count_items, distilled_mask, positions
 from .prompt_checks import check_prompts
+from .reward_log import count_errors, scalar_rewards
 from .rollout_log import measure_rollouts, warn_of_masked_rollouts
 from .rollout_text import rollouts_text
 from .scorer import Scorer
@@ -156,32 +156,14 @@ class SelfDistillationTrainer(RolloutTrainer):
             privileged=self.privileged,
         )
         self.memory: dict[str, Any] = {}
-        self._losses: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._finite = FiniteLosses()
         self._prompt_texts: list[str] = []
         self._batch: RolloutBatch | None = None
         self.publisher = Publisher(self)
         self.add_callback(self.publisher)
         self.add_callback(_StepHooks(self))
-        self.add_callback(ClipWarning())
-        if self.args.guard != "off":
-            planned = self._planned_changes()
-            limits = [limit for limit in LIMITS if limit.key not in planned]
-            self.add_callback(CollapseGuard(self.args.guard, limits))
-            if self.method.needs_solution and self.method.has_target:
-                self.add_callback(TeacherWarning())
-            self.add_callback(AccuracyGuard(self.args.guard, watches_rewards="reward" not in planned))
-
-    def _planned_changes(self) -> set[str]:
-        """Logged numbers that change by plan, which the guard is not to take for a collapse."""
-        args, planned = self.args, set()
-        if self.method.shape(args, 0) != self.method.shape(args, args.max_steps):  # OGLS-SD's lambda
-            planned.add("divergence")
-        if args.solution_share_at(0) != args.solution_share_at(None):
-            planned.add("divergence")
-        if args.horizon() is not None:
-            planned |= {"divergence", "student_entropy"}  # of other positions
-            planned |= {"completions/mean_length", "reward"} if self._samples_distilled_only() else set()
-        return planned
+        for guard in guards_of(self.method, self.args, grows_rollouts=self._samples_distilled_only()):
+            self.add_callback(guard)
 
     def _updates_per_generation(self) -> int:
         args = self.args
@@ -244,9 +226,9 @@ class SelfDistillationTrainer(RolloutTrainer):
 
     def add_targets(self, rows, batch, rewards, rollout_ids) -> dict[str, Any]:
         own, first = self._batch, self.accelerator.process_index * len(rows)
-        self._log_reward_errors()
+        self.add_metrics(count_errors(self.reward_func_names, self.reward_funcs, self._reward_errors, self.accelerator))
         self.add_metrics({"rewards/missing": rewards.isnan().all(dim=1).float().mean().item()})
-        self.targets.rewarded(own, self._scalar_rewards(rewards)[first : first + len(rows)])
+        self.targets.rewarded(own, scalar_rewards(rewards, self.reward_weights)[first : first + len(rows)])
         if own.target is None:
             self._read()
         mask = self._distilled_mask(batch)
@@ -276,27 +258,14 @@ class SelfDistillationTrainer(RolloutTrainer):
         with self.diagnostics[self.mode].clock("teacher_forward", self.accelerator.device):
             self.targets.score(self._batch, used, length)
 
-    def _scalar_rewards(self, rewards: torch.Tensor) -> list[float | None]:
-        """One weighted reward per rollout of the world's batch, None where no function gave one."""
-        total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
-        total[rewards.isnan().all(dim=1)] = torch.nan
-        # TRL's rewards are float32: 0.7 would lie below a threshold of 0.7.
-        return [None if value != value else float(f"{value:.7g}") for value in total.tolist()]
-
     def _distilled_mask(self, batch: dict[str, Any]) -> torch.Tensor:
-        """(B, D), 1 on the positions of a rollout that are distilled: its own tokens, never a tool's."""
-        mask = batch["completion_mask"]
-        mask = mask * batch["tool_mask"] if "tool_mask" in batch else mask.clone()
-        length = self.distilled_length()
+        """See `distilled_mask`."""
+        length, ignores = self.distilled_length(), self.method.ignored_tokens
         if self.mode == "train" and self.args.horizon() is not None:
             self.add_metrics({"distillation_length": float(length)})
-        mask = mask[:, :length]
-        mask[:, : self.args.num_loss_tokens_to_skip] = 0
-        if self.method.ignored_tokens is not None:
-            ignored = sorted(self.method.ignored_tokens(self.tokenizer, self.args))
-            mask[torch.isin(batch["completion_ids"][:, :length], torch.tensor(ignored, device=mask.device))] = 0
-        mask[torch.tensor([not views for views in self._batch.contexts], device=mask.device)] = 0
-        return mask
+        ignored = ignores(self.tokenizer, self.args) if ignores is not None else set()
+        has_views = [bool(views) for views in self._batch.contexts]
+        return distilled_mask(batch, length, self.args.num_loss_tokens_to_skip, ignored, has_views)
 
     # Hooks of RolloutTrainer: a step
 
@@ -324,108 +293,45 @@ class SelfDistillationTrainer(RolloutTrainer):
         )
 
     def prepare_micro_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        mask = batch["distillation_mask"].flatten()
-        beside = {}
-        if "extra_mask" in batch:
-            beside["extra_rows"] = nonzero_positions(batch["extra_mask"].any(dim=1))
-        if self.method.extra_term is not None:
-            beside["extra_positions"] = nonzero_positions(batch["extra_mask"])
-        elif "extra_mask" in batch:
-            mask = torch.cat([mask, batch["extra_mask"].flatten()])
-        waiting = self.args.steps_per_generation if self.mode == "train" else 1
-        return {"distilled_positions": nonzero_positions(mask)} | beside | offload_states(batch, waiting)
+        return positions(batch, self.method, self.args.steps_per_generation if self.mode == "train" else 1)
 
     def count_loss_items(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        def items(mask: torch.Tensor) -> torch.Tensor:
-            return mask.sum() if self.args.loss_reduction == "token" else mask.any(dim=1).sum()
-
-        counts = {
-            "num_loss_items": items(batch["distillation_mask"]),
-            "num_loss_rows": batch["rollout_trained"].sum(),
-        }
-        if self.method.extra_term is not None:
-            counts["num_extra_items"] = items(batch["extra_mask"])
-        return counts
+        return count_items(batch, self.method, self.args.loss_reduction)
 
     def step_loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-        diagnostics = self.diagnostics[self.mode]
-        processes = self.accelerator.num_processes
-        reads_old, apart = self.reads_policy_logps(), self.method.extra_term is not None
-        columns = LossColumns.of_batch(
-            batch, self.args, num_processes=processes, reads_old=reads_old, extras_apart=apart
-        )
+        diagnostics, of_states = self.diagnostics[self.mode], self._loss_from_states(batch)
         with diagnostics.clock("loss", self.accelerator.device):
             if self._has_policy_loss() or self._has_router_loss():
-                loss, stats = self._mixed_loss(model, batch, columns)
+                loss, stats = self._mixed_loss(model, of_states)
             else:
-                ids, mask, _ = student_inputs(batch, columns.shape[1])
-                loss, stats = self.method_loss.in_forward(model, ids, mask, self._loss_from_states(batch, columns))
-        mask, clip_products = batch["distillation_mask"], stats.pop("clip_products", None)
-        if apart:
-            diagnostics.add_mean("extras/loss", stats.pop("extra_terms"), batch["extra_mask"].flatten())
-        if "reference_divergence" in stats:
-            distance = stats.pop("reference_divergence")[: columns.num_own]
-            diagnostics.add_mean("reference_divergence", distance, mask.flatten())
-        values = {name: value[: columns.num_own].view(mask.shape) for name, value in stats.items()}
-        diagnostics.add(values, mask, batch["rollout_index"], clip_products, batch["rollout_outcome"])
+                ids, mask, _ = student_inputs(batch, of_states.columns.shape[1])
+                loss, stats = self.method_loss.in_forward(model, ids, mask, of_states)
+        of_states.log(stats, diagnostics)
         if self.mode == "train":
-            self._losses.append((loss.detach(), batch["rollout_index"]))
+            self._finite.add(loss, batch["rollout_index"])
         return loss
 
-    def _loss_from_states(self, batch: dict[str, Any], columns: LossColumns):
-        """The function that a forward of the student calls with its hidden states and head."""
-        measures_clip = self.mode == "train" and self.state.global_step == 0
+    def _loss_from_states(self, batch: dict[str, Any]) -> MicroBatchLoss:
+        columns = LossColumns.of_batch(
+            batch,
+            self.args,
+            num_processes=self.accelerator.num_processes,
+            reads_old=self.reads_policy_logps(),
+            extras_apart=self.method.extra_term is not None,
+        )
+        is_first = self.mode == "train" and self.state.global_step == 0
+        head = self.scorer.heads[self.mode]
+        return MicroBatchLoss(self.method_loss, batch, columns, head, self._moment(), measures_clip=is_first)
 
-        def function(hidden: torch.Tensor, head: OutputHead):
-            states, extras = self._states(hidden, batch, columns)
-            target, moment = self._target(batch, columns), self._moment()
-            if columns.extra_mask is not None:
-                states = torch.cat([states, extras])
-            loss, stats = self.method_loss.of_states(states, head, target, columns, moment, measures_clip=measures_clip)
-            if columns.term is None:
-                return loss, stats
-            target = self._extra_target(batch, columns)
-            term, terms = self.method_loss.of_extras(extras, head, target, columns.term, moment)
-            return loss + term, stats | {"extra_terms": terms}
-
-        return function
-
-    @staticmethod
-    def _states(hidden: torch.Tensor, batch: dict[str, Any], columns: LossColumns) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B D, H) of the student's hidden states that predict rollouts, and (B E, H) that predict extras, 0 where there is none."""
-        first, (size, length) = batch["prompt_ids"].size(1) - 1, columns.shape
-        states = hidden[:size, first : first + length].flatten(0, 1)
-        if "extra_mask" not in batch:
-            return states, states[:0]
-        width = batch["extra_mask"].size(1)
-        extras = hidden.new_zeros(size, width, hidden.size(-1))
-        extras = extras.index_copy(0, batch["extra_rows"], hidden[size:, first : first + width])
-        return states, extras.flatten(0, 1)
-
-    def _extra_target(self, batch: dict[str, Any], columns: LossColumns):
-        """The target of the extras; None where they have none."""
-        if not self.method.extras_have_target:
-            return None
-        return read_extra_target(batch, self.scorer.heads[self.mode], columns.weights.device)
-
-    def _target(self, batch: dict[str, Any], columns: LossColumns):
-        """The target of the N positions, zeros for extras; None where the method has none."""
-        if not self.method.has_target:
-            return None
-        shape = self.method.shape(self.args, self.state.global_step)
-        target = read_target(batch, shape, self.scorer.heads[self.mode], columns.weights.device)
-        return target if columns.extra_mask is None else target.widened(columns.extra_mask.numel())
-
-    def _mixed_loss(self, model: torch.nn.Module, batch: dict[str, Any], columns: LossColumns):
+    def _mixed_loss(self, model: torch.nn.Module, of_states: MicroBatchLoss):
         """The method's loss plus TRL's policy-gradient loss (and a router's loss), from one student forward."""
-        with head_function(self.model, self._loss_from_states(batch, columns), keep_forward=True) as request:
+        batch = of_states.batch
+        with head_function(self.model, of_states, keep_forward=True) as request:
             cached = self.policy_logps(model, batch)
         loss, stats = request.result
         facts = stats.pop("facts", None)
         if facts is not None:
-            loss = loss + self.policy_loss(
-                model, {**batch, "advantages": self._advantages(batch, columns, facts)}, cached
-            )
+            loss = loss + self.policy_loss(model, {**batch, "advantages": of_states.advantages(facts)}, cached)
         elif self.args.reward_weight > 0:
             loss = loss + self.args.reward_weight * self.policy_loss(model, batch, cached)
         elif cached[2] is not None:
@@ -433,29 +339,9 @@ class SelfDistillationTrainer(RolloutTrainer):
             loss = loss + self.router_aux_loss_coef * cached[2] / steps
         return loss, stats
 
-    def _advantages(self, batch: dict[str, Any], columns: LossColumns, facts: Facts) -> torch.Tensor:
-        """(B, T): the method's where it has some, TRL's times `reward_weight` elsewhere."""
-        whole = given_advantages(batch, self.args).expand(batch["completion_ids"].shape).clone()
-        own = self.method.advantages(columns.by_row(facts), self.args, self._moment()).detach()
-        part = whole[:, : columns.shape[1]]
-        part.copy_(torch.where(columns.rows["mask"] != 0, own.to(part.dtype), part))
-        return whole
-
     def check_finite_loss(self) -> None:
-        """Stop on NaN or inf in the loss of the current step.
-
-        Raises:
-            FloatingPointError: names the step and the rows of the micro-batch.
-        """
-        losses, self._losses = self._losses, []
-        if not losses or bool(torch.stack([loss for loss, _ in losses]).isfinite().all()):
-            return
-        bad = [index for loss, rows in losses if not loss.isfinite() for index in rows.tolist()]
-        raise FloatingPointError(
-            f"The loss is not finite at step {self.state.global_step} for the rows with prompts "
-            f"{[self._prompt_texts[index] for index in sorted(set(bad))]}. The weights of earlier checkpoints are "
-            "untouched. Lower learning_rate or max_grad_norm, or look at these rows."
-        )
+        """Stop on NaN or inf in the loss of the current step, see `FiniteLosses.check`."""
+        self._finite.check(self.state.global_step, self._prompt_texts)
 
     # Hooks of RolloutTrainer: what a checkpoint keeps of the batch and of the logging interval
 
@@ -478,16 +364,6 @@ class SelfDistillationTrainer(RolloutTrainer):
         self.diagnostics["train"].restore(values["diagnostics"], self.accelerator.device)
 
     # Logs and files
-
-    def _log_reward_errors(self) -> None:
-        pairs = zip(self.reward_func_names, self.reward_funcs, strict=True)
-        names = [name for name, reward in pairs if skips_errors(reward)]
-        if not names:
-            return
-        counts = torch.tensor([float(self._reward_errors[name]) for name in names])
-        counts = self.accelerator.reduce(counts.to(self.accelerator.device), reduction="sum").tolist()
-        self.add_metrics({f"rewards/{name}/errors": count for name, count in zip(names, counts, strict=True)})
-        self._reward_errors.clear()
 
     def _decomposition_is_due(self) -> bool:
         interval, step = self.method.decomposition_steps(self.args), self.state.global_step
