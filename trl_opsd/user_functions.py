@@ -20,7 +20,7 @@ def load_function(name: str, place: str, *, takes: str, allowed: str = "`module:
         allowed: what the setting may be.
 
     Raises:
-        ValueError: there is no such function; names the setting.
+        ValueError: there is no such function, or its `calls_at_once` is not 1 or more; names the setting.
     """
     module, colon, attribute = name.partition(":")
     if not colon:
@@ -33,17 +33,21 @@ def load_function(name: str, place: str, *, takes: str, allowed: str = "`module:
         raise ValueError(f"{place}={name!r} is not {allowed}: {error}.") from error
     if not callable(function):
         raise ValueError(f"{place}={name!r} is a {type(function).__name__}; name a function of {takes}.")
+    at_once = getattr(function, "calls_at_once", 1)
+    if not isinstance(at_once, int) or at_once < 1:
+        raise ValueError(f"{place}={name!r} has calls_at_once={at_once!r}; set that attribute to 1 or more.")
     return function
 
 
-def call_for_each(function: Callable[[Any], Any], values: Sequence[Any], *, at_once: int = 1) -> list[Any]:
+def call_for_each(function: Callable[[Any], Any], values: Sequence[Any]) -> list[Any]:
     """What a function returns for each value, in their order; an exception that it raises stands in its result's place.
 
     Args:
-        function: of one value; called from several threads where `at_once` is above 1.
+        function: of one value. Its attribute `calls_at_once`, 1 where it has none, is how many calls may run at a time; above 1
+            it is called from several threads.
         values: any number of them.
-        at_once: calls that may run at a time, >= 1.
     """
+    at_once = getattr(function, "calls_at_once", 1)
 
     def call(value: Any) -> Any:
         try:
@@ -57,18 +61,15 @@ def call_for_each(function: Callable[[Any], Any], values: Sequence[Any], *, at_o
         return list(threads.map(call, values))
 
 
-def ask_function(
-    name: str, place: str, values: Sequence[Any], *, takes: str, failing: str, at_once: int = 1
-) -> list[Any]:
+def ask_function(name: str, place: str, values: Sequence[Any], *, takes: str, failing: str) -> list[Any]:
     """What the function that a setting names says of rollouts, see `load_function` and `call_for_each`; warns of what it raises.
 
     Args:
         name, place, takes: as in `load_function`.
         values: the rollouts.
         failing: what becomes of those on which it fails, behind "which", for the message.
-        at_once: as in `call_for_each`.
     """
-    results = call_for_each(load_function(name, place, takes=takes), values, at_once=at_once)
+    results = call_for_each(load_function(name, place, takes=takes), values)
     errors = [result for result in results if isinstance(result, Exception)]
     if errors:
         warnings.warn(

@@ -17,6 +17,7 @@ from trl_opsd import (
     OPSDTrainer,
     PBSDTrainer,
     RCSDTrainer,
+    SDFTTrainer,
     SDPOTrainer,
     SGSDTrainer,
     SORTTrainer,
@@ -114,7 +115,7 @@ def test_a_run_resumed_from_any_step_is_the_uninterrupted_one(build, tmp_path, k
             (1, 4),
         ),
         ({"reward_weight": 0.5, "num_generations": 2}, (1, 2)),
-        ({"teacher_model_kind": "ema", "teacher_sync_steps": 2}, (1, 2)),
+        ({"trainer_class": SDFTTrainer, "teacher_sync_steps": 2, "num_loss_tokens_to_skip": 0}, (1, 2)),
         ({"trainer_class": DemoPSDTrainer, "num_generations": 4, "max_completion_length": 8}, (1, 2, 3)),
         (
             {

@@ -339,9 +339,9 @@ def test_a_rows_own_prompt_is_shown_and_a_function_that_fails_is_a_warning(dry_r
     _, text = dry_run(rows=rows)
     assert "own prompt of the row (anchor +1): " in text and "  | All of this<|im_end|>\n" in text
     rows[3]["solution"] = "1+1 is \\boxed{2}"
-    code, text = dry_run(("teacher_prompt_function", "test_dry_run:speak_of"), rows=rows)
+    code, text = dry_run(("teacher_prompt_template", "test_dry_run:speak_of"), rows=rows)
     assert f"Of sums: {rows[0]['solution']}<|im_end|>" in text.replace("\n  | ", "\n")
-    assert code == 0 and "! teacher_prompt_function='test_dry_run:speak_of' failed on 1 of 1 rollouts" in text
+    assert code == 0 and "! teacher_prompt_template='test_dry_run:speak_of' failed on 1 of 1 rollouts" in text
 
 
 @pytest.mark.parametrize(("reference", "number"), [("{solution}", "1"), ("{hint} {solution}", "none")])

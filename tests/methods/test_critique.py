@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Step-aligned critique: a step by hand, OPSD as its special case, who writes the critique, and critics that fail."""
 
+import threading
+
 import pytest
 from groups import ids_of
 from pages import MOMENT, assert_same_step, moved, raw_logits, student_of, whole_step
@@ -10,6 +12,7 @@ from trl_opsd.methods.critique import CRITIQUE, critic_request, critique_context
 from trl_opsd.settings.critique import CritiqueSDSettings
 from trl_opsd.teacher.contexts import TEACHER_PROMPT_TEMPLATE, Rollout, TeacherContext, Unused, Written
 from trl_opsd.trainers.critique import CritiqueSDConfig, CritiqueSDTrainer
+from trl_opsd.user_functions import call_for_each
 
 TEXTS = ("1+2=3", "so \\boxed{3}", "wait, 10 it is", "a")
 HERE = "test_critique"
@@ -28,8 +31,22 @@ def of_attempt(rollout):
     return f"{rollout.completion} was {rollout.reward}"
 
 
+of_attempt.calls_at_once = 3
+
+
 def with_a_control_token(rollout):
     return "so <|im_end|> it is"
+
+
+def test_a_function_says_how_many_of_its_calls_run_at_a_time():
+    together = threading.Barrier(2)
+
+    def waits_for_another(value):
+        together.wait(timeout=20)
+        return value
+
+    waits_for_another.calls_at_once = 2
+    assert call_for_each(waits_for_another, [1, 2, 3, 4]) == [1, 2, 3, 4]
 
 
 @pytest.fixture
@@ -65,7 +82,7 @@ def by_hand(trainer, teacher_model, rows, critics):
 
 
 def test_a_step_equals_its_formula_and_rows_whose_critic_fails_are_left_out(build, dataset):
-    trainer = build(critique_function=f"{HERE}:of_attempt", critique_calls_at_once=3)
+    trainer = build(critique_function=f"{HERE}:of_attempt")
     first = student_of(trainer)
     moved(trainer)
     rows = [dataset[index] for index in range(4)]
@@ -176,7 +193,6 @@ def test_a_column_is_needed_where_nothing_else_gives_critiques(build, settings, 
         ({"critique_function": "plain"}, "critique_function='plain' is not `module:function`"),
         ({"critique_function": "test_critique:HERE"}, "is a str; name a function of a rollout"),
         ({"critique_function": f"{HERE}:of_attempt", "write_critique": True}, "write_critique=True: a rollout has one"),
-        ({"critique_calls_at_once": 0}, "critique_calls_at_once=0"),
         (
             {"critic_prompt_template": "{prompt} {solution} {attempt}"},
             "critic_prompt_template does not contain {verdict}",

@@ -148,7 +148,7 @@ def test_engine_weights_are_one_without_a_correction():
 
 
 def test_the_moving_average_may_follow_generation_batches(build_group, dataset, monkeypatch):
-    settings = {"teacher_model_kind": "ema", "teacher_update_rate": 0.5, "teacher_sync_steps": None}
+    settings = {"teacher_model_kind": "ema", "teacher_update_rate": 0.5}
     trainer = build_group(
         make_owner(make_method(loss=lambda facts, settings, moment: facts.log_prob)),
         TEXTS,
@@ -156,6 +156,7 @@ def test_the_moving_average_may_follow_generation_batches(build_group, dataset, 
         steps_per_generation=2,
         **settings,
     )
+    trainer.args.teacher_sync_steps = None  # a setting of the methods whose authors set it
     updates = []
     monkeypatch.setattr(trainer.teacher, "update", lambda: updates.append(trainer.state.global_step) or 0.0)
     trainer.train()

@@ -327,7 +327,6 @@ def test_two_micro_batches_of_four_are_one_of_eight(build, dataset):
         ({"span_hold_steps": -1}, "span_hold_steps=-1"),
         ({"span_fall_steps": 0}, "span_fall_steps=0"),
         ({"max_span_share": 0.0}, "max_span_share=0.0"),
-        ({"annotator_calls_at_once": 0}, "annotator_calls_at_once=0"),
         ({"annotator_function": "nowhere:at_all"}, "annotator_function='nowhere:at_all' is not `module:function`"),
         ({"type_prompt_template": "{prompt}"}, "type_prompt_template does not contain {type}"),
         ({"num_generations": 1}, "num_generations=1"),

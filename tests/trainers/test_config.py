@@ -51,7 +51,6 @@ from trl_opsd.trainers.config import REWARD_ONLY_FIELDS
         ({"teacher_model_kind": "frozen"}, ("teacher_model_kind='frozen'", "'base', 'live', 'ema'")),
         ({"teacher_update_rate": 0.0}, ("teacher_update_rate=0.0", "above 0 and at most 1")),
         ({"teacher_update_rate": 1.1}, ("teacher_update_rate=1.1", "above 0 and at most 1")),
-        ({"teacher_sync_steps": 0}, ("teacher_sync_steps=0", "1 or more")),
         ({"teacher_tokens_per_forward": 0}, ("teacher_tokens_per_forward=0", "1 or more")),
         ({"max_teacher_prompt_length": 0}, ("max_teacher_prompt_length=0", "None")),
         ({"teacher_prompt_template": "{prompt}"}, ("teacher_prompt_template", "{solution}", "Put")),
@@ -230,7 +229,7 @@ def redefined_fields():
 
 
 def test_it_adds_few_fields():
-    assert len(added_fields()) <= 23
+    assert len(added_fields()) <= 20
 
 
 def test_the_fields_it_adds_are_a_frozen_set():
@@ -251,10 +250,7 @@ def test_the_fields_it_adds_are_a_frozen_set():
         "teacher_chat_template_kwargs",
         "teacher_model_kind",
         "teacher_prefix",
-        "teacher_prompt_calls_at_once",
-        "teacher_prompt_function",
         "teacher_prompt_template",
-        "teacher_sync_steps",
         "teacher_tokens_per_forward",
         "teacher_update_rate",
         "verifier",
@@ -308,10 +304,7 @@ COMMAND_LINE = {
     "teacher_model_kind": ("ema", "ema"),
     "teacher_prefix": ("<think>", "<think>"),
     "solution_share": ("0.5", 0.5),
-    "teacher_prompt_calls_at_once": ("2", 2),
-    "teacher_prompt_function": ("json:dumps", "json:dumps"),
     "teacher_prompt_template": ("{prompt} {solution}", "{prompt} {solution}"),
-    "teacher_sync_steps": ("4", 4),
     "teacher_tokens_per_forward": ("64", 64),
     "teacher_update_rate": ("0.5", 0.5),
     "chat_template_kwargs": ('{"enable_thinking": true}', {"enable_thinking": True}),

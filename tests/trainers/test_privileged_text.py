@@ -51,6 +51,13 @@ def nothing(rollout):
     return None
 
 
+def never(rollout):
+    return None
+
+
+never.calls_at_once = 0
+
+
 def of_reward(rollout):
     """What a verifier says of the rollout, with a control token in it; nothing of one text, and failures on two."""
     if rollout.completion == "a":
@@ -134,8 +141,7 @@ GROUPS = {"num_generations": 4, "per_device_train_batch_size": 4}
 )
 @pytest.mark.parametrize("source", ["text", "messages", "function", "function of messages"])
 def test_the_templates_own_rendering_as_a_rows_prompt_is_the_template(build, dataset, trainer_class, settings, source):
-    settings = {"teacher_prompt_template": TEACHER_PROMPT_TEMPLATE, **settings}
-    own, function = dataset, None
+    own, template = dataset, TEACHER_PROMPT_TEMPLATE
     if source == "text":
         own = with_column(dataset, teacher_prompt=lambda row: rendered(row, TEACHER_PROMPT_TEMPLATE))
     elif source == "messages":
@@ -144,11 +150,11 @@ def test_the_templates_own_rendering_as_a_rows_prompt_is_the_template(build, dat
             teacher_prompt=lambda row: [{"role": "user", "content": rendered(row, TEACHER_PROMPT_TEMPLATE)}],
         )
     else:
-        function = f"{HERE}:{'messages' if 'messages' in source else 'template'}_of_rollout"
+        template = f"{HERE}:{'messages' if 'messages' in source else 'template'}_of_rollout"
     size = [0] * 4 if settings.get("num_generations") else range(4)
     trainers = [
-        build(trainer_class, own, teacher_prompt_function=function, **settings),
-        build(trainer_class, **settings),
+        build(trainer_class, own, teacher_prompt_template=template, **settings),
+        build(trainer_class, teacher_prompt_template=TEACHER_PROMPT_TEMPLATE, **settings),
     ]
     got = step(trainers[0], [own[place] for place in size])
     assert all(rollout.teacher_prompt is not None for rollout in trainers[0]._batch.rollouts)
@@ -195,7 +201,7 @@ def test_a_row_with_its_own_prompt_needs_no_solution(build, dataset):
 
 def test_a_function_sees_reward_and_columns_and_where_it_fails_the_template_is_read(build, dataset):
     rows = [{**row, "tests": f"{place} of 9 passed", "teacher_prompt": None} for place, row in enumerate(dataset)]
-    trainer = build(rows=Dataset.from_list(rows), teacher_prompt_function=f"{HERE}:of_reward", clip=None)
+    trainer = build(rows=Dataset.from_list(rows), teacher_prompt_template=f"{HERE}:of_reward", clip=None)
     with pytest.warns(
         UserWarning, match=r"of_reward' failed on 2 of 4 rollouts, for which the teacher reads the template"
     ):
@@ -208,13 +214,13 @@ def test_a_function_sees_reward_and_columns_and_where_it_fails_the_template_is_r
 
 def test_where_a_function_says_nothing_the_column_is_read(build, dataset):
     rows = [{**row, "teacher_prompt": "of the column"} for row in dataset]
-    trainer = build(rows=Dataset.from_list(rows), teacher_prompt_function=f"{HERE}:nothing")
+    trainer = build(rows=Dataset.from_list(rows), teacher_prompt_template=f"{HERE}:nothing")
     step(trainer, rows[:4])
     assert all("of the column" in text for (text,) in shown(trainer))
 
 
 def test_a_prompt_of_a_function_that_is_too_long_is_a_failure(build, dataset):
-    trainer = build(teacher_prompt_function=f"{HERE}:too_long", max_teacher_prompt_length=600)
+    trainer = build(teacher_prompt_template=f"{HERE}:too_long", max_teacher_prompt_length=600)
     with pytest.warns(UserWarning, match="takes [0-9]+ tokens, more than max_teacher_prompt_length=600"):
         step(trainer, [dataset[place] for place in range(4)])
     assert logged(trainer, "teacher_prompts") == {"teacher_prompts/own": 0.0, "teacher_prompts/failed": 1.0}
@@ -222,8 +228,8 @@ def test_a_prompt_of_a_function_that_is_too_long_is_a_failure(build, dataset):
 
 def test_rewards_are_known_to_the_function_although_others_are_verified_while_the_teacher_scores(build, dataset):
     rows, seen = [dataset[place] for place in range(4)], []
-    for function in (None, f"{HERE}:of_rewards"):
-        trainer = build(teacher_prompt_function=function)
+    for template in (TEACHER_PROMPT_TEMPLATE, f"{HERE}:of_rewards"):
+        trainer = build(teacher_prompt_template=template)
         begun = []
         trainer.reward_funcs[0].begin = lambda *given, begun=begun: begun.append(given)
         REWARDS.clear()
@@ -237,7 +243,7 @@ def of_completion(rollout):
 
 
 def test_rollouts_of_one_prompt_may_bring_different_ones(build, dataset):
-    trainer = build(teacher_prompt_function=f"{HERE}:of_completion")
+    trainer = build(teacher_prompt_template=f"{HERE}:of_completion")
     step(trainer, [dataset[0]] * 4)
     assert all(f"about {text}<" in shown_text for text, (shown_text,) in zip(TEXTS, shown(trainer), strict=True))
 
@@ -294,8 +300,8 @@ def test_a_method_that_takes_no_prompts_refuses_column_and_function_by_name(tmp_
     args = config(str(tmp_path), bf16=False, use_cpu=True)
     with pytest.raises(ValueError, match=f"the column `teacher_prompt`, which {re.escape(method.name)} does not take"):
         PrivilegedText(method, args).check_columns(["prompt", "teacher_prompt"], "train_dataset")
-    args.teacher_prompt_function = f"{HERE}:nothing"
-    with pytest.raises(ValueError, match=f"teacher_prompt_function=.* not possible with {re.escape(method.name)}"):
+    args.teacher_prompt_template = f"{HERE}:nothing"
+    with pytest.raises(ValueError, match=f"teacher_prompt_template=.* not possible with {re.escape(method.name)}"):
         PrivilegedText(method, args)
 
 
@@ -490,9 +496,9 @@ def test_rows_of_a_stream_are_checked_as_they_come(build, dataset):
         ({"solution_share": "1..0.5 in 0"}, "solution_share='1..0.5 in 0' is not valid"),
         ({"solution_share": "1..0 in 5"}, "solution_share='1..0 in 5' is not valid"),
         ({"solution_share": float("nan")}, "solution_share=nan is not valid"),
-        ({"teacher_prompt_function": "no"}, "teacher_prompt_function='no' is not `module:function`"),
-        ({"teacher_prompt_function": f"{HERE}:absent"}, "teacher_prompt_function=.* is not `module:function`"),
-        ({"teacher_prompt_calls_at_once": 0}, "teacher_prompt_calls_at_once=0"),
+        ({"teacher_prompt_template": "no"}, "teacher_prompt_template does not contain {prompt}: 'no'"),
+        ({"teacher_prompt_template": f"{HERE}:absent"}, "teacher_prompt_template=.* is not `module:function`"),
+        ({"teacher_prompt_template": f"{HERE}:never"}, "teacher_prompt_template=.* has calls_at_once=0"),
     ],
 )
 def test_bad_settings_are_refused_by_name(make_args, settings, message):
@@ -550,11 +556,13 @@ def test_evaluation_shows_what_training_ends_with(build, dataset):
 
 def test_what_rows_bring_is_described_in_words(make_args):
     args = make_args(teacher_prompt_template=WITH_HINT, solution_share="1..0.5 in 3")
-    args.teacher_prompt_function = f"{HERE}:nothing"
-    assert PrivilegedText(OPSD, args).describe(["teacher_prompt"]) == (
-        f"columns hint, rubric; a row's own prompt from the column teacher_prompt; a row's own prompt from the function {HERE}:"
-        "nothing; of the solution's steps a share of 1..0.5 in 3"
+    columns = "columns hint, rubric; a row's own prompt from the column teacher_prompt; "
+    assert (
+        PrivilegedText(OPSD, args).describe(["teacher_prompt"])
+        == f"{columns}of the solution's steps a share of 1..0.5 in 3"
     )
+    args = make_args(teacher_prompt_template=f"{HERE}:nothing")
+    assert PrivilegedText(OPSD, args).describe([]) == f"a row's own prompt from the function {HERE}:nothing"
     assert PrivilegedText(OPSD, make_args()).describe(["hint"]) == ""
 
 
@@ -579,12 +587,8 @@ def test_a_run_of_several_steps_trains_and_is_saved(build, dataset):
 
 
 def test_settings_and_documented_names_are_these():
-    """Three settings and a column are all that there is to know."""
+    """A setting and a column are all that there is to know beside the template."""
     from trl_opsd.settings.privileged import PrivilegedTextSettings
 
-    assert list(inspect.get_annotations(PrivilegedTextSettings)) == [
-        "teacher_prompt_function",
-        "teacher_prompt_calls_at_once",
-        "solution_share",
-    ]
+    assert list(inspect.get_annotations(PrivilegedTextSettings)) == ["solution_share"]
     assert issubclass(OPSDConfig, PrivilegedTextSettings)

@@ -85,7 +85,7 @@ The student's and the teacher's last user message stand below; `{{prompt}}` is t
         "Student" + (", as in the dataset:" if args.prompt_template is None else ":"),
         fenced(args.prompt_template or "{prompt}"),
         "Teacher:",
-        fenced(args.teacher_prompt_template),
+        fenced(args.teacher_template),
     ]
     if method.inferred:
         parts.insert(1, f"The method is experimental. {method.inferred}")

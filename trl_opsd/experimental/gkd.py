@@ -220,5 +220,4 @@ class _TeacherHooks(TrainerCallback):
         self.trainer.accelerator.print(describe_run(args, self.trainer.method))
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % (args.teacher_sync_steps or 1) == 0:  # it samples at every step
-            self.trainer.teacher.update()
+        self.trainer.teacher.update()

@@ -38,7 +38,6 @@ def critiques(rollouts: Sequence[Rollout], settings: Any, moment: Moment) -> lis
         rollouts,
         takes=TAKES,
         failing="are counted in the log and not distilled",
-        at_once=settings.critique_calls_at_once,
     )
 
 

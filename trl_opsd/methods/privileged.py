@@ -4,8 +4,8 @@
 A method says which views there are and what it shows in them. Here the views get what belongs to the row, whatever the method:
 
 1. A slot of a template that is neither the method's own nor `prompt` or `solution` is a column of the dataset.
-2. Where the method allows it, a row's own prompt (`teacher_prompt_function`, else the column `teacher_prompt`) stands in place
-   of the template `teacher`.
+2. Where the method allows it, a row's own prompt (of the function that `teacher_prompt_template` names, else of the column
+   `teacher_prompt`) stands in place of the template `teacher`.
 3. Of the solution the first steps are shown, `solution_share` of them.
 """
 
@@ -43,13 +43,16 @@ class PrivilegedText:
     def __init__(self, method: Method, settings: Any):
         self.method, self.settings = method, settings
         asked = {
-            "teacher_prompt_function": (settings.teacher_prompt_function is None or method.own_prompts, None),
-            "solution_share": (settings.solution_share == 1 or method.solution_shares, 1.0),
+            "teacher_prompt_template": (
+                settings.teacher_prompt_function is None or method.own_prompts,
+                "Give a template",
+            ),
+            "solution_share": (settings.solution_share == 1 or method.solution_shares, "Leave it 1.0"),
         }
-        for name, (is_fine, default) in asked.items():
+        for name, (is_fine, instead) in asked.items():
             if not is_fine:
                 raise ValueError(
-                    f"{name}={getattr(settings, name)!r} is not possible with {method.name}: {_REASONS[name]}. Leave it {default}, "
+                    f"{name}={getattr(settings, name)!r} is not possible with {method.name}: {_REASONS[name]}. {instead}, "
                     "or take another method (docs/privileged-text.md lists those that take it)."
                 )
 
@@ -110,7 +113,7 @@ class PrivilegedText:
         if OWN_PROMPT in columns and not self.method.own_prompts:
             raise ValueError(
                 f"{place} has the column `{OWN_PROMPT}`, which {self.method.name} does not take: "
-                f"{_REASONS['teacher_prompt_function']}. Rename the column, or take another method (docs/privileged-text.md)."
+                f"{_REASONS['teacher_prompt_template']}. Rename the column, or take another method (docs/privileged-text.md)."
             )
 
     def _setting_of(self, template: str) -> str:
@@ -168,7 +171,7 @@ class PrivilegedText:
         counts["failed"] = len(errors)
         if errors:
             warnings.warn(
-                f"teacher_prompt_function={self.settings.teacher_prompt_function!r} failed on {len(errors)} of {len(found)} "
+                f"teacher_prompt_template={self.settings.teacher_prompt_template!r} failed on {len(errors)} of {len(found)} "
                 f"rollouts, for which the teacher reads the template: {errors[0]!r}.",
                 stacklevel=2,
             )
@@ -178,8 +181,8 @@ class PrivilegedText:
         name = self.settings.teacher_prompt_function
         if name is None:
             return [None] * len(rollouts)
-        function = load_function(name, "teacher_prompt_function", takes="a rollout")
-        return call_for_each(function, rollouts, at_once=self.settings.teacher_prompt_calls_at_once)
+        function = load_function(name, "teacher_prompt_template", takes="a rollout")
+        return call_for_each(function, rollouts)
 
     def _prompt_of(self, rollout: Rollout, said: Any, encode: Encode, special_tokens: Sequence[str]) -> Prompt | None:
         if isinstance(said, Exception):
@@ -238,7 +241,7 @@ class PrivilegedText:
 
 
 _REASONS = {
-    "teacher_prompt_function": "what it compares are views that differ in a text within one template, or views that it writes "
+    "teacher_prompt_template": "what it compares are views that differ in a text within one template, or views that it writes "
     "itself, and a prompt of the row's own has no such place",
     "solution_share": "it shows the teacher no solution, or shows it beside rollouts, which are whole",
 }

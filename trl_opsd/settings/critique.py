@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..rows.texts import check_template
 from ..user_functions import load_function
-from .fields import option, require
+from .fields import option
 
 TAKES = "a rollout"
 
@@ -55,9 +55,6 @@ class CritiqueSDSettings:
         "Your critic as `module:function`: from a rollout (see `trl_opsd.Rollout`) to a text, or to None. Without it critiques come "
         "from the column `critique`, or from the model itself.",
     )
-    critique_calls_at_once: int = option(
-        1, "Calls of `critique_function` at a time; above 1 it must be safe to call from several threads."
-    )
     write_critique: bool = option(
         False, "The model writes the critique itself, with the teacher's weights; with vLLM, with the student's."
     )
@@ -68,7 +65,6 @@ class CritiqueSDSettings:
 
     def check(self) -> None:
         """Raise a ValueError that names a field outside its range."""
-        require(self.critique_calls_at_once >= 1, self, "critique_calls_at_once", "1 or more")
         slots = ("{prompt}", "{solution}", "{attempt}", "{verdict}")
         check_template("critic_prompt_template", self.critic_prompt_template, *slots)
         if self.critique_function is None:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..user_functions import load_function
-from .fields import option, require
+from .fields import option
 
 _NUMBER = r"(\d+\.?\d*|\.\d+)"
+_FUNCTION = re.compile(r"[\w.]+:\w+")
 _MOVING = re.compile(rf"\s*{_NUMBER}\s*\.\.\s*{_NUMBER}\s+in\s+(\d+)\s*")
 
 
@@ -57,14 +58,6 @@ def read_share(value: float | str) -> Share:
 class PrivilegedTextSettings:
     """What the teacher reads by row, beside what a method shows it. The columns that a template names need no setting."""
 
-    teacher_prompt_function: str | None = option(
-        None,
-        "What the teacher reads in place of the template, as `module:function` of yours: from a rollout (see `trl_opsd.Rollout`) "
-        "to text, to messages, or to None for the row's column `teacher_prompt`, else the template. Called after sampling.",
-    )
-    teacher_prompt_calls_at_once: int = option(
-        1, "Calls of `teacher_prompt_function` at a time; above 1 it must be safe to call from several threads."
-    )
     solution_share: float | str | None = option(
         1.0,
         "Share of the solution's steps (lines, or the sentences of a single line) that the teacher is shown. `1.0..0.2 in 50` "
@@ -73,11 +66,23 @@ class PrivilegedTextSettings:
 
     def check(self) -> None:
         """Raise a ValueError that names a field outside its range."""
-        require(self.teacher_prompt_calls_at_once >= 1, self, "teacher_prompt_calls_at_once", "1 or more")
         if self.teacher_prompt_function is not None:
-            load_function(self.teacher_prompt_function, "teacher_prompt_function", takes="a rollout")
+            load_function(self.teacher_prompt_function, "teacher_prompt_template", takes="a rollout")
         share = read_share(1.0 if self.solution_share is None else self.solution_share)
         self.solution_share = share.start if share.start == share.end else self.solution_share
+
+    @property
+    def teacher_prompt_function(self) -> str | None:
+        """The user's function that `teacher_prompt_template` names: from a rollout to text, messages, or None."""
+        named = self.teacher_prompt_template
+        return named if isinstance(named, str) and _FUNCTION.fullmatch(named) else None
+
+    @property
+    def teacher_template(self) -> str:
+        """The template of the rows for which no function writes what the teacher reads: the method's own where there is one."""
+        if self.teacher_prompt_function is None:
+            return self.teacher_prompt_template
+        return type(self).__dataclass_fields__["teacher_prompt_template"].default
 
     def solution_share_at(self, step: int | None) -> float:
         """The share after `step` optimizer steps, None for what the run ends with."""

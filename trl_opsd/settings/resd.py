@@ -6,6 +6,7 @@ from typing import Any
 
 from ..rows.texts import check_template
 from .fields import option, require
+from .moving import MovingTeacherSettings
 from .sdpo import FEEDBACK_BLOCK, check_feedback, check_weight_caps
 
 ATTEMPT_BLOCK = """
@@ -40,7 +41,7 @@ EXPERIENCE_PROMPT_TEMPLATE = "{prompt}{solution}\n\nSolve the problem, and do no
 
 
 @dataclass
-class RESDSettings:
+class RESDSettings(MovingTeacherSettings):
     """Defaults of the official script for MANUFACTORIA that differ from OPSD's, and what RESD alone reads.
 
     The gradient's norm and the number of kept solutions are ours. The scripts for FINER and the easy simulations take
@@ -58,13 +59,7 @@ class RESDSettings:
     temperature: float = option(1.0, "Sampling temperature of the rollouts, and of the loss.")
     top_k: int = option(0, "Sampling among the k likeliest tokens; 0 for all.")
     reward_threshold: float = option(0.5, "A rollout is right if its reward is at least this.")
-    teacher_model_kind: str = option(
-        "ema", "Whose weights the teacher has: `base` the initial ones, `live` the student's, `ema` a moving average."
-    )
     teacher_update_rate: float = option(1e-4, "Share of the student in each update of the `ema` teacher, in (0, 1].")
-    teacher_sync_steps: int | None = option(
-        None, "Optimizer steps between two updates of the `ema` teacher; None for one update a generation batch."
-    )
     divergence: str = option("reverse_kl", "What is measured between teacher and student.")
     clip: str | None = option(None, "`upper`, `symmetric`, `token` or `none`.")
     support_size: int | None = option(

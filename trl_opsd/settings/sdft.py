@@ -4,6 +4,7 @@
 from dataclasses import dataclass
 
 from .fields import option, require
+from .moving import MovingTeacherSettings
 
 DEMONSTRATION_PROMPT_TEMPLATE = """{prompt}
 
@@ -17,7 +18,7 @@ Answer in your own words, in the way of the example."""
 
 
 @dataclass
-class SDFTSettings:
+class SDFTSettings(MovingTeacherSettings):
     """Defaults of the paper that differ from OPSD's, and what SDFT alone reads.
 
     The number of steps, the gradient's norm and unrestricted sampling at temperature 1 are ours. That the weights of the
@@ -36,8 +37,8 @@ class SDFTSettings:
     engine_weight_cap: float | None = option(
         2.0, "Largest ratio of the policy that sampled to vLLM's copy of it, above 0; None for no correction."
     )
-    teacher_model_kind: str = option(
-        "ema", "Whose weights the teacher has: `base` the initial ones, `live` the student's, `ema` a moving average."
+    teacher_sync_steps: int | None = option(
+        1, "Optimizer steps between two updates of the `ema` teacher; None for one update a generation batch."
     )
     teacher_update_rate: float = option(0.01, "Share of the student in each update of the `ema` teacher, in (0, 1].")
     teacher_prompt_template: str = option(

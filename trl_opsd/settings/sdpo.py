@@ -8,6 +8,7 @@ from ..rows.texts import check_template
 from ..user_functions import load_function
 from .fields import option, require
 from .groups import GroupSettings
+from .moving import MovingTeacherSettings
 
 PEER_PROMPT_TEMPLATE = "{prompt}{solution}\n\nSolve the problem."
 
@@ -29,7 +30,7 @@ What was reported about an earlier attempt stands between the two marks.
 
 
 @dataclass
-class SDPOSettings(GroupSettings):
+class SDPOSettings(GroupSettings, MovingTeacherSettings):
     """Defaults of the paper's runs without feedback that differ from OPSD's, and what SDPO alone reads.
 
     The gradient's norm and unrestricted sampling are ours.
@@ -37,13 +38,7 @@ class SDPOSettings(GroupSettings):
 
     learning_rate: float = option(1e-5, "Initial learning rate of AdamW.")
     max_completion_length: int | None = option(8192, "Longest rollout in tokens.")
-    teacher_model_kind: str = option(
-        "ema", "Whose weights the teacher has: `base` the initial ones, `live` the student's, `ema` a moving average."
-    )
     teacher_update_rate: float = option(0.05, "Share of the student in each update of the `ema` teacher, in (0, 1].")
-    teacher_sync_steps: int | None = option(
-        None, "Optimizer steps between two updates of the `ema` teacher; None for one update a generation batch."
-    )
     divergence: str = option("jsd", "What is measured between teacher and student.")
     clip: str | None = option(None, "`upper`, `symmetric`, `token` or `none`.")
     live_share: float | None = option(

@@ -59,6 +59,9 @@ class SelfDistillationSettings(StudentPrompt):
     """
 
     _rollout_limit = "max_completion_length"  # the field that TRL's config limits a rollout with
+    teacher_sync_steps = (
+        1  # optimizer steps between two updates of the `ema` teacher; `MovingTeacherSettings` has a field
+    )
 
     # Not in `repr`, unlike in TRL's own configs.
     hub_token: str | None = field(
@@ -73,12 +76,11 @@ class SelfDistillationSettings(StudentPrompt):
         "Whose weights the teacher has: `base` the initial ones, `live` the student's, `ema` a moving average.",
     )
     teacher_update_rate: float = option(0.001, "Share of the student in each update of the `ema` teacher, in (0, 1].")
-    teacher_sync_steps: int | None = option(
-        1, "Optimizer steps between two updates of the `ema` teacher; None for one update a generation batch."
-    )
     teacher_prompt_template: str = option(
         TEACHER_PROMPT_TEMPLATE,
-        "The teacher's last user message; holds `{solution}` and, for a privileged teacher, `{prompt}`.",
+        "The teacher's last user message; holds `{solution}` and, for a privileged teacher, `{prompt}`. Or `module:function` of "
+        "yours, called after sampling: from a rollout (see `trl_opsd.Rollout`) to text, to messages, or to None for the row's "
+        "column `teacher_prompt`, else for the method's template.",
     )
     teacher_chat_template_kwargs: dict | str | None = option(
         {"enable_thinking": True}, "Keyword arguments of the chat template for the teacher's prompt."
@@ -156,6 +158,11 @@ class SelfDistillationSettings(StudentPrompt):
         """What of the vocabulary a method compares: fields `support` and floors of the divergence."""
         return {}
 
+    @property
+    def teacher_template(self) -> str:
+        """`teacher_prompt_template`, where it is a template in any case."""
+        return self.teacher_prompt_template
+
     def horizon(self) -> Horizon | None:
         """How the distilled length grows; None where it is the same at every step."""
         length = read_length(self.distillation_length)
@@ -211,12 +218,10 @@ class SelfDistillationSettings(StudentPrompt):
     def _check_teacher(self) -> None:
         require(self.teacher_model_kind in TEACHER_KINDS, self, "teacher_model_kind", f"one of {TEACHER_KINDS}")
         require(0 < self.teacher_update_rate <= 1, self, "teacher_update_rate", "above 0 and at most 1")
-        interval = self.teacher_sync_steps
-        require(interval is None or interval >= 1, self, "teacher_sync_steps", "1 or more, or None")
         require(self.teacher_tokens_per_forward >= 1, self, "teacher_tokens_per_forward", "1 or more")
         budget = self.max_teacher_prompt_length
         require(budget is None or budget >= 1, self, "max_teacher_prompt_length", "1 or more, or None")
-        check_template("teacher_prompt_template", self.teacher_prompt_template, "{prompt}", "{solution}")
+        check_template("teacher_prompt_template", self.teacher_template, "{prompt}", "{solution}")
 
 
 def _is_json_object(value: Any) -> bool:

@@ -45,7 +45,7 @@ def reference_template(teacher_template: str) -> str:
 
 def all_templates(settings: Any, own: Mapping[str, str] | None = None) -> dict[str, str]:
     """Prompt templates by the name that contexts use: those of every method, and a method's `own`, which win."""
-    teacher = settings.teacher_prompt_template
+    teacher = settings.teacher_template
     return {"teacher": teacher, "reference": reference_template(teacher), **(own or {})}
 
 

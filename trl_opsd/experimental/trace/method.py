@@ -44,14 +44,12 @@ def annotations(rollouts: Sequence[Rollout], settings: Any, moment: Moment) -> l
     if name is None:
         found = [rollout.columns.get("spans") for rollout in rollouts]
     else:
-        at_once = settings.annotator_calls_at_once
         found = ask_function(
             name,
             "annotator_function",
             rollouts,
             takes=TAKES,
             failing="are counted in the log and not distilled",
-            at_once=at_once,
         )
     return [read_spans(spans, len(rollout.completion)) for spans, rollout in zip(found, rollouts, strict=True)]
 

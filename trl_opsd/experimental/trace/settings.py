@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ...rows.texts import check_template
 from ...settings.fields import option, require
 from ...settings.groups import GroupSettings
+from ...settings.moving import MovingTeacherSettings
 from ...user_functions import load_function
 
 TAKES = "a rollout"
@@ -19,7 +20,7 @@ Solve the problem with that in mind. Put the final answer in \\boxed{}."""
 
 
 @dataclass
-class TRACESettings(GroupSettings):
+class TRACESettings(GroupSettings, MovingTeacherSettings):
     """Defaults of the paper that differ from OPSD's, and what TRACE alone reads.
 
     The paper's are the schedule, the clips, the limit of a quarter, the copied teacher and the thinking. The length, the learning rate and
@@ -36,14 +37,11 @@ class TRACESettings(GroupSettings):
     reward_weight: float = option(1.0, "Factor of GRPO's own advantage.")
     epsilon_high: float | None = option(0.28, "Upper bound of the ratio in TRL's policy-gradient loss, above 1.")
     max_completion_length: int | None = option(8192, "Longest rollout in tokens.")
-    teacher_model_kind: str = option(
-        "ema", "Whose weights the teacher has: `base` the initial ones, `live` the student's, `ema` a moving average."
-    )
     teacher_update_rate: float = option(
         1.0, "Share of the student in each update of the `ema` teacher, in (0, 1]; 1 copies it."
     )
     teacher_sync_steps: int | None = option(
-        10, "Optimizer steps between two updates of the `ema` teacher; None for those of a generation batch."
+        10, "Optimizer steps between two updates of the `ema` teacher; None for one update a generation batch."
     )
     distilled_spans: str = option(
         "key", "Which spans are distilled: `key` ones of right rollouts, or `error` ones of wrong ones."
@@ -60,9 +58,6 @@ class TRACESettings(GroupSettings):
         "places in characters of its completion, a kind `K` (key) or `E` (error), and a coarse type in words. None: the column "
         "`spans` holds such a list, of objects with the keys start, end, kind and type.",
     )
-    annotator_calls_at_once: int = option(
-        1, "Calls of `annotator_function` at a time; above 1 it must be safe to call from several threads."
-    )
     type_prompt_template: str = option(
         TYPE_PROMPT_TEMPLATE, "The teacher's last user message; holds `{prompt}` and `{type}`."
     )
@@ -74,7 +69,6 @@ class TRACESettings(GroupSettings):
         require(self.span_hold_steps >= 0, self, "span_hold_steps", "0 or more")
         require(self.span_fall_steps >= 1, self, "span_fall_steps", "1 or more")
         require(0 < self.max_span_share <= 1, self, "max_span_share", "above 0 and at most 1")
-        require(self.annotator_calls_at_once >= 1, self, "annotator_calls_at_once", "1 or more")
         if self.annotator_function is not None:
             load_function(self.annotator_function, "annotator_function", takes=TAKES)
         check_template("type_prompt_template", self.type_prompt_template, "{prompt}", "{type}")
