@@ -509,6 +509,8 @@ def test_bad_settings_are_refused_by_name(make_args, settings, message):
 def test_the_gkd_trainer_refuses_columns_in_its_template(tmp_path):
     with pytest.raises(ValueError, match=r"teacher_prompt_template: OPSDGKDTrainer fills .* not \{hint\}"):
         OPSDGKDConfig(str(tmp_path), teacher_prompt_template="{prompt} {hint} {solution}", bf16=False, use_cpu=True)
+    with pytest.raises(ValueError, match="fills a template and calls no function"):
+        OPSDGKDConfig(str(tmp_path), teacher_prompt_template=f"{HERE}:nothing", bf16=False, use_cpu=True)
 
 
 # Parts of solutions

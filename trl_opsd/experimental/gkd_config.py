@@ -72,6 +72,11 @@ class OPSDGKDConfig(SelfDistillationSettings, GKDConfig):
             if getattr(self, name) != defaults[name].default:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not read by OPSDGKDTrainer. Set {instead}.")
         check_settings(self)
+        if self.teacher_prompt_function is not None:
+            raise ValueError(
+                f"teacher_prompt_template={self.teacher_prompt_template!r}: OPSDGKDTrainer fills a template and calls no function. "
+                "Give a template, or train with OPSDTrainer."
+            )
         columns = [slot for slot in slots_of(self.teacher_prompt_template) if slot not in ("prompt", "solution")]
         if columns:
             raise ValueError(

@@ -5,11 +5,9 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..user_functions import load_function
 from .fields import option
 
 _NUMBER = r"(\d+\.?\d*|\.\d+)"
-_FUNCTION = re.compile(r"[\w.]+:\w+")
 _MOVING = re.compile(rf"\s*{_NUMBER}\s*\.\.\s*{_NUMBER}\s+in\s+(\d+)\s*")
 
 
@@ -66,23 +64,8 @@ class PrivilegedTextSettings:
 
     def check(self) -> None:
         """Raise a ValueError that names a field outside its range."""
-        if self.teacher_prompt_function is not None:
-            load_function(self.teacher_prompt_function, "teacher_prompt_template", takes="a rollout")
         share = read_share(1.0 if self.solution_share is None else self.solution_share)
         self.solution_share = share.start if share.start == share.end else self.solution_share
-
-    @property
-    def teacher_prompt_function(self) -> str | None:
-        """The user's function that `teacher_prompt_template` names: from a rollout to text, messages, or None."""
-        named = self.teacher_prompt_template
-        return named if isinstance(named, str) and _FUNCTION.fullmatch(named) else None
-
-    @property
-    def teacher_template(self) -> str:
-        """The template of the rows for which no function writes what the teacher reads: the method's own where there is one."""
-        if self.teacher_prompt_function is None:
-            return self.teacher_prompt_template
-        return type(self).__dataclass_fields__["teacher_prompt_template"].default
 
     def solution_share_at(self, step: int | None) -> float:
         """The share after `step` optimizer steps, None for what the run ends with."""

@@ -2,17 +2,21 @@
 """Settings that every config of this package shares, whichever of TRL's configs it extends: teacher, prompts and loss."""
 
 import json
+import re
 import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..rows.texts import check_template
 from ..teacher.contexts import TEACHER_KINDS, TEACHER_PROMPT_TEMPLATE
+from ..user_functions import load_function
 from .fields import option, require
 from .horizon import Horizon, read_length
 
 if TYPE_CHECKING:
     from ..losses import Divergence
+
+_FUNCTION = re.compile(r"[\w.]+:\w+")
 
 
 @dataclass
@@ -159,9 +163,17 @@ class SelfDistillationSettings(StudentPrompt):
         return {}
 
     @property
+    def teacher_prompt_function(self) -> str | None:
+        """The user's function that `teacher_prompt_template` names: from a rollout to text, messages, or None."""
+        named = self.teacher_prompt_template
+        return named if isinstance(named, str) and _FUNCTION.fullmatch(named) else None
+
+    @property
     def teacher_template(self) -> str:
-        """`teacher_prompt_template`, where it is a template in any case."""
-        return self.teacher_prompt_template
+        """The template of the rows for which no function writes what the teacher reads: the method's own where there is one."""
+        if self.teacher_prompt_function is None:
+            return self.teacher_prompt_template
+        return type(self).__dataclass_fields__["teacher_prompt_template"].default
 
     def horizon(self) -> Horizon | None:
         """How the distilled length grows; None where it is the same at every step."""
@@ -221,6 +233,8 @@ class SelfDistillationSettings(StudentPrompt):
         require(self.teacher_tokens_per_forward >= 1, self, "teacher_tokens_per_forward", "1 or more")
         budget = self.max_teacher_prompt_length
         require(budget is None or budget >= 1, self, "max_teacher_prompt_length", "1 or more, or None")
+        if self.teacher_prompt_function is not None:
+            load_function(self.teacher_prompt_function, "teacher_prompt_template", takes="a rollout")
         check_template("teacher_prompt_template", self.teacher_template, "{prompt}", "{solution}")
 
 
