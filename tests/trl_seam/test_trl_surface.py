@@ -36,6 +36,8 @@ def test_the_wrapped_names_are_a_frozen_set():
         "_get_per_token_logps_and_entropies",
         "_get_train_sampler",
         "_load_optimizer_and_scheduler",
+        "_log_completion_extra",
+        "_log_metric",
         "_prepare_inputs",
         "_push_from_checkpoint",
         "_save_checkpoint",
@@ -62,9 +64,9 @@ def test_a_name_that_only_a_running_trainer_has_is_missed_in_the_code(name, monk
         check_trl()
 
 
-def test_an_engine_without_its_limit_is_missed():
+def test_an_engine_without_its_limit_and_sampling_is_missed():
     instance = types.SimpleNamespace(**dict.fromkeys(versions.ATTRIBUTES, True), vllm_generation=object())
-    with pytest.raises(UnsupportedTRLError, match="has no max_completion_length in GRPOTrainer"):
+    with pytest.raises(UnsupportedTRLError, match="has no max_completion_length, temperature, top_p in GRPOTrainer"):
         check_trl(instance=instance)
 
 

@@ -8,7 +8,8 @@ when TRL has moved.
 
 import inspect
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -86,6 +87,7 @@ class RolloutTrainer(CheckedTrainer, NamedByMethod, GRPOTrainer):
         check_trl(instance=self)
         self._rewards: torch.Tensor | None = None
         self._rollout_ids: list[list[int]] = []
+        self._rewards_are_logged = True
         self._cached_logps = None
         self._resumed_interval: dict[str, Any] | None = None
 
@@ -226,20 +228,57 @@ class RolloutTrainer(CheckedTrainer, NamedByMethod, GRPOTrainer):
         size, width = batch["completion_ids"].shape
         return log_probs[:size, :width], entropies[:size, :width], rest[0] if HAS_ROUTER_LOSS else None
 
-    def write_answers(self, prompts: list[list[int]]) -> list[list[int]]:
+    def write_answers(self, prompts: list[list[int]], sampling: Mapping[str, float] | None = None) -> list[list[int]]:
         """Token ids that the model answers to prompts, by TRL's own sampling, one each; a collective.
 
         Args:
             prompts: token ids of each of this rank's rows, as many on every rank as it samples rollouts.
+            sampling: `temperature` and `top_p` of these answers alone; None for those of rollouts.
         """
         sample = super()._generate_single_turn
         sizes = self.num_generations, self.num_generations_eval
         self.num_generations = self.num_generations_eval = 1  # a vLLM server samples a group from its first prompt
         groups = {"num_generations": 1} if "num_generations" in inspect.signature(sample).parameters else {}
         try:
-            return self._generate_single_turn(prompts, None, {}, **groups)[0]
+            with self._sampling_as(**(sampling or {})):
+                return self._generate_single_turn(prompts, None, {}, **groups)[0]
         finally:
             self.num_generations, self.num_generations_eval = sizes
+
+    @contextmanager
+    def _sampling_as(self, temperature: float | None = None, top_p: float | None = None) -> Iterator[None]:
+        """Within the context tokens are drawn so, whichever engine samples; None leaves a number as it is."""
+        wanted = {"temperature": temperature, "top_p": top_p}
+        before = self._draw_with({name: value for name, value in wanted.items() if value is not None})
+        try:
+            yield
+        finally:
+            self._draw_with(before)
+
+    def _draw_with(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Set numbers of sampling, and return what they were."""
+        if self.use_vllm:
+            before = {"temperature": self.vllm_generation.temperature, "top_p": self.vllm_generation.top_p}
+        else:
+            before = {"temperature": self.generation_config.temperature, "top_p": self.generation_config.top_p}
+        for name, value in values.items():
+            setattr(self.vllm_generation if self.use_vllm else self.generation_config, name, value)
+        kwargs = getattr(self, "generation_kwargs", None) or {}  # continuous batching reads these
+        kwargs.update({name: value for name, value in values.items() if name in kwargs})
+        return before
+
+    def rewards_of(self, rows: list[dict], texts: list[str], ids: list[list[int]]) -> torch.Tensor:
+        """Rewards (world batch, functions) of other answers to this rank's rows than their rollouts; a collective.
+
+        They are in no log and no table.
+        """
+        talks = not isinstance(rows[0]["prompt"], str)
+        answers = [[{"role": "assistant", "content": text}] for text in texts] if talks else texts
+        self._rewards_are_logged = False
+        try:
+            return super()._calculate_rewards(rows, [row["prompt"] for row in rows], answers, ids)
+        finally:
+            self._rewards_are_logged = True
 
     # TRL's seams
 
@@ -253,6 +292,14 @@ class RolloutTrainer(CheckedTrainer, NamedByMethod, GRPOTrainer):
         self.before_rewards(inputs, completions, completion_ids_list)
         self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._rewards
+
+    def _log_completion_extra(self, column, values):
+        if self._rewards_are_logged:
+            super()._log_completion_extra(column, values)
+
+    def _log_metric(self, name, value):
+        if self._rewards_are_logged:
+            super()._log_metric(name, value)
 
     def _compute_loss(self, model, inputs):
         return self.step_loss(model, inputs)

@@ -27,6 +27,8 @@ METHODS = {
     "_get_output_dir": ("trial",),
     "_get_train_sampler": ("dataset",),
     "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields"),
+    "_log_completion_extra": ("column", "values"),
+    "_log_metric": ("name", "value"),
 }
 # Of the experimental GKDTrainer, public by name alone.
 GKD_METHODS = {
@@ -49,7 +51,7 @@ ATTRIBUTES = (
 # Of a trainer that trains, or samples in one of two ways: checked by the code of its class, which must name them.
 LATER_ATTRIBUTES = ("_globalstep_last_logged", "_tr_loss", "generation_config", "vllm_generation")
 # Of `trainer.vllm_generation`.
-ENGINE_ATTRIBUTES = ("max_completion_length",)
+ENGINE_ATTRIBUTES = ("max_completion_length", "temperature", "top_p")
 # Which only some versions in the range have, so that each is asked for before it is read.
 OPTIONAL_ATTRIBUTES = ("aux_loss_enabled", "chat_template", "eos_token_ids", "generation_kwargs", "tools")
 # Which the model card reads of the class, and the command line of the config's class.

@@ -22,6 +22,7 @@ from ..rows.texts import Prompt, fill_template, rewrite_last_turn
 from ..rows.token_texts import text_ends, token_texts
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Written
 from ..teacher.prompts import TeacherCollator
+from .drafts import with_drafts
 from .measures import decompose, extend_view, measure_direction, measure_loss
 from .records import RolloutRecord, SampledRollout, ViewRecord
 from .rules import apply_rule, apply_term, group_advantages, no_facts, row_facts
@@ -113,6 +114,9 @@ class Inspector:
         tokens, complete = self._collator.special_tokens, self.privileged
         rollouts, _ = complete.with_own_prompts(rollouts, self.encode, tokens)
         rollouts = [self._answered(rollout) for rollout in rollouts]
+        rollouts = [
+            self._drafted(rollout, sampled.ids, moment) for rollout, sampled in zip(rollouts, group, strict=True)
+        ]
         contexts = method.contexts(rollouts, settings, moment)
         contexts = [complete.views(views, rollout) for views, rollout in zip(contexts, rollouts, strict=True)]
         nothing = [None] * len(rollouts)
@@ -131,18 +135,29 @@ class Inspector:
 
     def _answered(self, rollout: Rollout) -> Rollout:
         """The rollout with what the model writes for it, where the method asks, by the weights that the context names."""
-        tokenizer = self.tokenizer
         if self.method.asks is None or rollout.written is not None:
             return rollout
         request = self.method.asks(rollout, self.settings)
-        if request is None:
-            return rollout
-        request = self.privileged.view(request, rollout)
+        return rollout if request is None else replace(rollout, written=self._write(rollout, request, self.settings))
+
+    def _drafted(self, rollout: Rollout, ids: list[int], moment: Moment) -> Rollout:
+        """The rollout with its drafts, where the method has some."""
+
+        @torch.no_grad()
+        def likeliest(k: int) -> torch.Tensor:
+            logits = self._logits(self.student, rollout, PLAIN, ids)
+            return logits.topk(min(k, logits.size(-1))).indices.cpu()
+
+        return with_drafts(self.method, self.settings, rollout, moment, self._write, likeliest)
+
+    def _write(self, rollout: Rollout, request: TeacherContext, settings: Any) -> Written:
+        """What the model answers to a context, by the weights that it names."""
+        request, tokenizer = self.privileged.view(request, rollout), self.tokenizer
         with torch.random.fork_rng():
-            torch.manual_seed(self.settings.seed)
-            (ids,) = sample(self._reader(request.weights), self.encode(rollout, request), 1, self.settings, tokenizer)
+            torch.manual_seed(self.settings.seed + len(rollout.drafts))
+            (ids,) = sample(self._reader(request.weights), self.encode(rollout, request), 1, settings, tokenizer)
         text = without_special_tokens(tokenizer.decode(ids, skip_special_tokens=True), self._collator.special_tokens)
-        return replace(rollout, written=Written(text, ids))
+        return Written(text, ids)
 
     def _inspect(self, asked: _Asked) -> list[RolloutRecord]:
         """The record of a rollout, and that of the sequence beside it."""

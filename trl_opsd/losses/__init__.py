@@ -10,6 +10,7 @@ from .fact_loss import fused_fact_loss, sampled_facts
 from .facts import Facts
 from .fused import fused_divergence
 from .head import OutputHead
+from .likeliest import likeliest_tokens, token_overlap
 from .sampled import (
     bounded_square,
     brevity_reward,
@@ -79,6 +80,7 @@ __all__ = [
     "half_softplus",
     "held_then_falling",
     "importance_weight",
+    "likeliest_tokens",
     "lookahead_minimum",
     "masked_mean",
     "mixed_likelihood",
@@ -92,6 +94,7 @@ __all__ = [
     "steered_logits",
     "teacher_polarity",
     "token_divergence",
+    "token_overlap",
     "token_weights",
     "view_shares",
     "weighted_sum",

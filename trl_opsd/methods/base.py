@@ -87,6 +87,22 @@ class Term(NamedTuple):
     loss: FactRule | None = None
 
 
+class Drafts(NamedTuple):
+    """Texts that the model writes for a rollout, one after another, before contexts are made.
+
+    Attributes:
+        asks: from (rollout, settings, moment) to the context that the model answers next, as `Method.asks`. It is asked again, with
+            one more of `Rollout.drafts`, until it gives None for every rollout of all ranks.
+        top_k: from settings to k of `Draft.overlap`. Where it is given, drafts are answers to the rollout's prompt: the reward
+            functions are asked about them, and each is compared with the student's k likeliest tokens.
+        sampling: from settings to the `temperature` and `top_p` that they are drawn with; None for those of rollouts.
+    """
+
+    asks: Callable[[Rollout, Any, Moment], TeacherContext | None]
+    top_k: Callable[[Any], int] | None = None
+    sampling: Callable[[Any], Mapping[str, float]] | None = None
+
+
 class Seen(NamedTuple):
     """A generation batch of all ranks, as `Method.remember` sees it.
 
@@ -142,6 +158,7 @@ class Method:
         asks: from (rollout, settings) to the context that the model answers before contexts are made, or None;
             `Rollout.written` holds the answer. The weights that the context names, "teacher" or "live", write it, under vLLM the
             student's.
+        drafts: further texts that the model writes, after it has answered what `asks` asks; `Rollout.drafts` holds them.
         extras: from (rollouts of one prompt, settings, moment) to one sequence beside each rollout, or None.
         extra_term: a second term of the loss, which is of extras alone; then `facts.extra` of the other rules is None.
         target_owner: whose weights alone read views with an anchor, "teacher", "base" or "live", so that one head reads the
@@ -183,6 +200,7 @@ class Method:
     remember: Callable[[Mapping[str, Any], Seen, Any], Mapping[str, Any]] | None = None
     notes: Callable[[Sequence[Rollout], Any, Moment], list[Any]] | None = None
     asks: Callable[[Rollout, Any], TeacherContext | None] | None = None
+    drafts: Drafts | None = None
     extras: Callable[[Sequence[Rollout], Any, Moment], list[Extra | None]] | None = None
     extra_term: Term | None = None
     target_owner: str | None = None

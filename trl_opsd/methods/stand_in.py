@@ -2,11 +2,12 @@
 """What a method would read, from stand-in rollouts: for commands that have rows but no model, or neither, and for the card."""
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Written
+from ..teacher.contexts import Contexts, Draft, Moment, Rollout, TeacherContext, Written
 from .base import Extra, Method
 
 # Values of columns where there is no row, as long as what a method reads of them at most; other columns are a text.
@@ -18,6 +19,7 @@ COLUMNS: Mapping[str, Any] = {
 }
 _WRITTEN = Written("(what the model writes)", [])
 _LARGEST = 4
+_MOST_DRAFTS = 64
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,14 @@ class StandIn:
 
     Attributes:
         request: the context that the model answers before scoring, None where it is asked nothing.
+        drafts: the contexts that it answers next, one after another, with answers that are wrong.
         views: which rollout, "right" or "wrong", and a context of the teacher on it; each context once.
         most: the contexts of the rollout that has most.
         extra: the sequence beside a rollout, None without.
     """
 
     request: TeacherContext | None = None
+    drafts: tuple[TeacherContext, ...] = ()
     views: tuple[tuple[str, TeacherContext], ...] = ()
     most: Contexts = ()
     extra: Extra | None = None
@@ -58,10 +62,12 @@ def stand_in(method: Method, settings: Any, row: Mapping[str, Any] | None = None
 
     def group_of(kinds: Sequence[str]) -> list[Rollout]:
         rollouts, share = stand_in_group(method, row, kinds, request), settings.solution_share_at(0)
-        return method.noted([replace(rollout, solution_share=share) for rollout in rollouts], settings, moment)
+        rollouts = method.noted([replace(rollout, solution_share=share) for rollout in rollouts], settings, moment)
+        return [with_drafts(method, rollout, settings, moment)[0] for rollout in rollouts]
 
     if method.asks is not None:
         request = method.asks(group_of(groups[0])[0], settings)
+    _, drafts = with_drafts(method, group_of(groups[1])[0], settings, moment, reward=0.0)
 
     views: dict[TeacherContext, str] = {}
     longest: Contexts = ()
@@ -76,7 +82,23 @@ def stand_in(method: Method, settings: Any, row: Mapping[str, Any] | None = None
     if method.extras is not None:
         asked = (method.extras(group_of(kinds), settings, moment) for kinds in groups)
         extra = next((extra for group in asked for extra in group if extra is not None), None)
-    return StandIn(request, tuple((kind, context) for context, kind in views.items()), tuple(longest), extra)
+    return StandIn(request, drafts, tuple((kind, context) for context, kind in views.items()), tuple(longest), extra)
+
+
+def with_drafts(
+    method: Method, rollout: Rollout, settings: Any, moment: Moment, *, reward: float = 1.0
+) -> tuple[Rollout, tuple[TeacherContext, ...]]:
+    """A rollout with stand-ins for what is written for it, right or wrong ones, and the contexts that these answer."""
+    asked: list[TeacherContext] = []
+    rollout = replace(rollout, drafts=())
+    while method.drafts is not None and len(asked) < _MOST_DRAFTS:
+        context = method.drafts.asks(rollout, settings, moment)
+        if context is None:
+            break
+        asked.append(context)
+        draft = Draft(_WRITTEN.text, [], reward if method.drafts.top_k is not None else None)
+        rollout = replace(rollout, drafts=(*rollout.drafts, draft))
+    return rollout, tuple(asked)
 
 
 def stand_in_group(
@@ -133,6 +155,16 @@ def work_lines(method: Method, settings: Any, found: StandIn) -> list[tuple[str,
             (
                 "written",
                 f"a text of up to {settings.max_completion_length} tokens a rollout, to the prompt `{found.request.template}`",
+            )
+        )
+    if found.drafts:
+        prompts = ", ".join(
+            f"{count} x `{name}`" for name, count in Counter(context.template for context in found.drafts).items()
+        )
+        lines.append(
+            (
+                "drafts",
+                f"at most {len(found.drafts)} texts of up to {settings.max_completion_length} tokens a rollout, to the prompts {prompts}",
             )
         )
     if found.extra is not None:

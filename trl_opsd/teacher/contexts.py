@@ -62,6 +62,7 @@ class Rollout:
         finished: it ended by itself, not at the limit.
         columns: the values of the dataset's columns that `Method.columns` names.
         written: what was written for it before scoring (see `Method.asks`), or None.
+        drafts: further texts that were written for it, in their order (see `Method.drafts`).
         token_ends: of each of its tokens, the place in `completion` where its text ends; empty unless the method has marks.
         note: what `Method.notes` said of it, or None.
         solution_share: share of the solution's steps that the teacher is shown, above 0 and at most 1.
@@ -76,6 +77,7 @@ class Rollout:
     finished: bool = False
     columns: Mapping[str, Any] = field(default_factory=dict)
     written: "Written | None" = None
+    drafts: "tuple[Draft, ...]" = ()
     token_ends: tuple[int, ...] = ()
     note: Any = None
     solution_share: float = 1.0
@@ -98,6 +100,20 @@ class Written:
 
     text: str
     ids: list[int]
+
+
+@dataclass(frozen=True)
+class Draft(Written):
+    """One of several texts that were written for a rollout.
+
+    Attributes:
+        reward: what the reward functions say of it as an answer to the rollout's prompt; None where they say nothing or are not
+            asked.
+        overlap: share of its tokens that are among the student's likeliest at the same place of the rollout, in [0, 1].
+    """
+
+    reward: float | None = None
+    overlap: float = 0.0
 
 
 @dataclass(frozen=True)

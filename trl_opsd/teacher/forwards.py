@@ -33,8 +33,8 @@ class TeacherForward:
         forward: what runs it: the model itself or the engine around it.
         observe_head: shown the output head while it is whole.
         wants_head: whether it still has to be; asked at each forward, the same on every rank.
-        read: from hidden states (n, H), the head and the tokens (n,) that they predict to two numbers each (n, 2), which
-            then stand behind the H of every state; None where no view is read.
+        read: from hidden states (n, H), the head and the tokens (n,) that they predict to some numbers each, two of a view (n, 2),
+            which then stand behind the H of every state; None where nothing is read.
     """
 
     model: torch.nn.Module
@@ -79,7 +79,7 @@ class TeacherForward:
             hidden = choose(hidden)
             if self.read is None or tokens is None:
                 return hidden
-            numbers = self.read(hidden.flatten(0, 1), head, tokens.flatten()).view(*tokens.shape, 2)
+            numbers = self.read(hidden.flatten(0, 1), head, tokens.flatten()).view(*tokens.shape, -1)
             return torch.cat([hidden.to(numbers.dtype), numbers], dim=-1)
 
         positions = positions_from_mask(mask)[:, -ids.size(1) :]

@@ -56,6 +56,24 @@ def check_inputs(
     check_model_config(config_of(model, args))
 
 
+def check_answers(method: Method, **arguments: Any) -> None:
+    """Check that an answer is a text alone where a method has answers rewarded that are no rollouts.
+
+    Args:
+        method: whose drafts may be rewarded.
+        arguments: of the trainer, by name, that give a rollout more than its text.
+
+    Raises:
+        ValueError: names the first that is given.
+    """
+    given = [name for name, value in arguments.items() if value]
+    if given and method.drafts is not None and method.drafts.top_k is not None:
+        raise ValueError(
+            f"{given[0]} is given, but {method.name} has the reward functions judge texts that call no tool and meet no environment. "
+            "Leave it out, or take another method."
+        )
+
+
 def check_columns(method: Method, args: Any, dataset: Any, name: str) -> None:
     """Check that a dataset, or each of a dict of them, has the columns that a method and its templates read under `args`.
 

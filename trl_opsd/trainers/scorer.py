@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The teacher with all that it is run with, whichever of TRL's trainers holds it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import torch
 
 from ..checkpoints.state import load_head, save_head
-from ..losses import OutputHead, sampled_facts
+from ..losses import OutputHead, likeliest_tokens, sampled_facts, token_overlap
 from ..methods import Method
 from ..model.checks import check_engine, check_model_config, check_vocabulary, num_positions
 from ..model.heads import attach_head_function, caps_logits, check_output_head, head_shape, whole_head
@@ -136,7 +136,7 @@ class Scorer:
         for owner in self._owners:
             # On every rank alike; the target last, for a run forgets the head of the one before.
             for reads in [True] * self.method.reads_views + [False] * self._has_targets:
-                self._run(self._owners[owner], jobs.pop((owner, reads), []), target, reads=reads)
+                self._run(self._owners[owner], jobs.pop((owner, reads), []), target, read=self._read if reads else None)
         if jobs:
             raise ValueError(
                 f"{self.method.name}: contexts ask for {sorted(jobs)} (weights, read), but the method's owners="
@@ -179,8 +179,16 @@ class Scorer:
             else None,
         )
 
-    def _run(self, teacher: Teacher, jobs: Sequence[ScoringJob], target: TargetStates, *, reads: bool = False) -> None:
-        """Add what a teacher says of jobs to a target; a collective."""
+    def _run(
+        self,
+        teacher: Teacher,
+        jobs: Sequence[ScoringJob],
+        target: Any,
+        *,
+        read: Callable[[torch.Tensor, OutputHead, torch.Tensor], torch.Tensor] | None = None,
+        shares: bool = True,
+    ) -> None:
+        """Add what a teacher says of jobs to a target, `TargetStates` or alike; a collective."""
         device, tokenizer = self.accelerator.device, self.collator.tokenizer
 
         def max_over_ranks(count):
@@ -192,7 +200,6 @@ class Scorer:
             if not self._head_checked:
                 check_output_head(self.model, self.model, torch.tensor([[tokenizer.eos_token_id] * 4], device=device))
                 self._head_checked = True
-            read = self._read if reads else None
             score_contexts(
                 TeacherForward(self.model, self.model, teacher.observe_head, teacher.wants_head, read),
                 jobs,
@@ -201,7 +208,7 @@ class Scorer:
                 pad_id=tokenizer.pad_token_id,
                 tokens_per_forward=self.settings.teacher_tokens_per_forward,
                 max_over_ranks=max_over_ranks,
-                sharing=self._sharing,
+                sharing=self._sharing if shares else None,
                 progress=self.accelerator.is_main_process and not self.settings.disable_tqdm,
             )
 
@@ -240,6 +247,33 @@ class Scorer:
                 num_tokens=self.num_tokens,
             )
 
+    def overlaps(
+        self, prompts: Sequence[Prompt], sequences: Sequence[list[int]], others: Sequence[Sequence[list[int]]], k: int
+    ) -> list[list[float]]:
+        """`token_overlap` of other sequences with what the student finds likeliest along each sequence; a collective.
+
+        Args:
+            prompts: of each sequence, as the student gets them.
+            sequences: token ids of each.
+            others: of each, those that it is compared with.
+            k: so many of the likeliest tokens count.
+        """
+        plain = TeacherContext("plain", None)
+        contexts = [
+            self.encode(prompt, plain, f"generation batch row {row}").ids if own else []
+            for row, (prompt, own) in enumerate(zip(prompts, others, strict=True))
+        ]
+        rows = [row for row, own in enumerate(others) if own and sequences[row]]
+        found = _Overlaps([[torch.tensor(ids) for ids in own] for own in others], self.hidden_size)
+
+        def read(hidden, head, tokens):  # ids of tokens are whole numbers below 2^24, which float32 holds
+            return likeliest_tokens(hidden, head, k, num_tokens=self.num_tokens).float()
+
+        jobs = [ScoringJob(contexts[row], sequences[row], row, 0.0, 0.0) for row in rows]
+        # Apart: what tells whether contexts can be shared compares hidden states, and ids of tokens would drown them.
+        self._run(Teacher("live", self.model), jobs, found, read=read, shares=False)
+        return found.shares
+
     def _states(self, teacher, views, prompts, sequences) -> torch.Tensor:
         """Hidden states (n, H) of one view of all sequences, one behind the other."""
         jobs = []
@@ -267,3 +301,21 @@ class Scorer:
         self.teacher.load(folder)
         head = load_head(folder, self.accelerator.device)
         self.heads["train"] = None if head is None else OutputHead(**head)
+
+
+class _Overlaps:
+    """Takes the place of `TargetStates` where what is read of each position are its likeliest tokens.
+
+    Args:
+        others: of each row the sequences (M,) that are compared.
+        hidden_size: H.
+    """
+
+    def __init__(self, others: Sequence[Sequence[torch.Tensor]], hidden_size: int):
+        self.others, self.hidden_size, self.num_tokens = others, hidden_size, 0
+        self.shares = [[0.0] * len(own) for own in others]
+
+    def add(self, job: ScoringJob, states: torch.Tensor) -> None:
+        """Compare a row's sequences with the tokens that stand behind its H hidden states."""
+        likeliest = states[:, self.hidden_size :].long().cpu()
+        self.shares[job.row] = [token_overlap(tokens, likeliest) for tokens in self.others[job.row]]

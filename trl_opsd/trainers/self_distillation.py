@@ -28,6 +28,7 @@ from ..monitoring.finite import FiniteLosses
 from ..rewards import guard_rewards
 from ..teacher.contexts import Moment, views_text
 from .checks import (
+    check_answers,
     check_fills_a_batch,
     check_inputs,
     check_sampling_keeps_weights,
@@ -88,6 +89,7 @@ class SelfDistillationTrainer(RolloutTrainer):
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args or self.config_class(f"{name.rstrip('/').split('/')[-1] or 'model'}-{self.method.name}")
         check_inputs(self.method, self.config_class, model, args, train_dataset, eval_dataset)
+        check_answers(self.method, tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
         if isinstance(model, str):  # a pickle can run code when it is read
             args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
         self._reward_errors: Counter[str] = Counter()
@@ -152,6 +154,7 @@ class SelfDistillationTrainer(RolloutTrainer):
             self.tokenizer,
             longest=self.max_completion_length,
             write=self.write_answers,
+            reward=self._reward_answers,
             log=self.add_metrics,
             privileged=self.privileged,
         )
@@ -257,6 +260,12 @@ class SelfDistillationTrainer(RolloutTrainer):
             self._read()
         with self.diagnostics[self.mode].clock("teacher_forward", self.accelerator.device):
             self.targets.score(self._batch, used, length)
+
+    def _reward_answers(self, rows: list[dict], texts: list[str], ids: list[list[int]]) -> list[float | None]:
+        """Weighted rewards of other answers to this rank's rows than their rollouts; a collective."""
+        first = self.accelerator.process_index * len(rows)
+        rewards = scalar_rewards(self.rewards_of(rows, texts, ids), self.reward_weights)
+        return rewards[first : first + len(rows)]
 
     def _distilled_mask(self, batch: dict[str, Any]) -> torch.Tensor:
         """See `distilled_mask`."""

@@ -2,7 +2,7 @@
 """From a generation batch's rows and rollouts to the columns that its loss reads."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +17,7 @@ from ..rows.texts import OWN_PROMPT, Prompt, as_text_turns, fill_template, is_mi
 from ..rows.token_texts import text_ends
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Written
 from ..teacher.states import TargetStates, waits_in_host_memory
+from .drafts import DraftWriter
 from .groups import GroupReader
 from .scorer import Scorer
 
@@ -65,6 +66,7 @@ class TargetMaker:
         tokenizer: of the model.
         longest: tokens that a rollout, and an extra, may have.
         write: answers of the model to prompts, see `RolloutTrainer.write_answers`.
+        reward: rewards of such answers, see `DraftWriter`.
         log: takes numbers that are the same on every rank.
         privileged: what rows bring, for the same method.
     """
@@ -76,13 +78,15 @@ class TargetMaker:
         settings: Any,
         tokenizer: Any,
         longest: int,
-        write: Callable[[list[list[int]]], list[list[int]]],
+        write: Callable[[list[list[int]], Mapping[str, float]], list[list[int]]],
+        reward: Callable[[list[dict], list[str], list[list[int]]], list[float | None]],
         log: Callable[[dict[str, float]], None],
         privileged: PrivilegedText,
     ):
         self.scorer, self.groups, self.settings, self.tokenizer = scorer, groups, settings, tokenizer
         self.method, self.longest, self.write, self.log = scorer.method, longest, write, log
         self.privileged = privileged
+        self.drafts = DraftWriter(scorer, settings, reward, log)
         self._told = False  # that vLLM does not write with the teacher's weights
 
     def prepare(self, rows: list[dict], mode: str) -> RolloutBatch:
@@ -142,6 +146,14 @@ class TargetMaker:
         self._read_own_prompts(batch, share)
         if self.method.asks is not None:
             self._ask(batch)
+        if self.method.drafts is not None:
+            batch.rollouts = self.drafts.write(
+                batch.rollouts,
+                batch.rows,
+                batch.ids,
+                moment,
+                lambda asked, sampling: self._write(batch, asked, sampling),
+            )
         reading = self.groups.read(batch.rollouts, group_size, moment)
         batch.contexts, batch.extras = (
             [complete(own, rollout) for own, rollout in zip(given, batch.rollouts, strict=True)]
@@ -172,13 +184,26 @@ class TargetMaker:
 
     def _ask(self, batch: RolloutBatch) -> None:
         """Give the rollouts what the model writes to the contexts that the method asks; a collective."""
-        asked = [self.method.asks(rollout, self.settings) for rollout in batch.rollouts]
+        answers = self._write(batch, [self.method.asks(rollout, self.settings) for rollout in batch.rollouts])
+        if answers is None:
+            return
+        used = [answer for answer in answers if answer is not None]
+        accelerator = self.scorer.accelerator
+        sums = torch.tensor([len(used), sum(len(answer.ids) for answer in used)], dtype=torch.float64)
+        count, tokens = accelerator.reduce(sums.to(accelerator.device), reduction="sum").tolist()
+        self.log({"written/texts": count, "written/tokens": tokens})
+        batch.rollouts = [replace(own, written=text) for own, text in zip(batch.rollouts, answers, strict=True)]
+
+    def _write(
+        self, batch: RolloutBatch, asked: Sequence[TeacherContext | None], sampling: Mapping[str, float] | None = None
+    ) -> list[Written | None] | None:
+        """What the model writes to a context of each rollout, None where there is none; None where no rank asks. A collective."""
         asked = [
             None if view is None else self.privileged.view(view, rollout)
             for view, rollout in zip(asked, batch.rollouts, strict=True)
         ]
         if not any(gather_object([any(view is not None for view in asked)])):
-            return
+            return None
         prompts = [
             self.scorer.encode(
                 row["prompt"] if view is None else prompt, view or _PLAIN, f"generation batch row {index}"
@@ -187,16 +212,13 @@ class TargetMaker:
         ]
         with self._writing_as({view.weights for view in asked if view is not None}):
             # Of every row: an engine samples on all ranks at once.
-            answers = self.write([prompt.ids for prompt in prompts])
+            answers = self.write([prompt.ids for prompt in prompts], sampling or {})
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        used = [(place, ids) for place, ids in enumerate(answers) if asked[place] is not None]
-        accelerator = self.scorer.accelerator
-        sums = torch.tensor([len(used), sum(len(ids) for _, ids in used)], dtype=torch.float64)
-        count, tokens = accelerator.reduce(sums.to(accelerator.device), reduction="sum").tolist()
-        self.log({"written/texts": count, "written/tokens": tokens})
-        for place, ids in used:
-            text = without_special_tokens(texts[place], self.scorer.collator.special_tokens)
-            batch.rollouts[place] = replace(batch.rollouts[place], written=Written(text, ids))
+        tokens = self.scorer.collator.special_tokens
+        return [
+            None if view is None else Written(without_special_tokens(text, tokens), ids)
+            for view, text, ids in zip(asked, texts, answers, strict=True)
+        ]
 
     def _writing_as(self, weights: set[str]) -> AbstractContextManager:
         """The time in which the module has the weights that the asked contexts name; vLLM has the student's alone."""

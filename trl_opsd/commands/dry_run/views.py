@@ -75,6 +75,9 @@ def _contexts(
     if found.request is not None:
         request = privileged.view(found.request, rollout)
         yield f"{request.template} (the model answers it before scoring)", request
+    for context in dict.fromkeys(found.drafts):
+        request = privileged.view(context, rollout)
+        yield f"{request.template} (the model answers it before scoring)", request
     for kind, context in found.views:
         context = privileged.view(context, rollout)
         yield context_name(context) + (f", of a {kind} rollout" if method.needs_group else ""), context
