@@ -30,6 +30,8 @@ __all__ = sorted(_HOME_OF)
 if TYPE_CHECKING:  # for editors and type checkers, to which `X as X` says that X is public
     from ._trl.versions import UnsupportedTRLError as UnsupportedTRLError
     from .evaluation.callback import EvaluationCallback as EvaluationCallback
+    from .experimental.brts.trainer import BRTSConfig as BRTSConfig
+    from .experimental.brts.trainer import BRTSTrainer as BRTSTrainer
     from .experimental.dasd.trainer import DASDConfig as DASDConfig
     from .experimental.dasd.trainer import DASDTrainer as DASDTrainer
     from .experimental.egrsd.trainer import EGRSDConfig as EGRSDConfig

@@ -46,6 +46,7 @@ PAGES = {
     "pbsd": Page(
         "PBSD", "what is written with the solution is preferred to what is written without (arXiv 2605.05040)"
     ),
+    "brts": Page("BRTS", "the best of several answers of the teacher is learnt too (arXiv 2605.09725)", True),
     "sort": Page("SORT", "GRPO, and the solution itself where every rollout is wrong (arXiv 2605.11505)", True),
     "ssopd": Page(
         "SSOPD", "GRPO, and the longest wrong rollout learns from the shortest right one (arXiv 2605.17497)", True

@@ -30,6 +30,7 @@ PAGES = (
     "rlrt",
     "two-terms",
     "stableopd",
+    "brts",
 )
 
 

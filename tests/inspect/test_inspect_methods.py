@@ -371,3 +371,30 @@ def test_a_term_of_extras_is_shown_beside_the_rollout_with_its_weight(step):
     assert total / taken.batch["num_loss_items"].item() + golden[0] == pytest.approx(taken.loss.item(), rel=1e-5)
     target = [view for view in taken.records[0].views if view.name == "plain (base)"]
     assert len(target) == 1 and max(taken.records[0].values["divergence"]) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:.* is experimental")
+def test_the_chosen_draft_is_shown_beside_the_rollout_and_the_parts_add_up_to_the_loss(step):
+    small = {"num_generations": 1, "per_device_train_batch_size": 4, "max_completion_length": 24}
+    taken = step("brts", **small, **HOT, gradient_accumulation_steps=1, candidate_weight=0.7, support_size=20)
+    totals, counts = {False: 0.0, True: 0.0}, {False: 0, True: 0}
+    for record in taken.records:
+        values = record.values["term" if record.is_extra else "divergence"]
+        totals[record.is_extra] += sum(values)
+        counts[record.is_extra] += len(values)
+    assert min(counts.values()) > 0 and min(totals.values()) > 1e-2
+    total = totals[False] / counts[False] + totals[True] / counts[True]
+    assert total == pytest.approx(taken.loss.item(), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.* is experimental")
+def test_drafts_that_are_not_known_are_written_rewarded_and_compared(step):
+    small = {"num_generations": 1, "per_device_train_batch_size": 4, "max_completion_length": 24}
+    taken = step("brts", **small, gradient_accumulation_steps=1, support_size=20)
+    own = taken.trainer._batch
+    bare_ones = [SampledRollout(replace(each, drafts=()), ids) for each, ids in zip(own.rollouts, own.ids, strict=True)]
+    drafts = [record.rollout.drafts for sampled in bare_ones for record in taken.inspector.inspect_group([sampled])]
+    found = [draft for each in drafts for draft in each]
+    assert {len(each) for each in drafts} <= {2, 3}
+    assert all(each[0].ids != each[1].ids for each in drafts), "two answers to one prompt"
+    assert {draft.reward for draft in found} <= {0.0, 1.0} and 0 < max(draft.overlap for draft in found) <= 1

@@ -19,6 +19,7 @@ from groups import reward_boxed
 from steps import EXACT, loss_of_rows
 
 from trl_opsd import OGLSSDTrainer, OPSDTrainer, PurifiedOPSDTrainer
+from trl_opsd.experimental.brts.trainer import BRTSTrainer
 from trl_opsd.experimental.dasd.trainer import DASDTrainer
 from trl_opsd.experimental.egrsd.trainer import EGRSDTrainer
 from trl_opsd.experimental.msd.trainer import MSDTrainer
@@ -162,6 +163,11 @@ METHODS = {
         PBSDTrainer,
         not_zero="a pair without a margin costs log 2 and pulls its sequences apart",
         count=trained_rollouts,
+    ),
+    "BRTS": Row(
+        BRTSTrainer,
+        {"max_completion_length": 24, "num_generations": 1, "support_size": 20, "candidate_weight": 0.7},
+        not_divided="the rollouts' part is divided by their tokens and the candidates' by theirs",
     ),
     "SSOPD": Row(
         SSOPDTrainer,

@@ -11,6 +11,7 @@ import pytest
 from groups import reward_boxed
 
 from trl_opsd import Method, OGLSSDTrainer, OPSDConfig, OPSDGKDConfig, SelfDistillationTrainer, TeacherContext
+from trl_opsd.experimental.brts.trainer import BRTSTrainer
 from trl_opsd.experimental.stableopd.trainer import StableOPDTrainer
 from trl_opsd.methods import OGLS_SD
 from trl_opsd.pages import PAGES as PAGES_OF_METHODS
@@ -175,6 +176,7 @@ def test_the_table_of_diagnostics_and_the_log_have_the_same_names(build_group, m
     build_group(reward=skip_errors(reward_boxed), **settings).train()
     held = {"num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 1}
     build_group(StableOPDTrainer, **held, max_completion_length=24).train()
+    build_group(BRTSTrainer, **held, max_completion_length=24).train()
     rows = list(diagnostics_rows())
     undocumented = {name for name in logged if not any(matches(own, name) for row in rows for own in row)}
     assert not undocumented

@@ -83,6 +83,8 @@ def test_the_public_names_are_a_frozen_set():
         "RLRTTrainer",
         "DASDConfig",
         "DASDTrainer",
+        "BRTSConfig",
+        "BRTSTrainer",
         "StableOPDConfig",
         "StableOPDTrainer",
         "OGLSSDConfig",

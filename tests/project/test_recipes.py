@@ -23,6 +23,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 # Rollouts of a step where it is not 32; these recipes stand in no line of the table of sizes but the first.
 LARGE = {
     **dict.fromkeys(("sdpo", "mopd", "antisd", "trace", "ssopd", "rlsd", "rlrt", "dasd", "stableopd"), 256),
+    "brts": 128,
     "demopsd": 512,
     "vopd": 64,
     "msd": 16,
@@ -245,6 +246,7 @@ OTHER_PAPERS = {  # which share less with OPSD
     "rlsd": {"evidence_strength": 0.5, "evidence_bound": 0.2, "evidence_steps": 60, "teacher_model_kind": "base"},
     "rlrt": {"evidence_bound": 0.5, "epsilon_high": 0.28, "max_completion_length": 20480, "num_generations": 8},
     "dasd": {"pulled_share": 0.2, "num_generations": 8},
+    "brts": {"num_candidates": 2, "candidate_weight": 10.0, "support_size": 16, "candidate_temperature": 0.7},
     "stableopd": {"golden_weight": 0.1, "reference_weight": 0.01, "num_generations": 4, "learning_rate": 1e-6},
 }
 SHARED = {"lora_r": 64, "lora_alpha": 128, "learning_rate": 5e-6, "temperature": 1.1, "teacher_model_kind": "base"}

@@ -20,6 +20,7 @@ from two_terms import TwoTerms
 
 from trl_opsd.commands.train import finish
 from trl_opsd.demo.tokenizer import build_tokenizer
+from trl_opsd.experimental.brts.trainer import BRTSTrainer
 from trl_opsd.experimental.msd.trainer import MSDTrainer
 from trl_opsd.experimental.sort.trainer import SORTTrainer
 from trl_opsd.experimental.ssopd.trainer import SSOPDTrainer
@@ -55,6 +56,7 @@ PAGES = {
         TRACETrainer,
         {"num_generations": GLOBAL_BATCH, "span_weight": 2.0, "annotator_function": "page_worker:annotate"},
     ),
+    "brts": (BRTSTrainer, {"num_generations": 2, "support_size": 20, "candidate_weight": 0.7}),
     "sort": (SORTTrainer, {"num_generations": 2, "repair_weight": 0.5}),
     "vopd": (VOPDTrainer, {"baseline_size": 20}),
     "rethinking-opd": (RethinkingOPDTrainer, {"num_generations": 1, "support_size": 4, "support_of": "intersection"}),

@@ -13,10 +13,16 @@ import pytest
 import torch
 from trl.trainer import grpo_trainer
 
-from trl_opsd import OGLSSDTrainer, OPSDTrainer, PurifiedOPSDTrainer
+from trl_opsd import BRTSTrainer, OGLSSDTrainer, OPSDTrainer, PurifiedOPSDTrainer
 
 LONGEST = 9
 GROUP_SIZES = {OPSDTrainer: 2, OGLSSDTrainer: 4, PurifiedOPSDTrainer: 1}
+DRAFTS = {
+    "num_generations": 2,
+    "teacher_model_kind": "live",
+    "guided_prompt_template": "{solution} {prompt}",
+    "max_steps": 1,
+}
 MODES = ("colocate", "server")
 
 
@@ -50,6 +56,8 @@ class EngineStandIn:
         self.model, self.mode, self.answers, self.settings = model, mode, answers, settings
         self.synced, self.asked = [], []
         self.max_completion_length = None
+        self.temperature, self.top_p = settings["temperature"], settings["top_p"]
+        self.drawn = []
         self.vllm_client = SimpleNamespace(
             get_server_info=lambda: {"model_config": {"logprobs_mode": "processed_logprobs"}}
         )
@@ -69,6 +77,7 @@ class EngineStandIn:
                 for sample in range(copies)
             ]
         self.asked.append((prompts, completions))
+        self.drawn.append((self.temperature, self.top_p))
         logps = [
             [[value] for value in log_probabilities(prompt, completion)]
             for prompt, completion in zip(prompts, completions, strict=True)
@@ -90,7 +99,7 @@ def build(make_model, make_args, dataset, tokenizer, monkeypatch):
             monkeypatch.setattr(grpo_trainer, "VLLMGeneration", lambda **given: EngineStandIn(answers=answers, **given))
             settings |= {"use_vllm": True, "vllm_mode": mode}
         defaults = {
-            "num_generations": GROUP_SIZES[trainer_class],
+            "num_generations": GROUP_SIZES.get(trainer_class),
             "max_completion_length": LONGEST,
             "distillation_length": None,
             "teacher_prompt_template": "{prompt} {solution}",
@@ -276,6 +285,17 @@ def test_an_evaluation_samples_with_the_weights_of_its_step(build, dataset):
     assert len(engine.asked) == 3
     assert len(engine.synced) == 2  # before the first batch and after the step; not twice for one step
     assert torch.equal(engine.synced[-1]["lm_head.weight"], trainer.model.lm_head.weight)
+
+
+@pytest.mark.filterwarnings("ignore:.* is experimental")
+@pytest.mark.parametrize("mode", MODES)
+def test_drafts_are_drawn_by_the_engine_at_their_own_temperature_one_a_row(build, mode):
+    trainer = build(BRTSTrainer, mode, **DRAFTS)
+    trainer.train()
+    engine = trainer.vllm_generation
+    assert engine.drawn == [(1.0, 1.0), *[(0.7, 0.95)] * (len(engine.drawn) - 1)] and len(engine.drawn) in (3, 4)
+    assert (engine.temperature, engine.top_p) == (1.0, 1.0)
+    assert all(len(completions) == 4 for _, completions in engine.asked)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])

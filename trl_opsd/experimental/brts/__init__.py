@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BRTS, whose formula is partly inferred; the page says which parts."""
