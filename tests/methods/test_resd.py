@@ -21,7 +21,12 @@ from trl_opsd.trainers.sdpo import SDPOTrainer
 
 TEXTS = ("1+2=3", "so \\boxed{3}", "wait, 10 it is", "a")
 REVIEWS = ("add in order", "never asked", "carry {prompt}", "<think>hm</think>box it")
-SMALL = {"max_completion_length": 40, "support_size": 20, "per_device_train_batch_size": 4}
+SMALL = {
+    "max_completion_length": 40,
+    "support_size": 20,
+    "per_device_train_batch_size": 4,
+    "write_playbook": False,  # which test_playbook.py has
+}
 SHORT = {
     "attempt_block": "a{text}",
     "feedback_block": "!{text}",
@@ -88,7 +93,14 @@ def test_the_last_right_rollout_of_each_prompt_is_kept_and_the_oldest_go_first()
     for prompt, reward, text in [("x", 1, "x1"), ("y", 1, "y1"), ("y", 0, "y2"), ("x", 1, "x2"), ("z", 1, "z1")]:
         memory = outcome_memory(memory, seen_of(rollout_of(reward, prompt, text)), settings)
     assert list(memory["solutions"].values()) == ["x2", "z1"]  # y is the one that was kept longest
-    assert outcome_report(memory) == {"right_weight": 1.0, "wrong_weight": 1.0, "kept_solutions": 2}
+    report = outcome_report(memory)
+    assert report == {
+        "right_weight": 1.0,
+        "wrong_weight": 1.0,
+        "kept_solutions": 2,
+        "lessons": 0,
+        "unread_lessons": 0,
+    }
     assert outcome_memory(memory, seen_of(), settings_of(max_kept_solutions=0))["solutions"] == {}
 
 
@@ -103,7 +115,10 @@ def build(build_group, monkeypatch):
     """A trainer that samples its rollouts first and its reviews second, and remembers what was asked."""
 
     def build(trainer_class=RESDTrainer, **settings):
-        trainer = build_group(trainer_class, TEXTS, **{**SMALL, **settings})
+        settings = {**SMALL, **settings}
+        if not issubclass(trainer_class, RESDTrainer):
+            del settings["write_playbook"]
+        trainer = build_group(trainer_class, TEXTS, **settings)
         trainer.asked = []
 
         def sample(prompts, *args, **kwargs):

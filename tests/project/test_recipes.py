@@ -219,7 +219,12 @@ OTHER_PAPERS = {  # which share less with OPSD
         "max_completion_length": 1024,
     },
     "mopd": {"max_right_peers": 2, "max_wrong_peers": 1, "max_completion_length": 4096, "learning_rate": 1e-5},
-    "resd": {"divergence": "reverse_kl", "target_share_floor": 0.2, "teacher_update_rate": 1e-4, "learning_rate": 1e-6},
+    "resd": {
+        "divergence": "reverse_kl",
+        "target_share_floor": 0.2,
+        "teacher_update_rate": 1e-4,
+        "max_playbook_lessons": 200,
+    },
     "sdpo": {"divergence": "jsd", "support_size": 100, "teacher_update_rate": 0.05, "learning_rate": 1e-5},
     "demopsd": {"divergence": "reverse_kl", "support_size": 100, "largest_plain_share": 0.15, "num_generations": 8},
     "antisd": {"ascent_strength": 0.5, "gate_closes_below": 0.93, "max_completion_length": 32768, "max_steps": 200},

@@ -64,6 +64,7 @@ PAGES = {
     "two-terms": (TwoTerms, {"divergence": "reverse_kl", "clip": None}),
     "rlrt": (RLRTTrainer, {"num_generations": GLOBAL_BATCH, "evidence_bound": 0.9}),
 }
+LESSON = '{"tags": [{"id": 1, "tag": "helpful"}], "add": [{"section": "code", "lesson": "1+1"}]}'  # RESD's playbook
 TEXTS = ("1+2=3", "so 4", "wait, 10 it is", "a", "it is 3 then")
 
 
@@ -83,7 +84,12 @@ def give_rollouts(trainer):
         tokenizer = trainer.tokenizer
         first = trainer.accelerator.process_index * len(prompts)
         places = [(first + row) % GLOBAL_BATCH for row in range(len(prompts))]
-        texts = [TEXTS[(len(ids) + place) % len(TEXTS)] for ids, place in zip(prompts, places, strict=True)]
+        texts = [
+            LESSON.replace("1+1", f"{place}+1")
+            if '"tags"' in tokenizer.decode(ids)
+            else TEXTS[(len(ids) + place) % len(TEXTS)]
+            for ids, place in zip(prompts, places, strict=True)
+        ]
         return [
             [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in texts
         ], None

@@ -7,7 +7,10 @@
 3. The loss is SDPO's, with one rollout a prompt, with the teacher's probabilities never under 0.2 of the student's, so that the
    pull away from a token is bounded, and with the weights of `losses.outcome_weights`: the rarer outcome weighs more.
 
-Differences to the official code: it also keeps a playbook of lessons, which is not here; it takes a batch of prompts up to four
+4. A playbook of lessons from other problems stands in front of all this: the model writes and judges them (`playbook`).
+
+Differences to the official code: its lessons are written by two requests, one of which is the review itself, and are read in the
+batch that they come from, where ours are read from the next one on; it takes a batch of prompts up to four
 times in a row with fresh rollouts, where ours goes on to the next; its store of right rollouts has no bound. The mean that
 weights are divided by is over the rollouts that have a reward, and one without is left out.
 """
@@ -19,9 +22,10 @@ import torch
 
 from ..losses import outcome_weights
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Unused
-from .base import Method, RowFacts, Seen
+from .base import Drafts, Method, RowFacts, Seen
 from .groups import split_by_reward
 from .peers import block, corrected_weight, feedback_notes, kept_texts, prompt_key, shown_text
+from .playbook import lesson_request, playbook_block, playbook_of, written_book
 
 
 def review_request(rollout: Rollout, settings: Any) -> TeacherContext | None:
@@ -35,10 +39,11 @@ def review_request(rollout: Rollout, settings: Any) -> TeacherContext | None:
 
 def experience_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
     """One view of the rollout, its feedback, its review and a right rollout, as far as there are any."""
-    return [_experience(rollout, settings, moment.memory.get("solutions", {})) for rollout in group]
+    kept, book = moment.memory.get("solutions", {}), playbook_block(settings, moment)
+    return [_experience(rollout, settings, kept, book) for rollout in group]
 
 
-def _experience(rollout: Rollout, settings: Any, kept: Mapping[str, str]) -> Contexts:
+def _experience(rollout: Rollout, settings: Any, kept: Mapping[str, str], book: str) -> Contexts:
     if rollout.reward is None:
         return Unused("no reward")
     attempt, is_right = shown_text(rollout.completion, settings), rollout.reward >= settings.reward_threshold
@@ -46,23 +51,25 @@ def _experience(rollout: Rollout, settings: Any, kept: Mapping[str, str]) -> Con
     solution = attempt if is_right and settings.max_kept_solutions else kept.get(prompt_key(rollout))
     learnt = block(settings.feedback_block, rollout.note) + block(settings.review_block, review)
     learnt += block(settings.solution_block, solution)
-    blocks = block(settings.attempt_block, attempt) + learnt
+    blocks = book + block(settings.attempt_block, attempt) + learnt
     view = TeacherContext("experience", blocks, settings.max_rollout_context_length, anchor=1.0)
     return (view,) if learnt else Unused("nothing learnt")
 
 
 def outcome_memory(memory: Mapping[str, Any], seen: Seen, settings: Any) -> dict[str, Any]:
-    """The weights of right and wrong rollouts of the batch, and the last right rollout of each prompt."""
+    """The weights of right and wrong rollouts of the batch, the last right rollout of each prompt, and the playbook."""
     right, wrong = split_by_reward(seen.rollouts, settings.reward_threshold)
     solutions = [seen.rollouts[index] for index in right]
     kept = kept_texts(memory.get("solutions", {}), solutions, settings, most=settings.max_kept_solutions)
-    return {"weights": list(outcome_weights(len(right), len(wrong))), "solutions": kept}
+    weights = list(outcome_weights(len(right), len(wrong)))
+    return {"weights": weights, "solutions": kept, "playbook": written_book(memory, seen.rollouts, settings)}
 
 
 def outcome_report(memory: Mapping[str, Any]) -> dict[str, float]:
-    """Both weights, and how many solutions are kept."""
-    of_right, of_wrong = memory["weights"]
-    return {"right_weight": of_right, "wrong_weight": of_wrong, "kept_solutions": len(memory["solutions"])}
+    """Both weights, how many solutions and lessons are kept, and how many answers of the last batch held no lessons."""
+    (of_right, of_wrong), book = memory["weights"], playbook_of(memory)
+    weights = {"right_weight": of_right, "wrong_weight": of_wrong, "kept_solutions": len(memory["solutions"])}
+    return {**weights, "lessons": len(book["lessons"]), "unread_lessons": book["unread"]}
 
 
 def balanced_weight(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
@@ -82,10 +89,13 @@ RESD = Method(
     templates=lambda settings: {
         "review": settings.review_prompt_template,
         "experience": settings.experience_prompt_template,
+        "lessons": settings.lesson_prompt_template,
+        "tags": settings.tag_prompt_template,
     },
     columns=("feedback",),
     notes=feedback_notes,
     asks=review_request,
+    drafts=Drafts(lesson_request),
     remember=outcome_memory,
     report=outcome_report,
     paper={

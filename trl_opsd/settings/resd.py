@@ -7,6 +7,7 @@ from typing import Any
 from ..rows.texts import check_template
 from .fields import option, require
 from .moving import MovingTeacherSettings
+from .playbook import PlaybookSettings
 from .sdpo import FEEDBACK_BLOCK, check_feedback, check_weight_caps
 
 ATTEMPT_BLOCK = """
@@ -41,7 +42,7 @@ EXPERIENCE_PROMPT_TEMPLATE = "{prompt}{solution}\n\nSolve the problem, and do no
 
 
 @dataclass
-class RESDSettings(MovingTeacherSettings):
+class RESDSettings(PlaybookSettings, MovingTeacherSettings):
     """Defaults of the official script for MANUFACTORIA that differ from OPSD's, and what RESD alone reads.
 
     The gradient's norm and the number of kept solutions are ours. The scripts for FINER and the easy simulations take
