@@ -223,6 +223,7 @@ OTHER_PAPERS = {  # which share less with OPSD
         "divergence": "reverse_kl",
         "target_share_floor": 0.2,
         "teacher_update_rate": 1e-4,
+        "learning_rate": 1e-6,
         "max_playbook_lessons": 200,
     },
     "sdpo": {"divergence": "jsd", "support_size": 100, "teacher_update_rate": 0.05, "learning_rate": 1e-5},
