@@ -95,7 +95,7 @@ RUNS = {
 # What a method of the family needs beside the common settings; its own prompts are the demo's, see `family_settings`.
 OWN = {
     "popd": {"distillation_length": "8..40 in 10"},
-    "resd": {"write_review": False},  # it writes arithmetic, whatever it is asked
+    "resd": {"write_review": False, "write_playbook": False},  # it writes arithmetic, whatever it is asked
     "trace": {"annotator_function": "miniature:last_result"},
 }
 BESIDE_THE_FAMILY = ("OPSD", "GRPO", "SFT on references")

@@ -140,7 +140,7 @@ def test_nothing_that_is_given_is_changed():
         ('{"other": 1}', None),
         ("no braces", None),
         ("{" * 3000, None),
-        ("[" * 100_000 + "{" + "[" * 100_000, None),
+        ('{"a":' * 3000, None),  # deeper than the interpreter goes
     ],
 )
 def test_the_first_object_of_an_answer_that_is_one(text, found):

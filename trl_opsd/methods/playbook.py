@@ -11,6 +11,7 @@ The book is JSON, so checkpoints hold it. All functions leave their arguments as
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from .peers import block, prompt_key, shown_text
 
 SECTIONS = ("strategies", "formulas", "code", "mistakes", "heuristics", "clues", "others")
 EMPTY: Mapping[str, Any] = {"lessons": [], "next_id": 1, "batches": 0, "unread": 0}
+_OBJECT = re.compile(r'\{\s*"')
 Lesson = dict[str, Any]  # id, section, text, helpful, harmful, judged
 
 
@@ -145,15 +147,16 @@ def _answers(rollouts: Sequence[Rollout], settings: Any) -> tuple[list[tuple[str
 
 def read_answer(text: str) -> dict | None:
     """The first JSON object in a text that has `tags` or `add`; None without one."""
-    decoder, start = json.JSONDecoder(), text.find("{")
-    while start >= 0:
+    decoder = json.JSONDecoder()
+    for start in _OBJECT.finditer(text):
         try:
-            found, _ = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError):
-            found = None
-        if isinstance(found, dict) and {"tags", "add"} & found.keys():
+            found, _ = decoder.raw_decode(text, start.start())
+        except ValueError:
+            continue
+        except RecursionError:  # every brace behind this one is as deep
+            return None
+        if {"tags", "add"} & found.keys():
             return found
-        start = text.find("{", start + 1)
     return None
 
 
