@@ -262,7 +262,7 @@ def test_pbsd_writes_and_reads_its_pair_under_the_rows_own_prompt(build, dataset
     assert owns == [f"mine {place}" for place in range(4)] and all("mine" in text for (text,) in shown(trainer))
 
 
-TAKE_PROMPTS = {"opsd", "sdft", "pbsd", "popd", "vopd", "rethinking-opd", "rlsd", "egrsd"}
+TAKE_PROMPTS = {"opsd", "sdft", "pbsd", "brts", "popd", "vopd", "rethinking-opd", "rlsd", "egrsd"}
 TAKE_SHARES = TAKE_PROMPTS | {"purified-opsd", "rcsd"}
 
 
