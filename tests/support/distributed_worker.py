@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import fsdp2_on_cpu
 import gathers
+import page_cells
 import torch
 from engines import CELL, GLOBAL_BATCH, RESUME_FROM, STEPS, TEXTS, TOKEN_IDS, make_model, make_rows
 from peft import LoraConfig, get_peft_model
@@ -24,24 +25,15 @@ from peft import LoraConfig, get_peft_model
 from trl_opsd.commands.train import TRAINERS, finish
 from trl_opsd.demo.tokenizer import build_tokenizer
 from trl_opsd.evaluation.callback import EvaluationCallback
-from trl_opsd.experimental.egrsd.trainer import EGRSDTrainer
 from trl_opsd.losses import tiles
 from trl_opsd.model.sharding import local_part, release, whole_shape
-from trl_opsd.trainers.antisd import AntiSDTrainer
-from trl_opsd.trainers.demopsd import DemoPSDTrainer
 
 IN_GROUPS = {"num_generations": GLOBAL_BATCH, "distillation_length": None}
-SETTINGS = {
-    "ogls-sd": IN_GROUPS,
-    "antisd": {**IN_GROUPS, "gate_warmup_batches": 1, "gate_closes_below": 0.0, "ascent_strength": 2.0},
-    "demopsd": IN_GROUPS,
-}
-PAGES = {"antisd": AntiSDTrainer, "demopsd": DemoPSDTrainer, "egrsd": EGRSDTrainer}
 
 LOGGED = ("loss", "grad_norm", "divergence", "student_entropy", "target_entropy")
 
 
-def give_rollouts(trainer, by_place):
+def give_rollouts(trainer, choice, by_place):
     """Completions are a function of prompt and place in the batch, so every split over ranks has the same ones."""
 
     def sample(prompt_ids, *args, **kwargs):
@@ -50,7 +42,10 @@ def give_rollouts(trainer, by_place):
         places = [(first + row) % GLOBAL_BATCH for row in range(len(prompt_ids))]
         group = [place % trainer.num_generations for place in places]
         numbers = places if by_place else [len(ids) + n for ids, n in zip(prompt_ids, group, strict=True)]
-        texts = [TEXTS[number % len(TEXTS)] for number in numbers]
+        texts = [choice[number % len(choice)] for number in numbers]
+        asked = ['"tags"' in tokenizer.decode(ids) for ids in prompt_ids]
+        lessons = [page_cells.LESSON.replace("1+1", f"{place}+1") for place in places]
+        texts = [lesson if is_asked else text for text, lesson, is_asked in zip(texts, lessons, asked, strict=True)]
         return [
             tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts
         ], None
@@ -72,18 +67,28 @@ def engine_of(trainer):
     return {"NO": "single", "MULTI_CPU": "ddp", "MULTI_GPU": "ddp"}[trainer.accelerator.distributed_type.name]
 
 
-def make_trainer(cell, run, folder, **settings):
+def method_of(cell):
+    """The trainer of a cell, and the settings that are its own: a page has the page's, and its kind of teacher."""
+    sampling = {"top_k": 1} if cell["generate"] else {}
+    if cell["page"]:
+        trainer_class, own = page_cells.of_page(cell["page"])
+        return trainer_class, own | sampling
+    groups = IN_GROUPS if cell["method"] == "ogls-sd" else {}
+    own = {"teacher_model_kind": cell["kind"]} | ({} if cell["clip"] else {"clip": None})
+    return TRAINERS[cell["method"]], groups | own | sampling
+
+
+def make_trainer(cell, run, folder):
     world = int(os.environ.get("WORLD_SIZE", 1))
-    trainer_class = {**TRAINERS, **PAGES}[cell["method"]]
+    trainer_class, own = method_of(cell)
     args = trainer_class.config_class(
-        **SETTINGS.get(cell["method"], {}),
         output_dir=str(folder / "out"),
         per_device_train_batch_size=GLOBAL_BATCH // world // 2,
         gradient_accumulation_steps=2,
         max_steps=STEPS,
         learning_rate=1e-2,
         max_grad_norm=1.0,
-        max_completion_length=8,
+        max_completion_length=16 if cell["page"] else 8,
         logging_steps=1,
         save_strategy="steps" if cell["resume"] else "no",
         save_steps=RESUME_FROM,
@@ -93,11 +98,8 @@ def make_trainer(cell, run, folder, **settings):
         ds3_gather_for_generation=cell["gather_for_generation"],
         report_to=[],
         disable_tqdm=True,
-        teacher_model_kind=cell["kind"],
         teacher_update_rate=0.5,
-        **({} if cell["clip"] else {"clip": None}),
-        **({"top_k": 1} if cell["generate"] else {}),
-        **settings,
+        **own,
     )
     tokenizer = build_tokenizer()
     model = run["models"]["tied" if cell["tied"] else "plain"]
@@ -111,12 +113,12 @@ def make_trainer(cell, run, folder, **settings):
         reward_funcs=reward_short,
         model=model,
         args=args,
-        train_dataset=make_rows(),
+        train_dataset=page_cells.rows_of_pages() if cell["page"] else make_rows(),
         processing_class=copy.deepcopy(tokenizer),
         peft_config=LoraConfig(**lora_settings(cell)) if lora else None,
     )
     if not cell["generate"]:
-        give_rollouts(trainer, cell["wrong_on_last_rank"])
+        give_rollouts(trainer, page_cells.TEXTS if cell["page"] else TEXTS, cell["wrong_on_last_rank"])
     return trainer
 
 
@@ -131,7 +133,9 @@ def lora_settings(cell):
 
 
 def history_of(trainer):
-    return [{key: entry[key] for key in LOGGED} for entry in trainer.state.log_history if "divergence" in entry]
+    """What each step logged; a step in which nothing was distilled has no divergence."""
+    steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    return [{key: entry[key] for key in LOGGED if key in entry} for entry in steps]
 
 
 def logits_of(trainer):
@@ -218,6 +222,7 @@ def run_cell(cell, run, folder):
         "world": trainer.accelerator.num_processes,
         "history": history_of(trainer),
         "memory": trainer.memory,
+        "kinds": sorted({name for entry in trainer.state.log_history for name in entry if name.startswith("groups/")}),
         "head_gathers": counter.count,
         "targets_with_graph": sum(targets),
         "empty_groups": groups.count(0),

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from math import nan
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ RUNNING: list[subprocess.Popen] = []
 # One training run and its defaults.
 CELL = {
     "method": "opsd",
+    "page": None,  # a name of `page_cells.PAGES`, in place of a method and a kind
     "kind": "base",
     "lora": False,
     "initialisation": True,  # of the adapter
@@ -218,6 +220,6 @@ def differences(ours, theirs, tolerance, name):
     return [
         f"step {step} {key}: {a[key]:.7g}, {name} {b[key]:.7g}"
         for step, (a, b) in enumerate(zip(ours, theirs, strict=True))
-        for key in a
-        if not relative(a[key], b[key]) <= tolerance
+        for key in a | b
+        if not relative(a.get(key, nan), b.get(key, nan)) <= tolerance
     ]
