@@ -79,6 +79,7 @@ clean:
 .venv/real: .venv/ready
 	-$(BIN)/pip install -q -c constraints.txt gguf
 	-$(BIN)/pip install -q --no-deps champ-dataset==1.0.0
+	-$(BIN)/pip install -q -c constraints.txt sentence-transformers
 	touch $@
 
 .venv-oldest/ready: pyproject.toml constraints-oldest.txt
