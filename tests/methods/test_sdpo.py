@@ -355,7 +355,8 @@ def test_a_token_weighs_what_the_engine_made_too_unlikely_unless_the_cap_is_none
             if ratio is not None:
                 batch["importance_sampling_ratio"] = torch.full(batch["completion_ids"].shape, ratio)
             losses[cap, ratio] = trainer.compute_loss(trainer.model, batch).item()
-    assert losses[2.0, 1.0] == losses[2.0, None] == losses[None, None] == losses[None, 0.5]
+    for alike in ((2.0, None), (None, None), (None, 0.5)):  # two forwards may differ in the last bit
+        assert losses[alike] == pytest.approx(losses[2.0, 1.0], rel=1e-12)
     assert losses[2.0, 0.5] == pytest.approx(losses[2.0, 1.0] / 2, rel=1e-12)
 
 
