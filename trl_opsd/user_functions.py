@@ -78,3 +78,18 @@ def ask_function(name: str, place: str, values: Sequence[Any], *, takes: str, fa
             stacklevel=2,
         )
     return results
+
+
+def said_of(rollouts: Sequence[Any], settings: Any, *, column: str, function: str, failing: str) -> list[Any]:
+    """What the user's function, or without one a column of the row, says of each rollout; an error where the function fails.
+
+    Args:
+        rollouts: with `columns`.
+        settings: hold the function's name, or None, under `function`.
+        column, function: names of the column and of the setting.
+        failing: as in `ask_function`.
+    """
+    name = getattr(settings, function)
+    if name is None:
+        return [rollout.columns.get(column) for rollout in rollouts]
+    return ask_function(name, function, rollouts, takes="a rollout", failing=failing)

@@ -4,22 +4,16 @@
 The trainer's rules are recorded while it takes a step; the inspector reads the same rollouts with the same weights, dense.
 """
 
-import copy
 import json
 import re
-from collections import defaultdict
 from dataclasses import replace
 
 import pytest
 import torch
-from datasets import Dataset
-from groups import bare, reward_boxed
-from pages import moved
-from steps import loss_of_rows
+from inspected import GROUPS, HOT, TEXTS, WRONG, close
 from trl import ModelConfig
 
 from trl_opsd.commands.train import parse_as
-from trl_opsd.inspect.compute import Inspector
 from trl_opsd.inspect.page import page_payload
 from trl_opsd.inspect.records import SampledRollout
 from trl_opsd.inspect.rules import group_advantages
@@ -27,79 +21,6 @@ from trl_opsd.inspect.run import InspectArguments, make_inspector, run_inspect
 from trl_opsd.inspect.views import pool_names
 from trl_opsd.pages import trainer_of
 from trl_opsd.teacher.contexts import TeacherContext
-
-TEXTS = ("so \\boxed{3}", "wait, 10 it is", "a", "it is \\boxed{10} then")
-WRONG = ("wait, 10 it is", "a", "no", "5")
-COLUMNS = {"skills": ["Add in pairs.", "Do not guess."], "skill_scores": [0.5, 0.1], "plan": "add the numbers"}
-COLUMNS |= {"feedback": "no", "translation": "1+1=?", "spans": [{"start": 0, "end": 2, "kind": "K", "type": "a sum"}]}
-GROUPS = {"num_generations": 4, "max_completion_length": 24}
-HOT = {"temperature": 1.2}
-
-
-class Step:
-    """A step of a method's trainer on one group, with what its rules gave, and an inspector of the same weights."""
-
-    def __init__(self, trainer, method, recorded, rows):
-        self.trainer, self.recorded = trainer, recorded
-        first = bare(trainer).eval()
-        moved(trainer)
-        student = bare(trainer).eval()
-        self.loss, self.batch = loss_of_rows(trainer, rows)
-        self.order = self.batch["rollout_index"].tolist()
-        args = trainer.args
-        self.inspector = Inspector(student, first, trainer.tokenizer, method, args, 0, memory=dict(trainer.memory))
-        own = trainer._batch
-        group = [SampledRollout(rollout, ids) for rollout, ids in zip(own.rollouts, own.ids, strict=True)]
-        self.records = self.inspector.inspect_group(group)
-
-    def row_of(self, record):
-        """The place of a record's rollout in the batch."""
-        texts = [rollout.completion for rollout in self.trainer._batch.rollouts]
-        return self.order.index(texts.index(record.rollout.completion))
-
-
-@pytest.fixture
-def step(make_model, make_args, dataset, tokenizer, monkeypatch):
-    """A function that takes a step of a method whose rules are recorded."""
-
-    def take(name, texts=TEXTS, **settings):
-        kind, recorded = trainer_of(name), defaultdict(list)
-
-        def record(rule):
-            function = getattr(kind.method, rule)
-
-            def recorder(facts, settings, moment):
-                result = function(facts, settings, moment)
-                recorded[rule].append((facts, result.detach()))
-                return result
-
-            return recorder
-
-        rules = [rule for rule in ("token_weight", "loss", "advantages") if getattr(kind.method, rule) is not None]
-        method = replace(kind.method, **{rule: record(rule) for rule in rules})
-        size = settings.get("num_generations", 1)
-        rows = Dataset.from_list([{**row, **COLUMNS} for row in dataset])
-        trainer = type("Recorded", (kind,), {"method": method})(
-            model=make_model(torch.float64),
-            reward_funcs=reward_boxed,
-            args=make_args(kind.config_class, **settings),
-            train_dataset=rows,
-            processing_class=copy.deepcopy(tokenizer),
-        )
-
-        def sample(prompt_ids, *args, **kwargs):
-            ids = [tokenizer(texts[i % 4], add_special_tokens=False)["input_ids"] for i in range(len(prompt_ids))]
-            return [[*one, tokenizer.eos_token_id][: trainer.max_completion_length] for one in ids], None
-
-        monkeypatch.setattr(trainer, "_generate_single_turn", sample)
-        group = [rows[2]] * size if size > 1 else [rows[2], rows[5]] * 2
-        return Step(trainer, kind.method, recorded, group)
-
-    return take
-
-
-def close(numbers, expected):
-    torch.testing.assert_close(torch.as_tensor(numbers, dtype=torch.float64), expected.double(), atol=1e-5, rtol=1e-5)
 
 
 def by_row(step, choose):

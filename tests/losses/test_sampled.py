@@ -14,12 +14,10 @@ from trl_opsd.losses import (
     clipped_ratio,
     control_variate_advantage,
     entropy_direction,
-    entropy_gate,
     evidence_weight,
     floored_log_ratio,
     half_softplus,
     importance_weight,
-    lookahead_minimum,
     masked_mean,
     mixed_likelihood,
     preference_loss,
@@ -133,16 +131,6 @@ def test_swapping_student_and_teacher_turns_one_evidence_weight_into_the_other()
     torch.testing.assert_close(swapped, want, rtol=0, atol=1e-15)
 
 
-def test_the_entropy_gate_lies_between_its_floor_and_1_and_knows_the_larger_of_a_nat_and_the_batch():
-    entropy = torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64)
-    torch.testing.assert_close(entropy_gate(entropy, 2.0, strength=0.3), 1 - 0.3 * entropy / 2, rtol=0, atol=1e-15)
-    torch.testing.assert_close(entropy_gate(entropy[:2], 0.5, strength=0.3), 1 - 0.3 * entropy[:2], rtol=0, atol=1e-15)
-    assert torch.equal(entropy_gate(entropy, entropy.max(), strength=0.0), torch.ones_like(entropy))
-    gate = entropy_gate(entropy, entropy.max(), strength=5.0)
-    assert gate.tolist() == [1.0, 0.1, 0.1]
-    assert (entropy_gate(entropy, entropy.max(), strength=0.9) >= 1 - 0.9 - 1e-15).all()
-
-
 def test_the_control_variate_has_mean_zero_and_the_gradient_of_reverse_kl():
     student, target = 1.5 * draw(5, 7).requires_grad_(), draw(5, 7, seed=1)
     log_q, log_p = student.log_softmax(-1), target.log_softmax(-1)
@@ -218,19 +206,6 @@ def test_the_entropy_direction_knows_no_scale_no_invalid_token_and_no_constant_e
     assert not got[MASK == 0].any() and got.isfinite().all()
     for constant in (0.5, 0.3):
         assert not direction(torch.full((3, 6), constant, dtype=torch.float64)).any()
-
-
-def test_the_lookahead_minimum_is_the_smallest_valid_value_ahead_and_gates_no_harder():
-    entropy = draw(3, 6).abs().masked_fill(MASK == 0, math.nan)
-    for window in (0, 2, 9):
-        got = lookahead_minimum(entropy, MASK, window=window)
-        for row in range(3):
-            for t in range(6):
-                ahead = [entropy[row, i].item() for i in range(t, min(t + window + 1, 6)) if MASK[row, i]]
-                assert got[row, t].item() == (min(ahead) if MASK[row, t] else 0.0)
-    valid = MASK != 0
-    plain, cautious = (entropy_gate(h[valid], 2.0, strength=0.3) for h in (entropy, got))
-    assert (cautious >= plain).all() and (cautious > plain).any()
 
 
 def test_the_weight_of_a_reference_is_the_geometric_mean_of_both_likelihoods():

@@ -188,9 +188,8 @@ def test_the_end_of_the_schedule_is_nothing_to_warn_of(build, dataset):
 
 def test_where_all_is_a_span_it_is_w0_times_clipped_opsd_by_sequences(build, dataset, monkeypatch):
     texts = ("1+2=3 then", "so \\boxed{3}", "wait, 10 it is", "a")
-    monkeypatch.setattr(
-        "trl_opsd.experimental.trace.method._marks", lambda rollout: [1.0] * rollout.num_tokens
-    )  # the end token too
+    # The end token too.
+    monkeypatch.setattr("trl_opsd.experimental.trace.spans.token_marks", lambda spans, ends: [1.0] * len(ends))
     rows, steps = [dataset[5]] * 4, []
     for trainer_class, settings in (
         (

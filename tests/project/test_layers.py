@@ -13,6 +13,7 @@ import pytest
 from trl import GRPOTrainer
 
 from trl_opsd._trl import checkpoints, naming, rollouts, versions
+from trl_opsd.pages import PAGES
 
 PACKAGE = Path(__file__).parents[2] / "trl_opsd"
 
@@ -76,6 +77,14 @@ def test_a_module_uses_its_own_floor_and_those_below(path):
     own = floor_of(part_of(path))
     above = {part for part in parts_used(path) if floor_of(part) > own}
     assert not above
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_method_fits_on_a_page(name):
+    """At most 90 lines beneath the licence: a formula, a format of rows and what methods share stand elsewhere."""
+    own = name.replace("-", "_")
+    page = f"experimental/{own}/method.py" if PAGES[name].experimental else f"methods/{own}.py"
+    assert len((PACKAGE / page).read_text(encoding="utf-8").splitlines()) - 1 <= 90
 
 
 def test_no_two_parts_use_each_other():

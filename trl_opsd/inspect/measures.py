@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..losses import Divergence, Shape, decompose_signal
+from ..losses import Divergence, MixtureShape, Shape, decompose_signal
 from ..losses.divergences import clip_and_sum, clipped_terms, divergence_terms
 from .records import ViewRecord
 from .views import Views
@@ -59,7 +59,8 @@ def measure_direction(
         log_q, tokens, rule: as in [`measure_loss`].
 
     Returns:
-        (n,) each: `shift` + suffix, log p_target - log p_anchor of the token, and `divergence` + suffix.
+        (n,) each: `shift` + suffix, log p_target - log p_anchor of the token, and `divergence` + suffix. Of a mixture also
+        the direction's share of it.
     """
     measured = {}
     for suffix, shape in shapes:
@@ -67,6 +68,8 @@ def measure_direction(
             log_p = views.target(shape).log_softmax(-1)
             measured[f"shift{suffix}"] = at(log_p - views.anchor.log_softmax(-1), tokens)
             measured[f"divergence{suffix}"] = divergence_terms(log_q, log_p, rule, tokens).sum(-1)
+        if isinstance(shape, MixtureShape):
+            measured["own@share mixed in"] = shape.share(views.direction, views.anchor).squeeze(-1)
     return measured
 
 

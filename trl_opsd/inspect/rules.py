@@ -67,6 +67,7 @@ def row_facts(record: RolloutRecord, given: dict[str, Any], extra: RowFacts | No
         target_top_entropy=_row(record.values["target_top_entropy"]) if "target_top_entropy" in record.values else None,
         given=columns,
         extra=extra,
+        kept={},
     )
 
 
@@ -82,12 +83,13 @@ def apply_rule(method: Method, settings: Any, moment: Moment, facts: RowFacts) -
     Returns:
         Numbers (T,) by name: `weight` of the divergence, `term` that is minimised, `advantage`, and `push`: how much the
         loss falls where the token's log-probability rises; times T where the loss is one number for the rollout. The `push`
-        of the extra likewise. And the loss of the rollout as one number, where the method gives that.
+        of the extra likewise. Also `own@NAME`: what its rules kept of their own. And the loss of the rollout as one number, where the method gives that.
     """
     mask = facts.given["mask"][0] != 0
     if method.token_weight is not None:
         weight = method.token_weight(_flat(facts), settings, moment).detach() * mask
-        return {"weight": weight, "term": weight * facts.clipped_divergence.detach()[0]}, {}, None
+        terms = weight * facts.clipped_divergence.detach()[0]
+        return {"weight": weight, "term": terms, **_kept(facts)}, {}, None
     values: Values = {}
     extra: Values = {}
     number = None
@@ -96,7 +98,18 @@ def apply_rule(method: Method, settings: Any, moment: Moment, facts: RowFacts) -
     if method.advantages is not None:
         advantage = method.advantages(facts, settings, moment).detach()
         values["advantage"] = torch.where(facts.given["mask"] != 0, advantage, facts.given["advantage"])[0]
-    return values, extra, number
+    return values | _kept(facts), extra, number
+
+
+def _kept(facts: RowFacts) -> Values:
+    """`own@NAME` (T,) of what the rules kept, with a number behind the name where it is of several views; 0 off the mask."""
+    shown: Values = {}
+    for name, values in facts.kept.items():
+        several = values.ndim == 3 and len(values) > 1
+        for place, row in enumerate(values if values.ndim == 3 else values[None], 1):
+            row = torch.where(facts.given["mask"] != 0, row, 0.0)[0]
+            shown[f"own@{name} {place}" if several else f"own@{name}"] = row
+    return shown
 
 
 def _loss_values(method: Method, settings: Any, moment: Moment, facts: RowFacts) -> tuple[Values, Values, float | None]:
@@ -140,12 +153,12 @@ def _terms(method: Method, settings: Any, moment: Moment, facts: RowFacts) -> to
 
 def _flat(facts: RowFacts, *, detached: bool = True) -> Facts:
     """The same as (T,), as a weight of the divergence is asked."""
-    names = [field.name for field in fields(Facts) if field.name != "given"]
+    names = [field.name for field in fields(Facts) if field.name not in ("given", "kept")]
     numbers = {name: getattr(facts, name) for name in names}
     numbers = {name: number.detach() if detached and number is not None else number for name, number in numbers.items()}
     flat = {name: None if number is None else number[0] for name, number in numbers.items()}
     given = {name: column.flatten() if column.ndim == 2 else column[:, 0] for name, column in facts.given.items()}
-    return replace(Facts(**flat), given=given)
+    return replace(Facts(**flat), given=given, kept=facts.kept)
 
 
 def _view_columns(views: Sequence[ViewRecord], like: torch.Tensor) -> Values:

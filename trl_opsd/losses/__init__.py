@@ -9,6 +9,7 @@ from .divergences import CLIPS, DIVERGENCES, Divergence, token_divergence
 from .fact_loss import fused_fact_loss, sampled_facts
 from .facts import Facts
 from .fused import fused_divergence
+from .gates import LatchedGate, entropy_gate, lookahead_minimum
 from .head import OutputHead
 from .likeliest import likeliest_tokens, token_overlap
 from .sampled import (
@@ -18,14 +19,12 @@ from .sampled import (
     control_variate_advantage,
     critical_weight,
     entropy_direction,
-    entropy_gate,
     evidence_weight,
     floored_log_ratio,
     frontier_weight,
     half_softplus,
     held_then_falling,
     importance_weight,
-    lookahead_minimum,
     masked_mean,
     mixed_likelihood,
     outcome_weights,
@@ -52,6 +51,7 @@ __all__ = [
     "Divergence",
     "Facts",
     "FusedDiagnostics",
+    "LatchedGate",
     "LinearShape",
     "MixtureShape",
     "OutputHead",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -27,6 +28,7 @@ class Facts:
         clipped_divergence: after the clip; the same tensor where there is none.
         given: the caller's columns of these positions, (n,) or (K, n), and its 0-d tensors.
         target_top_entropy: of the target's likeliest tokens, see `Divergence.entropy_top_k`; None where that is.
+        kept: where what is made of the facts is to be shown, see `keep`; None in training.
     """
 
     log_prob: torch.Tensor | None
@@ -37,6 +39,7 @@ class Facts:
     clipped_divergence: torch.Tensor | None
     given: Mapping[str, torch.Tensor] = field(default_factory=dict)
     target_top_entropy: torch.Tensor | None = field(default=None, kw_only=True)
+    kept: dict[str, torch.Tensor] | None = field(default=None, kw_only=True, compare=False)
 
     @classmethod
     def of(cls, stats: torch.Tensor, given: Mapping[str, torch.Tensor], *, has_target: bool = True) -> Facts:
@@ -60,6 +63,17 @@ class Facts:
         In a loss of facts it carries the gradient of `log_prob`: detach it where it is a coefficient.
         """
         return self.target_log_prob - self.log_prob
+
+    def keep(self, name: str, values: Any) -> Any:
+        """`values` as they are, such as a gate; the inspector, which alone keeps them, shows them under the name in words.
+
+        Args:
+            name: of what they are, in a word or a few.
+            values: a number, or a tensor that spreads to the positions, with a dimension before them where there are several.
+        """
+        if self.kept is not None:
+            self.kept[name] = torch.as_tensor(values).detach()
+        return values
 
 
 def columns_at(given: Mapping[str, torch.Tensor] | None, places: torch.Tensor | slice) -> dict[str, torch.Tensor]:

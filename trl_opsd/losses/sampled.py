@@ -94,31 +94,6 @@ def evidence_weight(
     return (1 - strength + strength * evidence).detach()
 
 
-def entropy_gate(
-    target_entropy: torch.Tensor, largest: torch.Tensor | float, *, strength: float, floor: float = 0.1
-) -> torch.Tensor:
-    """clip(1 - gamma h, floor, 1) with h = H_p / max(1 nat, the largest H_p of the batch) (EGRSD, arXiv 2605.13255).
-
-    Args:
-        target_entropy: H_p, in nats.
-        largest: of the whole batch, over all ranks.
-        strength: gamma, >= 0.
-        floor: of the gate, in [0, 1].
-    """
-    relative = target_entropy / torch.as_tensor(largest).clamp(min=1.0)
-    return (1 - strength * relative).clamp(floor, 1.0)
-
-
-def lookahead_minimum(values: torch.Tensor, mask: torch.Tensor, *, window: int) -> torch.Tensor:
-    """Smallest valid value of the next `window` tokens and this one, (B, T), 0 outside the mask: CL-EGRSD gates by that of H.
-
-    The window is cut where the rollout ends; the paper does not say.
-    """
-    valid = mask != 0
-    padded = torch.nn.functional.pad(values.masked_fill(~valid, torch.inf), (0, window), value=torch.inf)
-    return padded.unfold(-1, window + 1, 1).amin(-1).masked_fill(~valid, 0.0)
-
-
 def control_variate_advantage(log_prob_ratio: torch.Tensor, reverse_kl: torch.Tensor) -> torch.Tensor:
     """u + KL(q || p), detached (vOPD, arXiv 2605.07865): its mean under the student is 0, position by position.
 

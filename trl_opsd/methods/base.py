@@ -37,6 +37,11 @@ def _no_templates(settings: Any) -> Mapping[str, str]:
     return {}
 
 
+def prompt_templates(*names: str) -> Callable[[Any], Mapping[str, str]]:
+    """What `Method.templates` is where each template is the setting `NAME_prompt_template`."""
+    return lambda settings: {name: getattr(settings, f"{name}_prompt_template") for name in names}
+
+
 def _no_owners(settings: Any) -> tuple[str, ...]:
     return ()
 

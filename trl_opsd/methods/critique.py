@@ -19,24 +19,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..rows.texts import is_missing
-from ..settings.critique import TAKES
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Unused
-from ..user_functions import ask_function
+from ..user_functions import said_of
 from .base import Method
+from .papers import arxiv_paper
 
 VERDICTS = {True: "right", False: "wrong", None: "neither known to be right nor to be wrong"}
 
 
 def critiques(rollouts: Sequence[Rollout], settings: Any, moment: Moment) -> list[Any]:
     """Of each rollout what the user's critic or the column says, the error that the critic raised, or None."""
-    name = settings.critique_function
-    if name is None:
-        return [rollout.columns.get("critique") for rollout in rollouts]
-    return ask_function(
-        name,
-        "critique_function",
+    return said_of(
         rollouts,
-        takes=TAKES,
+        settings,
+        column="critique",
+        function="critique_function",
         failing="are counted in the log and not distilled",
     )
 
@@ -73,14 +70,5 @@ CRITIQUE = Method(
     templates=lambda settings: {"critic": settings.critic_prompt_template} if settings.write_critique else {},
     columns=("critique",),
     needs_columns=lambda settings: () if settings.critique_function or settings.write_critique else ("critique",),
-    paper={
-        "title": "The Role of Feedback Alignment in Self-Distillation",
-        "id": "2606.11173",
-        "citation": """@misc{critique2026,
-    title  = {{The Role of Feedback Alignment in Self-Distillation}},
-    year   = 2026,
-    eprint = {2606.11173},
-    archivePrefix = {arXiv},
-}""",
-    },
+    paper=arxiv_paper("The Role of Feedback Alignment in Self-Distillation", "2606.11173", "critique2026"),
 )

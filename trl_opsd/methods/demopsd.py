@@ -15,7 +15,8 @@ from typing import Any
 from ..losses import MixtureShape
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Unused
 from .base import Method
-from .groups import ratio_weight, split_by_reward
+from .groups import ratio_weight, right_peers
+from .papers import arxiv_paper
 
 
 def peer_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
@@ -26,12 +27,10 @@ def peer_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> li
         settings: reads `reward_threshold` and `max_rollout_context_length`.
         moment: its `draw` picks the peer.
     """
-    right, _ = split_by_reward(group, settings.reward_threshold)
-    contexts: list[Contexts] = []
-    for index in range(len(group)):
-        peers = [group[peer].completion for peer in right if peer != index]
-        contexts.append(_views(moment.draw.choice(peers), settings) if peers else Unused("no right peer"))
-    return contexts
+    return [
+        _views(moment.draw.choice(peers), settings) if peers else Unused("no right peer")
+        for peers in right_peers(group, settings.reward_threshold)
+    ]
 
 
 def _views(peer: str, settings: Any) -> Contexts:
@@ -55,15 +54,10 @@ DEMOPSD = Method(
     needs_reward=True,
     token_weight=ratio_weight,
     reads_old=True,
-    paper={
-        "title": "DemoPSD: Disagreement-Modulated Policy Self-Distillation",
-        "id": "2607.02502",
-        "citation": """@misc{li2026demopsd,
-    title  = {{DemoPSD: Disagreement-Modulated Policy Self-Distillation}},
-    author = {Yunhe Li and Hao Shi and Wenhao Liu and Mengzhe Ruan and Hanxu Hou and Zhongxiang Dai and Shuang Qiu and Linqi Song},
-    year   = 2026,
-    eprint = {2607.02502},
-    archivePrefix = {arXiv},
-}""",
-    },
+    paper=arxiv_paper(
+        "DemoPSD: Disagreement-Modulated Policy Self-Distillation",
+        "2607.02502",
+        "li2026demopsd",
+        "Yunhe Li and Hao Shi and Wenhao Liu and Mengzhe Ruan and Hanxu Hou and Zhongxiang Dai and Shuang Qiu and Linqi Song",
+    ),
 )

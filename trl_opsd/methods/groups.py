@@ -17,6 +17,18 @@ def split_by_reward(group: Sequence[Rollout], threshold: float) -> tuple[list[in
     return [i for i, reward in scored if reward >= threshold], [i for i, reward in scored if reward < threshold]
 
 
+def right_peers(group: Sequence[Rollout], threshold: float) -> list[list[str]]:
+    """Of each rollout the texts of the other right ones, in their order."""
+    right, _ = split_by_reward(group, threshold)
+    return [[group[peer].completion for peer in right if peer != index] for index in range(len(group))]
+
+
+def is_right(rollout: Rollout, threshold: float) -> bool | None:
+    """Whether a rollout is right; None without a reward."""
+    right, wrong = split_by_reward([rollout], threshold)
+    return bool(right) if right or wrong else None
+
+
 def group_label(group: Sequence[Rollout], settings: Any) -> str:
     """Kind of a group: mixed, all_right, all_wrong (with a solution: usable), all_wrong_without_solution, unscored."""
     right, wrong = split_by_reward(group, settings.reward_threshold)

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..teacher.contexts import Contexts, Moment, Rollout, Unused
 from .groups import split_by_reward
+from .papers import arxiv_paper
 from .peers import anchored_views, block, shown_text
 from .sdpo import SDPO
 
@@ -46,14 +47,9 @@ MOPD = replace(
     SDPO,
     name="MOPD",
     contexts=multi_peer_contexts,
-    paper={
-        "title": "Multi-Rollout On-Policy Distillation via Peer Successes and Failures",
-        "id": "2605.12652",
-        "citation": """@misc{mopd2026,
-    title  = {{Multi-Rollout On-Policy Distillation via Peer Successes and Failures}},
-    year   = 2026,
-    eprint = {2605.12652},
-    archivePrefix = {arXiv},
-}""",
-    },
+    paper=arxiv_paper(
+        "Multi-Rollout On-Policy Distillation via Peer Successes and Failures",
+        "2605.12652",
+        "mopd2026",
+    ),
 )

@@ -14,6 +14,7 @@ from ..rows.texts import is_missing, without_blocks
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 from .base import Method
 from .groups import group_label, split_by_reward
+from .papers import arxiv_paper
 
 
 def steering_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
@@ -80,14 +81,9 @@ OGLS_SD = Method(
     needs_group=True,
     needs_reward=True,
     label=group_label,
-    paper={
-        "title": "OGLS-SD: On-Policy Self-Distillation with Outcome-Guided Logit Steering",
-        "id": "2605.12400",
-        "citation": """@misc{ogls-sd2026,
-    title  = {{OGLS-SD: On-Policy Self-Distillation with Outcome-Guided Logit Steering}},
-    year   = 2026,
-    eprint = {2605.12400},
-    archivePrefix = {arXiv},
-}""",
-    },
+    paper=arxiv_paper(
+        "OGLS-SD: On-Policy Self-Distillation with Outcome-Guided Logit Steering",
+        "2605.12400",
+        "ogls-sd2026",
+    ),
 )

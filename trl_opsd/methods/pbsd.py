@@ -18,6 +18,7 @@ import torch
 from ..losses import preference_loss
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 from .base import Extra, Method, RowFacts
+from .papers import arxiv_paper
 
 
 def privileged_prompt(rollout: Rollout, settings: Any) -> TeacherContext:
@@ -62,15 +63,10 @@ PBSD = Method(
     reads_views=True,
     own_prompts=True,
     solution_shares=True,
-    paper={
-        "title": "Preference-Based Self-Distillation: Beyond KL Matching via Reward Regularization",
-        "id": "2605.05040",
-        "citation": """@misc{pbsd2026,
-    title  = {{Preference-Based Self-Distillation: Beyond KL Matching via Reward Regularization}},
-    author = {Xin Yu and Liuchen Liao and Yiwen Zhang and Yingchen Yu and Lingzhou Xue and Qinzhen Guo},
-    year   = 2026,
-    eprint = {2605.05040},
-    archivePrefix = {arXiv},
-}""",
-    },
+    paper=arxiv_paper(
+        "Preference-Based Self-Distillation: Beyond KL Matching via Reward Regularization",
+        "2605.05040",
+        "pbsd2026",
+        "Xin Yu and Liuchen Liao and Yiwen Zhang and Yingchen Yu and Lingzhou Xue and Qinzhen Guo",
+    ),
 )

@@ -2,7 +2,7 @@
 """What the pages of SDPO's tree share: the blocks of text that their teacher reads, feedback, and the weight of a token."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from ..losses import Facts
 from ..rows.texts import fill_template, is_missing, without_blocks
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
-from ..user_functions import ask_function
+from ..user_functions import said_of
 from .groups import ratio_weight
 
 _END_OF_THINKING = r"</think>\s*"
@@ -20,6 +20,11 @@ _END_OF_THINKING = r"</think>\s*"
 def block(template: str, text: str | None) -> str:
     """The template around a text, and nothing where the text is None or blank."""
     return "" if is_missing(text) else fill_template(template, text=text)
+
+
+def blocks(settings: Any, **texts: str | None) -> str:
+    """The texts one after the other, each in the setting `NAME_block`; nothing for one that is None or blank."""
+    return "".join(block(getattr(settings, f"{name}_block"), text) for name, text in texts.items())
 
 
 def shown_text(text: str, settings: Any) -> str:
@@ -38,34 +43,19 @@ def feedback_notes(rollouts: Sequence[Rollout], settings: Any, moment: Moment) -
     Raises:
         ValueError: it is neither text nor None.
     """
-    name = settings.feedback_function
-    if name is None:
-        texts, place = [rollout.columns.get("feedback") for rollout in rollouts], "The column `feedback`"
-    else:
-        texts, place = _reports(name, rollouts), f"feedback_function={name!r}"
+    said = said_of(rollouts, settings, column="feedback", function="feedback_function", failing="have no feedback")
+    texts = [None if isinstance(text, Exception) else text for text in said]
     wrong = [text for text in texts if not (text is None or isinstance(text, str))]
     if wrong:
+        name = settings.feedback_function
+        place = "The column `feedback`" if name is None else f"feedback_function={name!r}"
         raise ValueError(f"{place} gave {wrong[0]!r}; it must be text, or None where there is nothing to say.")
     return texts
-
-
-def _reports(name: str, rollouts: Sequence[Rollout]) -> list[Any]:
-    said = ask_function(name, "feedback_function", rollouts, takes="a rollout", failing="have no feedback")
-    return [None if isinstance(report, Exception) else report for report in said]
 
 
 def prompt_key(rollout: Rollout) -> str:
     """A short name of a rollout's prompt."""
     return sha256(repr(rollout.prompt).encode()).hexdigest()[:16]
-
-
-def kept_texts(kept: Mapping[str, str], rollouts: Iterable[Rollout], settings: Any, *, most: int) -> dict[str, str]:
-    """The last of the rollouts of each prompt, by `prompt_key`, added to those kept before; at most so many, the newest."""
-    texts = dict(kept)
-    for rollout in rollouts:
-        texts.pop(prompt_key(rollout), None)  # what is put in again goes to the end
-        texts[prompt_key(rollout)] = shown_text(rollout.completion, settings)
-    return dict(list(texts.items())[max(0, len(texts) - most) :])
 
 
 def anchored_views(blocks: str, settings: Any) -> Contexts:

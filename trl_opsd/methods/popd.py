@@ -19,6 +19,7 @@ from ..teacher.contexts import Moment
 from .base import Method, RowFacts
 from .groups import policy_gradient
 from .opsd import solution_read
+from .papers import arxiv_paper
 
 
 def sampled_loss(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
@@ -37,15 +38,10 @@ POPD = Method(
     reads_old=True,
     own_prompts=True,
     solution_shares=True,
-    paper={
-        "title": "Are Full Rollouts Necessary for On-Policy Distillation?",
-        "id": "2605.31490",
-        "citation": """@misc{zhang2026rollouts,
-    title  = {{Are Full Rollouts Necessary for On-Policy Distillation?}},
-    author = {Yaocheng Zhang and Jiajun Chai and Yuqian Fu and Songjun Tu and Xiaohan Wang and Wei Lin and Guojun Yin and Qichao Zhang and Yuanheng Zhu and Dongbin Zhao},
-    year   = 2026,
-    eprint = {2605.31490},
-    archivePrefix = {arXiv},
-}""",
-    },
+    paper=arxiv_paper(
+        "Are Full Rollouts Necessary for On-Policy Distillation?",
+        "2605.31490",
+        "zhang2026rollouts",
+        "Yaocheng Zhang and Jiajun Chai and Yuqian Fu and Songjun Tu and Xiaohan Wang and Wei Lin and Guojun Yin and Qichao Zhang and Yuanheng Zhu and Dongbin Zhao",
+    ),
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..losses import BoundedShape
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
-from .base import Method
+from .base import Method, prompt_templates
 
 
 def purified_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
@@ -34,7 +34,7 @@ PURIFIED_OPSD = Method(
     name="Purified OPSD",
     contexts=purified_contexts,
     shape=bounded_shape,
-    templates=lambda settings: {"reference": settings.reference_prompt_template},
+    templates=prompt_templates("reference"),
     decomposition_steps=lambda settings: settings.decomposition_steps,
     solution_shares=True,
     paper={

@@ -19,7 +19,8 @@ from typing import Any
 
 from ..rows.texts import is_missing
 from ..teacher.contexts import Contexts, Counted, Moment, Rollout, TeacherContext
-from .base import Method
+from .base import Method, prompt_templates
+from .papers import arxiv_paper
 
 _RUBRIC = "\n\nWhat a good solution fulfils:\n"
 
@@ -58,21 +59,13 @@ RCSD = Method(
     name="RCSD",
     contexts=guided_contexts,
     asks=analysis_request,
-    templates=lambda settings: {
-        "analysis": settings.analysis_prompt_template,
-        "guided": settings.guided_prompt_template,
-    },
+    templates=prompt_templates("analysis", "guided"),
     columns=("rubric",),
     solution_shares=True,
-    paper={
-        "title": "Rethinking Reward Supervision: Rubric-Conditioned Self-Distillation",
-        "id": "2606.19327",
-        "citation": """@misc{rcsd2026,
-    title  = {{Rethinking Reward Supervision: Rubric-Conditioned Self-Distillation}},
-    author = {Siyi Gu and Jialin Chen and Sophia Zhou and Arman Cohan and Rex Ying},
-    year   = 2026,
-    eprint = {2606.19327},
-    archivePrefix = {arXiv},
-}""",
-    },
+    paper=arxiv_paper(
+        "Rethinking Reward Supervision: Rubric-Conditioned Self-Distillation",
+        "2606.19327",
+        "rcsd2026",
+        "Siyi Gu and Jialin Chen and Sophia Zhou and Arman Cohan and Rex Ying",
+    ),
 )

@@ -20,21 +20,20 @@ from typing import Any
 
 import torch
 
-from ..losses import outcome_weights
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Unused
-from .base import Drafts, Method, RowFacts, Seen
-from .groups import split_by_reward
-from .peers import block, corrected_weight, feedback_notes, kept_texts, prompt_key, shown_text
-from .playbook import lesson_request, playbook_block, playbook_of, written_book
+from .base import Drafts, Method, RowFacts
+from .experience import outcome_memory, outcome_report
+from .groups import is_right
+from .papers import arxiv_paper
+from .peers import blocks, corrected_weight, feedback_notes, prompt_key, shown_text
+from .playbook import lesson_request, playbook_block
 
 
 def review_request(rollout: Rollout, settings: Any) -> TeacherContext | None:
     """What the model answers about a wrong rollout; None for others, and without `write_review`."""
-    _, wrong = split_by_reward([rollout], settings.reward_threshold)
-    blocks = block(settings.attempt_block, shown_text(rollout.completion, settings))
-    blocks += block(settings.feedback_block, rollout.note)
-    review = TeacherContext("review", blocks, settings.max_rollout_context_length, weights="live")
-    return review if wrong and settings.write_review else None
+    asks = settings.write_review and is_right(rollout, settings.reward_threshold) is False
+    shown = blocks(settings, attempt=shown_text(rollout.completion, settings), feedback=rollout.note)
+    return TeacherContext("review", shown, settings.max_rollout_context_length, weights="live") if asks else None
 
 
 def experience_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
@@ -44,32 +43,15 @@ def experience_contexts(group: Sequence[Rollout], settings: Any, moment: Moment)
 
 
 def _experience(rollout: Rollout, settings: Any, kept: Mapping[str, str], book: str) -> Contexts:
-    if rollout.reward is None:
+    right, attempt = is_right(rollout, settings.reward_threshold), shown_text(rollout.completion, settings)
+    if right is None:
         return Unused("no reward")
-    attempt, is_right = shown_text(rollout.completion, settings), rollout.reward >= settings.reward_threshold
     review = None if rollout.written is None else shown_text(rollout.written.text, settings)
-    solution = attempt if is_right and settings.max_kept_solutions else kept.get(prompt_key(rollout))
-    learnt = block(settings.feedback_block, rollout.note) + block(settings.review_block, review)
-    learnt += block(settings.solution_block, solution)
-    blocks = book + block(settings.attempt_block, attempt) + learnt
-    view = TeacherContext("experience", blocks, settings.max_rollout_context_length, anchor=1.0)
+    solution = attempt if right and settings.max_kept_solutions else kept.get(prompt_key(rollout))
+    learnt = blocks(settings, feedback=rollout.note, review=review, solution=solution)
+    shown = book + blocks(settings, attempt=attempt) + learnt
+    view = TeacherContext("experience", shown, settings.max_rollout_context_length, anchor=1.0)
     return (view,) if learnt else Unused("nothing learnt")
-
-
-def outcome_memory(memory: Mapping[str, Any], seen: Seen, settings: Any) -> dict[str, Any]:
-    """The weights of right and wrong rollouts of the batch, the last right rollout of each prompt, and the playbook."""
-    right, wrong = split_by_reward(seen.rollouts, settings.reward_threshold)
-    solutions = [seen.rollouts[index] for index in right]
-    kept = kept_texts(memory.get("solutions", {}), solutions, settings, most=settings.max_kept_solutions)
-    weights = list(outcome_weights(len(right), len(wrong)))
-    return {"weights": weights, "solutions": kept, "playbook": written_book(memory, seen.rollouts, settings)}
-
-
-def outcome_report(memory: Mapping[str, Any]) -> dict[str, float]:
-    """Both weights, how many solutions and lessons are kept, and how many answers of the last batch held no lessons."""
-    (of_right, of_wrong), book = memory["weights"], playbook_of(memory)
-    weights = {"right_weight": of_right, "wrong_weight": of_wrong, "kept_solutions": len(memory["solutions"])}
-    return {**weights, "lessons": len(book["lessons"]), "unread_lessons": book["unread"]}
 
 
 def balanced_weight(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
@@ -98,15 +80,10 @@ RESD = Method(
     drafts=Drafts(lesson_request),
     remember=outcome_memory,
     report=outcome_report,
-    paper={
-        "title": "Learning with Rare Success but Rich Feedback via Reflection-Enhanced Self-Distillation",
-        "id": "2605.12741",
-        "citation": """@misc{zhang2026resd,
-    title  = {{Learning with Rare Success but Rich Feedback via Reflection-Enhanced Self-Distillation}},
-    author = {Yuwei Zhang and others},
-    year   = 2026,
-    eprint = {2605.12741},
-    archivePrefix = {arXiv},
-}""",
-    },
+    paper=arxiv_paper(
+        "Learning with Rare Success but Rich Feedback via Reflection-Enhanced Self-Distillation",
+        "2605.12741",
+        "zhang2026resd",
+        "Yuwei Zhang and others",
+    ),
 )

@@ -23,6 +23,7 @@ from ..teacher.contexts import Moment
 from .base import Method
 from .groups import policy_ratio
 from .opsd import privileged_contexts
+from .papers import arxiv_paper
 
 
 def sampled_ratio(facts: Facts, settings: Any, moment: Moment) -> torch.Tensor:
@@ -39,15 +40,10 @@ RETHINKING_OPD = Method(
     reads_old=True,
     own_prompts=True,
     solution_shares=True,
-    paper={
-        "title": "Rethinking On-Policy Distillation of Large Language Models: Phenomenology, Mechanism, and Recipe",
-        "id": "2604.13016",
-        "citation": """@misc{li2026rethinking,
-    title  = {{Rethinking On-Policy Distillation of Large Language Models: Phenomenology, Mechanism, and Recipe}},
-    author = {Yaxuan Li and Yuxin Zuo and Bingxiang He and Jinqian Zhang and Chaojun Xiao and Cheng Qian and Tianyu Yu and Huan-ang Gao and Wenkai Yang and Zhiyuan Liu and Ning Ding},
-    year   = 2026,
-    eprint = {2604.13016},
-    archivePrefix = {arXiv},
-}""",
-    },
+    paper=arxiv_paper(
+        "Rethinking On-Policy Distillation of Large Language Models: Phenomenology, Mechanism, and Recipe",
+        "2604.13016",
+        "li2026rethinking",
+        "Yaxuan Li and Yuxin Zuo and Bingxiang He and Jinqian Zhang and Chaojun Xiao and Cheng Qian and Tianyu Yu and Huan-ang Gao and Wenkai Yang and Zhiyuan Liu and Ning Ding",
+    ),
 )

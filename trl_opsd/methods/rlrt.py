@@ -20,7 +20,8 @@ import torch
 from ..losses import evidence_weight
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Unused
 from .base import Method, RowFacts
-from .groups import group_label, split_by_reward
+from .groups import group_label, is_right, right_peers
+from .papers import arxiv_paper
 from .rlsd import strength_at, surprise
 
 
@@ -32,22 +33,23 @@ def peers_of_right_rollouts(group: Sequence[Rollout], settings: Any, moment: Mom
         settings: reads `reward_threshold` and `max_rollout_context_length`.
         moment: its `draw` picks the peer.
     """
-    right, _ = split_by_reward(group, settings.reward_threshold)
-    contexts: list[Contexts] = [Unused("not right")] * len(group)
-    for index in right:
-        peers = [group[peer].completion for peer in right if peer != index]
-        contexts[index] = _view(moment.draw.choice(peers), settings) if peers else Unused("no right peer")
-    return contexts
+    peers = right_peers(group, settings.reward_threshold)
+    return [_view(rollout, own, settings, moment) for rollout, own in zip(group, peers, strict=True)]
 
 
-def _view(peer: str, settings: Any) -> Contexts:
-    return (TeacherContext("teacher", peer, settings.max_rollout_context_length, read=1.0),)
+def _view(rollout: Rollout, peers: Sequence[str], settings: Any, moment: Moment) -> Contexts:
+    if not is_right(rollout, settings.reward_threshold):
+        return Unused("not right")
+    if not peers:
+        return Unused("no right peer")
+    return (TeacherContext("teacher", moment.draw.choice(peers), settings.max_rollout_context_length, read=1.0),)
 
 
 def surprising_advantage(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
     """A_t of right rollouts, (B, D); the others have no view, and keep A."""
     advantage, strength = facts.given["advantage"], strength_at(settings, moment.step)
-    return advantage * evidence_weight(-surprise(facts), advantage, bound=settings.evidence_bound, strength=strength)
+    weight = evidence_weight(-surprise(facts), advantage, bound=settings.evidence_bound, strength=strength)
+    return advantage * facts.keep("evidence weight", weight)
 
 
 RLRT = Method(
@@ -61,15 +63,10 @@ RLRT = Method(
     has_target=False,
     reads_views=True,
     reads_old=True,
-    paper={
-        "title": "Rebellious Student: Reversing Teacher Signals for Reasoning Exploration with Self-Distilled RLVR",
-        "id": "2605.10781",
-        "citation": """@misc{kim2026rebellious,
-    title  = {{Rebellious Student: Reversing Teacher Signals for Reasoning Exploration with Self-Distilled RLVR}},
-    author = {Jeonghye Kim and Jiwon Jeon and Dongsheng Li and Yuqing Yang},
-    year   = 2026,
-    eprint = {2605.10781},
-    archivePrefix = {arXiv},
-}""",
-    },
+    paper=arxiv_paper(
+        "Rebellious Student: Reversing Teacher Signals for Reasoning Exploration with Self-Distilled RLVR",
+        "2605.10781",
+        "kim2026rebellious",
+        "Jeonghye Kim and Jiwon Jeon and Dongsheng Li and Yuqing Yang",
+    ),
 )

@@ -20,6 +20,7 @@ from ..teacher.contexts import Contexts, Moment, Rollout
 from .base import Method, RowFacts
 from .groups import group_label
 from .opsd import solution_read
+from .papers import arxiv_paper
 
 
 def strength_at(settings: Any, step: int) -> float:
@@ -43,7 +44,8 @@ def surprise(facts: RowFacts) -> torch.Tensor:
 def confirmed_advantage(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
     """A_t, (B, D)."""
     advantage, strength = facts.given["advantage"], strength_at(settings, moment.step)
-    return advantage * evidence_weight(surprise(facts), advantage, bound=settings.evidence_bound, strength=strength)
+    weight = evidence_weight(surprise(facts), advantage, bound=settings.evidence_bound, strength=strength)
+    return advantage * facts.keep("evidence weight", weight)
 
 
 RLSD = Method(
@@ -58,14 +60,5 @@ RLSD = Method(
     reads_old=True,
     own_prompts=True,
     solution_shares=True,
-    paper={
-        "title": "Self-Distilled RLVR",
-        "id": "2604.03128",
-        "citation": """@misc{rlsd2026,
-    title  = {{Self-Distilled RLVR}},
-    year   = 2026,
-    eprint = {2604.03128},
-    archivePrefix = {arXiv},
-}""",
-    },
+    paper=arxiv_paper("Self-Distilled RLVR", "2604.03128", "rlsd2026"),
 )

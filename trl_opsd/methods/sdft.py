@@ -13,6 +13,7 @@ average of a LoRA pair is that of its update; the authors' code fails with adapt
 
 from .base import Method
 from .opsd import privileged_contexts
+from .papers import arxiv_paper
 from .peers import engine_weight
 
 SDFT = Method(
@@ -21,15 +22,10 @@ SDFT = Method(
     token_weight=engine_weight,
     own_prompts=True,
     solution_shares=True,
-    paper={
-        "title": "Self-Distillation Enables Continual Learning",
-        "id": "2601.19897",
-        "citation": """@misc{shenfeld2026sdft,
-    title  = {{Self-Distillation Enables Continual Learning}},
-    author = {Idan Shenfeld and Mehul Damani and Jonas H{\\"u}botter and Pulkit Agrawal},
-    year   = 2026,
-    eprint = {2601.19897},
-    archivePrefix = {arXiv},
-}""",
-    },
+    paper=arxiv_paper(
+        "Self-Distillation Enables Continual Learning",
+        "2601.19897",
+        "shenfeld2026sdft",
+        'Idan Shenfeld and Mehul Damani and Jonas H{\\"u}botter and Pulkit Agrawal',
+    ),
 )

@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..teacher.contexts import Contexts, Moment, Rollout, Unused
-from .base import Method
+from .base import Method, prompt_templates
 from .groups import group_label, split_by_reward
+from .papers import arxiv_paper
 from .peers import anchored_views, block, corrected_weight, feedback_notes, mix_owners, shown_text
 
 
@@ -54,17 +55,8 @@ SDPO = Method(
     token_weight=corrected_weight,
     reads_old=True,
     owners=mix_owners,
-    templates=lambda settings: {"peer": settings.peer_prompt_template},
+    templates=prompt_templates("peer"),
     columns=("feedback",),
     notes=feedback_notes,
-    paper={
-        "title": "Reinforcement Learning via Self-Distillation",
-        "id": "2601.20802",
-        "citation": """@misc{sdpo2026,
-    title  = {{Reinforcement Learning via Self-Distillation}},
-    year   = 2026,
-    eprint = {2601.20802},
-    archivePrefix = {arXiv},
-}""",
-    },
+    paper=arxiv_paper("Reinforcement Learning via Self-Distillation", "2601.20802", "sdpo2026"),
 )

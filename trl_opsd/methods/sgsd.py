@@ -19,7 +19,6 @@ Differences to the official code: the paper's rewriter of the bank is not here. 
 words they share, there by embeddings.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,41 +27,21 @@ import torch
 from ..losses import bounded_square, masked_mean, teacher_polarity
 from ..rows.token_texts import tokens_of_form
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Unused
-from .base import Method, RowFacts
-from .skills import remember_bank, skills_from_bank
+from .base import Method, RowFacts, prompt_templates
+from .papers import arxiv_paper
+from .skills import remember_bank, skills_from_bank, weighted_skills
 
 
 def skill_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
-    """One view of each skill, with the weight w_k.
-
-    Args:
-        group: rollouts whose notes come from the bank, or whose columns hold `skills`, a list of texts, and perhaps
-            `skill_scores`, a number for each.
-        settings: reads `max_skills`.
-        moment: not read.
-
-    Raises:
-        ValueError: a row has another number of scores than of skills.
-    """
+    """One view of each skill, with the weight w_k."""
     return [_views(rollout, settings.max_skills) for rollout in group]
 
 
 def _views(rollout: Rollout, most: int) -> Contexts:
-    skills, scores = rollout.columns.get("skills") or [], rollout.columns.get("skill_scores")
-    if rollout.note is not None:
-        skills, scores = (list(part) for part in zip(*rollout.note[0], strict=True))
+    skills = weighted_skills(rollout, most)
     if not skills or rollout.reward is None:
         return Unused("no reward" if skills else "no skill")
-    if scores is not None and len(scores) != len(skills):
-        raise ValueError(
-            f"`skill_scores` has {len(scores)} numbers for {len(skills)} texts in `skills`; give one for each, or None."
-        )
-    order = sorted(range(len(skills)), key=lambda k: -scores[k]) if scores else range(len(skills))
-    kept = [(skills[k], math.exp(scores[k] - max(scores)) if scores else 1.0) for k in list(order)[:most]]
-    total = sum(weight for _, weight in kept)
-    return tuple(
-        TeacherContext("skill", None, texts=(("skill", skill),), read=weight / total) for skill, weight in kept
-    )
+    return tuple(TeacherContext("skill", None, texts=(("skill", text),), read=weight) for text, weight in skills)
 
 
 def judged_loss(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
@@ -77,7 +56,8 @@ def judged_loss(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
     ratio = (given["view_log_probs"] - facts.log_prob).masked_fill(mask == 0, 0.0)
     right = given["reward"][:, 0] >= settings.reward_threshold
     limits = {"bound": settings.support_clip, "threshold": settings.support_threshold}
-    weights = given["view_weights"][..., 0] * teacher_polarity(ratio, mask, right, **limits)
+    polarity = facts.keep("polarity", teacher_polarity(ratio, mask, right, **limits).unsqueeze(-1)).squeeze(-1)
+    weights = given["view_weights"][..., 0] * polarity
     return (weights * masked_mean(bounded_square(ratio), mask)).sum(0)
 
 
@@ -89,22 +69,17 @@ SGSD = Method(
     loss=judged_loss,
     has_target=False,
     reads_views=True,
-    templates=lambda settings: {"skill": settings.skill_prompt_template},
+    templates=prompt_templates("skill"),
     notes=skills_from_bank,
     remember=remember_bank,
     report=lambda memory: {"skill_bank_read_at_step": memory["skill_bank"][1]} if memory else {},
     needs_columns=lambda settings: () if settings.skill_bank else ("skills",),
     columns=("skills", "skill_scores"),
     ignored_tokens=lambda tokenizer, settings: tokens_of_form(tokenizer),
-    paper={
-        "title": "Skill-Conditioned Gated Self-Distillation for LLM Reasoning",
-        "id": "2605.28791",
-        "citation": """@misc{sgsd2026,
-    title  = {{Skill-Conditioned Gated Self-Distillation for LLM Reasoning}},
-    author = {Jiazhen Huang and Xiao Chen and Xiao Luo and Yong Dai and Senkang Hu and Yuzhi Zhao},
-    year   = 2026,
-    eprint = {2605.28791},
-    archivePrefix = {arXiv},
-}""",
-    },
+    paper=arxiv_paper(
+        "Skill-Conditioned Gated Self-Distillation for LLM Reasoning",
+        "2605.28791",
+        "sgsd2026",
+        "Jiazhen Huang and Xiao Chen and Xiao Luo and Yong Dai and Senkang Hu and Yuzhi Zhao",
+    ),
 )

@@ -23,6 +23,7 @@ from ..teacher.contexts import Moment
 from .base import Method, RowFacts
 from .groups import policy_gradient
 from .opsd import privileged_contexts
+from .papers import arxiv_paper
 
 
 def token_advantage(facts: RowFacts, settings: Any) -> torch.Tensor:
@@ -36,7 +37,7 @@ def token_advantage(facts: RowFacts, settings: Any) -> torch.Tensor:
 
 def sampled_loss(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
     """-A_t r log student(y_t), (n,)."""
-    return policy_gradient(facts, token_advantage(facts, settings), settings)
+    return policy_gradient(facts, facts.keep("advantage", token_advantage(facts, settings)), settings)
 
 
 VOPD = Method(
@@ -47,15 +48,10 @@ VOPD = Method(
     reads_old=True,
     own_prompts=True,
     solution_shares=True,
-    paper={
-        "title": "KL for a KL: On-Policy Distillation with Control Variate Baseline",
-        "id": "2605.07865",
-        "citation": """@misc{oh2026kl,
-    title  = {{KL for a KL: On-Policy Distillation with Control Variate Baseline}},
-    author = {Minjae Oh and Sangjun Song and Gyubin Choi and Yunho Choi and Yohan Jo},
-    year   = 2026,
-    eprint = {2605.07865},
-    archivePrefix = {arXiv},
-}""",
-    },
+    paper=arxiv_paper(
+        "KL for a KL: On-Policy Distillation with Control Variate Baseline",
+        "2605.07865",
+        "oh2026kl",
+        "Minjae Oh and Sangjun Song and Gyubin Choi and Yunho Choi and Yohan Jo",
+    ),
 )

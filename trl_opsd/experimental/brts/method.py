@@ -24,33 +24,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...losses import Divergence, Support
-from ...methods.base import Drafts, Extra, Method, Term
-from ...methods.groups import split_by_reward
-from ...teacher.contexts import Contexts, Counted, Draft, Moment, Rollout, TeacherContext
-
-
-def next_candidate(rollout: Rollout, settings: Any, moment: Moment) -> TeacherContext | None:
-    """The prompt that the teacher answers next for a rollout; None where there are candidates enough."""
-    written = len(rollout.drafts)
-    if not settings.candidate_weight:
-        return None
-    if written < settings.num_candidates:
-        return TeacherContext("teacher", rollout.shown_solution)
-    is_missing = not right_candidates(rollout, settings)
-    more = is_missing and written < settings.num_candidates + settings.num_guided_candidates
-    return TeacherContext("guided", rollout.solution) if more else None
-
-
-def right_candidates(rollout: Rollout, settings: Any) -> list[Draft]:
-    """Those whose reward reaches the threshold."""
-    right, _ = split_by_reward(rollout.drafts, settings.reward_threshold)
-    return [rollout.drafts[place] for place in right]
-
-
-def chosen_candidate(rollout: Rollout, settings: Any) -> Draft | None:
-    """The right one with most overlap, the first of equals; else what `candidate_fallback` says."""
-    first = rollout.drafts[: settings.num_candidates] if settings.candidate_fallback == "most_similar" else ()
-    return max(right_candidates(rollout, settings) or first, key=lambda draft: draft.overlap, default=None)
+from ...methods.base import Drafts, Extra, Method, Term, prompt_templates
+from ...methods.papers import arxiv_paper
+from ...teacher.contexts import Contexts, Counted, Moment, Rollout, TeacherContext
+from .candidates import candidate_kind, candidate_sampling, chosen_candidate, next_candidate
 
 
 def rollout_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
@@ -58,18 +35,6 @@ def rollout_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) ->
     views = [(TeacherContext("teacher", rollout.shown_solution, anchor=1.0),) for rollout in group]
     reasons = [candidate_kind(rollout, settings) for rollout in group]
     return [Counted(own, reason) if reason else own for own, reason in zip(views, reasons, strict=True)]
-
-
-def candidate_kind(rollout: Rollout, settings: Any) -> str:
-    """Of which tier the chosen candidate is, in words; empty for the first, and where none are written."""
-    chosen = chosen_candidate(rollout, settings)
-    if not settings.candidate_weight:
-        return ""
-    if chosen is None:
-        return "no candidate"
-    if not right_candidates(rollout, settings):
-        return "wrong candidate"
-    return "" if chosen in rollout.drafts[: settings.num_candidates] else "guided candidate"
 
 
 def chosen_sequences(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Extra | None]:
@@ -85,11 +50,6 @@ def candidate_divergence(settings: Any) -> Divergence:
     return Divergence("forward_kl", temperature=settings.loss_temperature, support=support)
 
 
-def candidate_sampling(settings: Any) -> dict[str, float]:
-    """How candidates are drawn."""
-    return {"temperature": settings.candidate_temperature, "top_p": settings.candidate_top_p}
-
-
 BRTS = Method(
     name="BRTS",
     contexts=rollout_contexts,
@@ -97,20 +57,15 @@ BRTS = Method(
     drafts=Drafts(next_candidate, top_k=lambda settings: settings.support_size, sampling=candidate_sampling),
     extras=chosen_sequences,
     extra_term=Term(weight=lambda settings: settings.candidate_weight, divergence=candidate_divergence),
-    templates=lambda settings: {"guided": settings.guided_prompt_template},
+    templates=prompt_templates("guided"),
     own_prompts=True,
     solution_shares=True,
     inferred="The paper's teacher is another model whose first candidates see no solution. One entry for the tokens outside the 16 "
     "likeliest, the means, and that a candidate's tokens behind the rollout's end do not overlap are inferred.",
-    paper={
-        "title": "On-Policy Distillation with Best-of-N Teacher Rollout Selection",
-        "id": "2605.09725",
-        "citation": """@misc{zhang2026onpolicy,
-    title  = {{On-Policy Distillation with Best-of-N Teacher Rollout Selection}},
-    author = {Ke Zhang and Yunjie Tian and DongDi Zhao and Yijiang Li and Yuanye Liu and Vishal M Patel and Di Fu},
-    year   = 2026,
-    eprint = {2605.09725},
-    archivePrefix = {arXiv},
-}""",
-    },
+    paper=arxiv_paper(
+        "On-Policy Distillation with Best-of-N Teacher Rollout Selection",
+        "2605.09725",
+        "zhang2026onpolicy",
+        "Ke Zhang and Yunjie Tian and DongDi Zhao and Yijiang Li and Yuanye Liu and Vishal M Patel and Di Fu",
+    ),
 )

@@ -18,6 +18,7 @@ import torch
 from ...losses import entropy_direction, relative_ratio
 from ...methods.base import Method, RowFacts
 from ...methods.groups import group_label, split_by_reward
+from ...methods.papers import arxiv_paper
 from ...rows.texts import is_missing
 from ...teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Unused
 
@@ -45,7 +46,8 @@ def directed_advantage(facts: RowFacts, settings: Any, moment: Moment) -> torch.
     given = facts.given
     ratio = relative_ratio(given["view_log_probs"][0] - given["old_log_prob"], given["mask"])
     direction = entropy_direction(facts.student_entropy, ratio, given["mask"], quantile=settings.pulled_share)
-    return given["advantage"] + settings.direction_strength * direction * ratio
+    pull = settings.direction_strength * facts.keep("omega", direction) * facts.keep("relative ratio", ratio)
+    return given["advantage"] + pull
 
 
 DASD = Method(
@@ -63,15 +65,10 @@ DASD = Method(
         "That the log-ratio is divided by its mean size in the rollout (at least 0.01 nats), beta 0.1, the live teacher, and the deviation of the "
         "entropy about its mean are inferred: the paper was read through notes, and there is no code."
     ),
-    paper={
-        "title": "Tailoring Teaching to Aptitude: Direction-Adaptive Self-Distillation for LLM Reasoning",
-        "id": "2605.22263",
-        "citation": """@misc{zhang2026tailoring,
-    title  = {{Tailoring Teaching to Aptitude: Direction-Adaptive Self-Distillation for LLM Reasoning}},
-    author = {Hongbin Zhang and Chaozheng Wang and Kehai Chen and Youcheng Pan and Yang Xiang and Jinpeng Wang and Min Zhang},
-    year   = 2026,
-    eprint = {2605.22263},
-    archivePrefix = {arXiv},
-}""",
-    },
+    paper=arxiv_paper(
+        "Tailoring Teaching to Aptitude: Direction-Adaptive Self-Distillation for LLM Reasoning",
+        "2605.22263",
+        "zhang2026tailoring",
+        "Hongbin Zhang and Chaozheng Wang and Kehai Chen and Youcheng Pan and Yang Xiang and Jinpeng Wang and Min Zhang",
+    ),
 )

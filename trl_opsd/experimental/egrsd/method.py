@@ -17,6 +17,7 @@ import torch
 
 from ...losses import RunningMoments, brevity_reward, entropy_gate, evidence_weight, lookahead_minimum
 from ...methods.base import Method, RowFacts, Seen
+from ...methods.papers import arxiv_paper
 from ...teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 
 
@@ -50,18 +51,14 @@ def gated_evidence(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tens
     """-A w g log student(y_t), (B, D)."""
     given, memory = facts.given, moment.memory
     rewards = shaped_reward(given["reward"], given["length"], settings)
-    advantage = RunningMoments(*memory.get("rewards", ())).whitened(rewards)
+    advantage = facts.keep("advantage", RunningMoments(*memory.get("rewards", ())).whitened(rewards))
     entropy = given["view_entropies"][0]
     if settings.lookahead_tokens:
         entropy = lookahead_minimum(entropy, given["mask"], window=settings.lookahead_tokens)
-    gate = entropy_gate(
-        entropy,
-        memory.get("largest_entropy", 0.0),
-        strength=settings.entropy_gate_strength,
-        floor=settings.entropy_gate_floor,
-    )
+    largest, strength = memory.get("largest_entropy", 0.0), settings.entropy_gate_strength
+    gate = facts.keep("gate", entropy_gate(entropy, largest, strength=strength, floor=settings.entropy_gate_floor))
     ratio = given["view_log_probs"][0] - facts.log_prob.detach()
-    weight = evidence_weight(ratio, advantage, bound=settings.evidence_bound)
+    weight = facts.keep("evidence weight", evidence_weight(ratio, advantage, bound=settings.evidence_bound))
     return -(advantage * weight * gate).to(facts.log_prob.dtype) * facts.log_prob
 
 
@@ -77,15 +74,10 @@ EGRSD = Method(
     "with the rollout are inferred: the paper as we know it does not say.",
     own_prompts=True,
     solution_shares=True,
-    paper={
-        "title": "Respecting Self-Uncertainty in On-Policy Self-Distillation for Efficient LLM Reasoning",
-        "id": "2605.13255",
-        "citation": """@misc{ke2026egrsd,
-    title  = {{Respecting Self-Uncertainty in On-Policy Self-Distillation for Efficient LLM Reasoning}},
-    author = {Junlong Ke and Zichen Wen and Weijia Li and Conghui He and Linfeng Zhang},
-    year   = 2026,
-    eprint = {2605.13255},
-    archivePrefix = {arXiv},
-}""",
-    },
+    paper=arxiv_paper(
+        "Respecting Self-Uncertainty in On-Policy Self-Distillation for Efficient LLM Reasoning",
+        "2605.13255",
+        "ke2026egrsd",
+        "Junlong Ke and Zichen Wen and Weijia Li and Conghui He and Linfeng Zhang",
+    ),
 )

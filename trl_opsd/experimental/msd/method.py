@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from ...losses import critical_weight, masked_mean
-from ...methods.base import Method, RowFacts
+from ...methods.base import Method, RowFacts, prompt_templates
+from ...methods.papers import arxiv_paper
 from ...rows.texts import is_missing
 from ...teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Unused
 
@@ -48,19 +49,10 @@ MSD = Method(
     contexts=translated_contexts,
     needs_solution=False,
     loss=weighed_divergence,
-    templates=lambda settings: {"translated": settings.translated_prompt_template},
+    templates=prompt_templates("translated"),
     columns=("translation",),
     needs_columns=("translation",),
     inferred="How a teacher's entropy becomes its weight, and that weights have mean 1 in a rollout, are inferred: the paper's formula of "
     "the weight was not found.",
-    paper={
-        "title": "Multilingual Safety Alignment via Self-Distillation",
-        "id": "2605.02971",
-        "citation": """@misc{msd2026,
-    title  = {{Multilingual Safety Alignment via Self-Distillation}},
-    year   = 2026,
-    eprint = {2605.02971},
-    archivePrefix = {arXiv},
-}""",
-    },
+    paper=arxiv_paper("Multilingual Safety Alignment via Self-Distillation", "2605.02971", "msd2026"),
 )

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from ...losses import masked_mean, mixed_likelihood
-from ...methods.base import Extra, Method, RowFacts
+from ...methods.base import Extra, Method, RowFacts, prompt_templates
 from ...methods.groups import group_label, split_by_reward
+from ...methods.papers import arxiv_paper
 from ...rows.texts import is_missing
 from ...teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 
@@ -63,19 +64,10 @@ SORT = Method(
     loss=repair_loss,
     has_target=False,
     reads_views=True,
-    templates=lambda settings: {"plan": settings.plan_prompt_template},
+    templates=prompt_templates("plan"),
     needs_columns=("plan",),
     inferred="The paper was read as an abstract and a summary: the share a and the factor eta, the mean over repaired groups and all "
     "settings of training are inferred.",
     columns=("plan",),
-    paper={
-        "title": "Selective Off-Policy Reference Tuning with Plan Guidance",
-        "id": "2605.11505",
-        "citation": """@misc{sort2026,
-    title  = {{Selective Off-Policy Reference Tuning with Plan Guidance}},
-    year   = 2026,
-    eprint = {2605.11505},
-    archivePrefix = {arXiv},
-}""",
-    },
+    paper=arxiv_paper("Selective Off-Policy Reference Tuning with Plan Guidance", "2605.11505", "sort2026"),
 )

@@ -21,6 +21,7 @@ import torch
 from ...losses import frontier_weight, masked_mean
 from ...methods.base import Method, RowFacts
 from ...methods.groups import group_label, split_by_reward
+from ...methods.papers import arxiv_paper
 from ...teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Unused
 
 
@@ -65,15 +66,10 @@ SSOPD = Method(
     loss=contrast_loss,
     averages_all=True,
     inferred="The length K, the clip, ties, and that the mean is over all groups of a step are inferred.",
-    paper={
-        "title": "Self-Supervised On-Policy Distillation for Reasoning Language Models",
-        "id": "2605.17497",
-        "citation": """@misc{hong2026ssopd,
-    title  = {{Self-Supervised On-Policy Distillation for Reasoning Language Models}},
-    author = {Yinrong Hong and Zhiquan Tan},
-    year   = 2026,
-    eprint = {2605.17497},
-    archivePrefix = {arXiv},
-}""",
-    },
+    paper=arxiv_paper(
+        "Self-Supervised On-Policy Distillation for Reasoning Language Models",
+        "2605.17497",
+        "hong2026ssopd",
+        "Yinrong Hong and Zhiquan Tan",
+    ),
 )

@@ -20,6 +20,7 @@ import torch
 from ...methods.base import Extra, Method, RowFacts, Term
 from ...methods.groups import policy_gradient
 from ...methods.opsd import solution_read
+from ...methods.papers import arxiv_paper
 from ...teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 
 
@@ -61,15 +62,10 @@ STABLE_OPD = Method(
     target_is_reference=True,
     inferred="The weights l_g and b are from a re-implementation, and that each mean is over all tokens of its kind in a step is "
     "inferred; the paper's teacher is another model.",
-    paper={
-        "title": "Demystifying OPD: Length Inflation and Stabilization Strategies for Large Language Models",
-        "id": "2604.08527",
-        "citation": """@misc{luo2026demystifying,
-    title  = {{Demystifying OPD: Length Inflation and Stabilization Strategies for Large Language Models}},
-    author = {Feng Luo and Yu-Neng Chuang and Guanchu Wang and Zicheng Xu and Xiaotian Han and Tianyi Zhang and Vladimir Braverman},
-    year   = 2026,
-    eprint = {2604.08527},
-    archivePrefix = {arXiv},
-}""",
-    },
+    paper=arxiv_paper(
+        "Demystifying OPD: Length Inflation and Stabilization Strategies for Large Language Models",
+        "2604.08527",
+        "luo2026demystifying",
+        "Feng Luo and Yu-Neng Chuang and Guanchu Wang and Zicheng Xu and Xiaotian Han and Tianyi Zhang and Vladimir Braverman",
+    ),
 )

@@ -21,46 +21,13 @@ from typing import Any
 
 import torch
 
-from ...losses import held_then_falling
-from ...methods.base import Method, RowFacts
-from ...rows.spans import MARKS, read_spans, token_marks
+from ...methods.base import Method, RowFacts, prompt_templates
+from ...methods.papers import arxiv_paper
+from ...rows.spans import MARKS
 from ...teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Unused
-from ...user_functions import ask_function
-from .settings import TAKES
+from .spans import annotations, marks_of, span_marks, strength
 
 _WANTED = {"key": MARKS["K"], "error": MARKS["E"]}
-
-
-def strength(settings: Any, step: int) -> float:
-    """lambda / w_0 after `step` optimizer steps, in [0, 1]."""
-    return held_then_falling(step, largest=1.0, hold=settings.span_hold_steps, fall=settings.span_fall_steps)
-
-
-def annotations(rollouts: Sequence[Rollout], settings: Any, moment: Moment) -> list[Any]:
-    """Of each rollout its spans, an error where they cannot be read, or None where nobody is asked any more."""
-    if not strength(settings, moment.step):
-        return [None] * len(rollouts)
-    name = settings.annotator_function
-    if name is None:
-        found = [rollout.columns.get("spans") for rollout in rollouts]
-    else:
-        found = ask_function(
-            name,
-            "annotator_function",
-            rollouts,
-            takes=TAKES,
-            failing="are counted in the log and not distilled",
-        )
-    return [read_spans(spans, len(rollout.completion)) for spans, rollout in zip(found, rollouts, strict=True)]
-
-
-def span_marks(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[list[float]]:
-    """Of each token 1 in a key span, -1 in an error span, 0 elsewhere; a token that a span touches belongs to it."""
-    return [_marks(rollout) for rollout in group]
-
-
-def _marks(rollout: Rollout) -> list[float]:
-    return token_marks(rollout.note if isinstance(rollout.note, tuple) else (), rollout.token_ends)
 
 
 def typed_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
@@ -73,7 +40,7 @@ def typed_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> l
 def _context(rollout: Rollout, settings: Any) -> Contexts:
     if isinstance(rollout.note, Exception):
         return Unused("annotation failed")
-    marks, wanted = _marks(rollout), _WANTED[settings.distilled_spans]
+    marks, wanted = marks_of(rollout), _WANTED[settings.distilled_spans]
     if wanted not in marks:
         return Unused("no span")
     if sum(mark != 0 for mark in marks) > settings.max_span_share * len(marks):
@@ -84,7 +51,8 @@ def _context(rollout: Rollout, settings: Any) -> Contexts:
 
 def _on_spans(facts: RowFacts, settings: Any) -> torch.Tensor:
     """(B, D) 1 on the tokens that are distilled, else 0."""
-    return ((facts.given["mark"] == _WANTED[settings.distilled_spans]) & (facts.given["mask"] != 0)).float()
+    distilled = (facts.given["mark"] == _WANTED[settings.distilled_spans]) & (facts.given["mask"] != 0)
+    return facts.keep("on a distilled span", distilled.float())
 
 
 def span_divergence(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
@@ -108,20 +76,15 @@ TRACE = Method(
     loss=span_divergence,
     averages_all=True,
     advantages=relieved_advantages,
-    templates=lambda settings: {"type": settings.type_prompt_template},
+    templates=prompt_templates("type"),
     columns=("spans",),
     needs_columns=lambda settings: () if settings.annotator_function else ("spans",),
     inferred="That error spans are left to GRPO on a strong base and key spans on a weak one, and that the divergence's mean is over all "
     "rollouts, are inferred; the annotator and its prompt are yours.",
-    paper={
-        "title": "TRACE: Distilling Where It Matters via Token-Routed Self On-Policy Alignment",
-        "id": "2605.10194",
-        "citation": """@misc{wang2026trace,
-    title  = {{TRACE: Distilling Where It Matters via Token-Routed Self On-Policy Alignment}},
-    author = {Jiaxuan Wang and Xuan Ouyang and Zhiyu Chen and Yulan Hu and Zheng Pan and Xin Li and Lan-Zhe Guo},
-    year   = 2026,
-    eprint = {2605.10194},
-    archivePrefix = {arXiv},
-}""",
-    },
+    paper=arxiv_paper(
+        "TRACE: Distilling Where It Matters via Token-Routed Self On-Policy Alignment",
+        "2605.10194",
+        "wang2026trace",
+        "Jiaxuan Wang and Xuan Ouyang and Zhiyu Chen and Yulan Hu and Zheng Pan and Xin Li and Lan-Zhe Guo",
+    ),
 )
