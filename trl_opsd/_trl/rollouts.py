@@ -7,6 +7,7 @@ when TRL has moved.
 """
 
 import inspect
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch.nn import functional
+from transformers.utils import get_json_schema
+from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
@@ -67,6 +70,28 @@ def student_inputs(batch: dict[str, Any], length: int | None = None) -> tuple[to
     return ids, mask, width
 
 
+def schema_of(tool: Any) -> Any:
+    """What a chat template is told of a tool.
+
+    Raises:
+        ValueError: its docstring or its type hints do not say enough; names the tool.
+    """
+    if not callable(tool):
+        return tool
+    try:
+        return get_json_schema(tool)
+    except (DocstringParsingException, TypeHintParsingException) as error:
+        raise ValueError(
+            f"tools: {getattr(tool, '__name__', tool)} cannot be described to the model: {error} Give every argument a type hint "
+            "and a line under `Args:` in the docstring."
+        ) from error
+
+
+def _with_text_calls(turn: dict[str, Any]) -> dict[str, Any]:
+    calls = turn.get("tool_calls")
+    return {**turn, "tool_calls": json.dumps(calls, ensure_ascii=False)} if calls else turn
+
+
 def _seek_epoch(sampler: Any, epoch: int) -> None:
     """Put TRL's sampler where it stands after `epoch` epochs; a resumed run would otherwise repeat the first order."""
     sampler.generator.manual_seed(sampler.seed)
@@ -97,8 +122,15 @@ class RolloutTrainer(CheckedTrainer, NamedByMethod, GRPOTrainer):
         """Dataset rows before sampling."""
         return rows
 
-    def before_rewards(self, rows: list[dict], completions: list, rollout_ids: list[list[int]]) -> None:
-        """Begin what may run beside the rewards of a generation batch, which are computed next."""
+    def before_rewards(self, rows: list[dict], prompts: list, completions: list, rollout_ids: list[list[int]]) -> None:
+        """Begin what may run beside the rewards of a generation batch, which are computed next.
+
+        Args:
+            rows: of this rank, from `prepare_rows`.
+            prompts: as they were sampled from, with what an environment put behind the dataset's.
+            completions: as TRL gives them to rewards.
+            rollout_ids: see `add_targets`.
+        """
 
     def add_targets(
         self, rows: list[dict], batch: dict[str, Any], rewards: torch.Tensor, rollout_ids: list[list[int]]
@@ -167,11 +199,28 @@ class RolloutTrainer(CheckedTrainer, NamedByMethod, GRPOTrainer):
         return list(dict.fromkeys(islice(self._get_train_sampler(), self.args.generation_batch_size)))
 
     def render_kwargs(self) -> dict[str, Any]:
-        """What TRL passes to `apply_chat_template` beside the user's arguments."""
-        kwargs = {"tools": self.tools or None} if getattr(self, "tools", None) else {}
+        """What TRL passes to `apply_chat_template` beside the user's arguments; tools as the schemas that it makes of them."""
+        tools = getattr(self, "tools", None)
+        kwargs = {"tools": [schema_of(tool) for tool in tools]} if tools else {}
         if getattr(self, "chat_template", None) is not None:
             kwargs["chat_template"] = self.chat_template
         return kwargs
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether rollouts may have several turns."""
+        return bool(getattr(self, "tools", None))
+
+    @property
+    def has_environments(self) -> bool:
+        """Whether an environment belongs to each rollout of the generation batch."""
+        return bool(getattr(self, "environments", None))
+
+    def environment_reports(self) -> list[Any] | None:
+        """What the environment of each of this rank's rollouts says of it, its attribute `feedback`; None without environments."""
+        if not self.has_environments:
+            return None
+        return [getattr(each, "feedback", None) for each in self.environments]
 
     def limit_rollouts(self, length: int | None) -> None:
         """Sample at most `length` new tokens from now on, whichever engine samples; None for the longest allowed."""
@@ -205,6 +254,19 @@ class RolloutTrainer(CheckedTrainer, NamedByMethod, GRPOTrainer):
         columns = {"prompt": logs["prompt"], "completion": logs["completion"], **logs["rewards"]}
         columns |= {"advantage": logs["advantages"], **logs["extra"]}
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=False)]
+
+    @contextmanager
+    def calls_as_text(self) -> Iterator[None]:
+        """The time in which the table's calls of tools are JSON: a Parquet column has one type, and arguments have many."""
+        column, kept = self._logs["completion"], list(self._logs["completion"])
+        if self.has_tools:
+            column.clear()
+            column.extend([_with_text_calls(turn) for turn in turns] for turns in kept)
+        try:
+            yield
+        finally:
+            column.clear()
+            column.extend(kept)
 
     def policy_loss(self, model: torch.nn.Module, batch: dict[str, Any], logps_and_entropies: tuple) -> torch.Tensor:
         """TRL's policy-gradient loss from log-probabilities that were computed already."""
@@ -289,7 +351,7 @@ class RolloutTrainer(CheckedTrainer, NamedByMethod, GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self._rollout_ids = completion_ids_list
-        self.before_rewards(inputs, completions, completion_ids_list)
+        self.before_rewards(inputs, prompts, completions, completion_ids_list)
         self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._rewards
 

@@ -53,7 +53,14 @@ LATER_ATTRIBUTES = ("_globalstep_last_logged", "_tr_loss", "generation_config", 
 # Of `trainer.vllm_generation`.
 ENGINE_ATTRIBUTES = ("max_completion_length", "temperature", "top_p")
 # Which only some versions in the range have, so that each is asked for before it is read.
-OPTIONAL_ATTRIBUTES = ("aux_loss_enabled", "chat_template", "eos_token_ids", "generation_kwargs", "tools")
+OPTIONAL_ATTRIBUTES = (
+    "aux_loss_enabled",
+    "chat_template",
+    "environments",
+    "eos_token_ids",
+    "generation_kwargs",
+    "tools",
+)
 # Which the model card reads of the class, and the command line of the config's class.
 CLASS_ATTRIBUTES = ("_name", "_paper", "_tag_names")
 CONFIG_ATTRIBUTES = ("_VALID_DICT_FIELDS",)

@@ -60,7 +60,7 @@ class EvaluationCallback(TrainerCallback):
             if None.
 
     Raises:
-        ValueError: no question, `every` below 1, no such verifier, or several samples at temperature 0.
+        ValueError: no question, `every` below 1, no such verifier, several samples at temperature 0, or a trainer with tools.
     """
 
     def __init__(
@@ -83,6 +83,11 @@ class EvaluationCallback(TrainerCallback):
         if every is not None and every < 1:
             raise ValueError(f"every is {every}; set it to 1 or more steps, or to None to measure at the end alone.")
         check_sampling(num_samples, temperature)
+        if getattr(trainer, "tools", None):
+            raise ValueError(
+                "EvaluationCallback samples answers of one turn, in which no tool would run, and this trainer has tools. Give the "
+                "trainer an eval_dataset, whose rollouts call them, and leave the callback out."
+            )
         args = trainer.args
         template = getattr(args, "prompt_template", None)
         self.trainer, self.every, self.name, self.seed = trainer, every, name, seed

@@ -63,7 +63,7 @@ def saved_groups(inspector: Inspector, path: str | Path, rows: Sequence[dict] | 
                 f"{file}: row {index} has no `solution` and its prompt is not in the dataset. Give the run's "
                 "dataset_name (and prompt_template, if it had one), or a JSONL file with a `solution` column."
             )
-        ids = tokenizer(_text(line["completion"]), add_special_tokens=False)["input_ids"]
+        ids = tokenizer(_text(line["completion"], f"{file}: row {index}"), add_special_tokens=False)["input_ids"]
         reward = line.get("reward", line.get("accuracy_reward"))
         sampled = _sampled(row, ids, inspector, reward)
         groups.setdefault((line.get("step"), _key(line["prompt"])), []).append(sampled)
@@ -100,8 +100,15 @@ def _read(path: Path) -> tuple[Path, list[dict]]:
         return path, [json.loads(line) for line in lines if line.strip()]
 
 
-def _text(completion: str | list[dict]) -> str:
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+def _text(completion: str | list[dict], place: str) -> str:
+    if isinstance(completion, str):
+        return completion
+    if len(completion) > 1 or completion[0].get("tool_calls"):
+        raise ValueError(
+            f"{place} is a rollout of several turns, with calls of tools. Its text does not say which tokens the model wrote, so "
+            "it cannot be inspected; leave such rows out. A run shows them in its completions table."
+        )
+    return completion[0]["content"]
 
 
 def _key(prompt: Prompt) -> str:

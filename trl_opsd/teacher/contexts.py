@@ -67,6 +67,7 @@ class Rollout:
         note: what `Method.notes` said of it, or None.
         solution_share: share of the solution's steps that the teacher is shown, above 0 and at most 1.
         teacher_prompt: what the teacher reads in place of the template `teacher`, text or a conversation; None for the template.
+        turns: with tools the messages of the rollout, the model's with its calls and the tools'; empty without.
     """
 
     prompt: Prompt
@@ -82,6 +83,7 @@ class Rollout:
     note: Any = None
     solution_share: float = 1.0
     teacher_prompt: Prompt | None = None
+    turns: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def shown_solution(self) -> str | None:

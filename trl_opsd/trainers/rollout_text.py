@@ -39,10 +39,18 @@ def _read(turns: str | list[dict[str, Any]]) -> str:
     """Text, or what a conversation's turns say, each behind its role where there are several."""
     if isinstance(turns, str):
         return turns
-    texts = [(turn.get("role", ""), turn.get("content") or turn.get("tool_calls") or "") for turn in turns]
+    texts = [_said(turn) for turn in turns]
     if len(texts) == 1:
-        return str(texts[0][1])
-    return "\n".join(f"{role}: {text}" for role, text in texts)
+        return texts[0]
+    names = [" ".join(filter(None, (turn.get("role"), turn.get("name")))) for turn in turns]
+    return "\n".join(f"{name}: {text}" for name, text in zip(names, texts, strict=True))
+
+
+def _said(turn: Mapping[str, Any]) -> str:
+    """What a turn says, and the tools that it calls."""
+    calls = [call.get("function", call) for call in turn.get("tool_calls") or ()]
+    told = [f"[calls {call.get('name')} with {call.get('arguments')}]" for call in calls]
+    return "\n".join(map(str, filter(None, [turn.get("content"), *told])))
 
 
 def _short(value: Any) -> str:

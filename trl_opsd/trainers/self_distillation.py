@@ -25,7 +25,7 @@ from ..methods.privileged import PrivilegedText
 from ..model.heads import head_function
 from ..monitoring.diagnostics import Diagnostics
 from ..monitoring.finite import FiniteLosses
-from ..rewards import guard_rewards
+from ..rewards import guard_rewards, no_reward
 from ..teacher.contexts import Moment, views_text
 from .checks import (
     check_answers,
@@ -49,6 +49,7 @@ from .rollout_text import rollouts_text
 from .scorer import Scorer
 from .step_loss import StepLoss
 from .targets import RolloutBatch, TargetMaker
+from .tools import check_tool_ranks, check_tools
 
 DECOMPOSED_ROLLOUTS = 8  # per process
 
@@ -93,7 +94,10 @@ class SelfDistillationTrainer(RolloutTrainer):
         if isinstance(model, str):  # a pickle can run code when it is read
             args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
         self._reward_errors: Counter[str] = Counter()
-        rewards = choose_reward(self.method, reward_funcs, train_dataset, args.verifier)
+        check_tools(self.method, tools, environment_factory, train_dataset)
+        owns_reward = hasattr(environment_factory, "get_reward")  # of an environment's class
+        rewards = no_reward if owns_reward and not reward_funcs else None
+        rewards = rewards or choose_reward(self.method, reward_funcs, train_dataset, args.verifier)
         super().__init__(
             model=model,
             reward_funcs=guard_rewards(rewards, self._reward_errors),
@@ -110,6 +114,8 @@ class SelfDistillationTrainer(RolloutTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
+        if self.has_tools:
+            check_tool_ranks(self.accelerator, args)
         self.scorer = Scorer(
             self.model,
             self.accelerator,
@@ -123,7 +129,7 @@ class SelfDistillationTrainer(RolloutTrainer):
         check_sampling_keeps_weights(self.model, args)
         self.privileged = PrivilegedText(self.method, args)
         check_prompts(self.scorer.collator, train_dataset, eval_dataset, self.first_rows(), self.privileged)
-        self._tell_at_start(None if reward_funcs else train_dataset)
+        self._tell_at_start(None if reward_funcs or owns_reward else train_dataset)
         self.scorer.make_teacher()
         self.run.remember_weights(self.model, self.scorer.first_values)
         self.method_loss = StepLoss(self.model, self.method, args, self.scorer.num_tokens)
@@ -211,14 +217,16 @@ class SelfDistillationTrainer(RolloutTrainer):
             self.limit_rollouts(self.distilled_length() if self.mode == "train" else None)
         return self._batch.rows
 
-    def before_rewards(self, rows, completions, rollout_ids) -> None:
-        """Have answers verified while the teacher scores, where no context reads a reward."""
+    def before_rewards(self, rows, prompts, completions, rollout_ids) -> None:
+        """Have answers verified while the teacher scores, where no context reads a reward, nor what an environment reports."""
         batch = self._batch
-        self.targets.sampled(batch, rollout_ids, self.end_token_ids)
+        if self.has_environments:
+            self.targets.observed(batch, prompts)
+        self.targets.sampled(batch, rollout_ids, self.end_token_ids, completions if self.has_tools else None)
         begins = [reward.begin for reward in self.reward_funcs if hasattr(reward, "begin")]
         method = self.method
         reads_rewards = method.needs_reward or method.label is not None or method.notes is not None
-        reads_rewards |= self.args.teacher_prompt_function is not None
+        reads_rewards |= self.args.teacher_prompt_function is not None or self.has_environments
         if not begins or reads_rewards or self.args.mask_truncated_completions:
             return
         for begin in begins:
@@ -231,7 +239,8 @@ class SelfDistillationTrainer(RolloutTrainer):
         own, first = self._batch, self.accelerator.process_index * len(rows)
         self.add_metrics(count_errors(self.reward_func_names, self.reward_funcs, self._reward_errors, self.accelerator))
         self.add_metrics({"rewards/missing": rewards.isnan().all(dim=1).float().mean().item()})
-        self.targets.rewarded(own, scalar_rewards(rewards, self.reward_weights)[first : first + len(rows)])
+        scalars = scalar_rewards(rewards, self.reward_weights)[first : first + len(rows)]
+        self.targets.rewarded(own, scalars, self.environment_reports())
         if own.target is None:
             self._read()
         mask = self._distilled_mask(batch)
@@ -405,7 +414,8 @@ class SelfDistillationTrainer(RolloutTrainer):
         diagnostics.reset()
         shown, self.num_completions_to_print = self.num_completions_to_print, 0  # TRL saves its table and prints none
         try:
-            super().log(logs, start_time)
+            with self.calls_as_text():
+                super().log(logs, start_time)
         finally:
             self.num_completions_to_print = shown
         if self.log_completions and self.accelerator.is_main_process:

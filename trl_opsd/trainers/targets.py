@@ -20,6 +20,7 @@ from ..teacher.states import TargetStates, waits_in_host_memory
 from .drafts import DraftWriter
 from .groups import GroupReader
 from .scorer import Scorer
+from .tools import observation_of, turns_of, with_report
 
 _PLAIN = TeacherContext("plain", None)
 
@@ -112,11 +113,41 @@ class TargetMaker:
             self.scorer.encode(row["prompt"], _PLAIN, f"{name} row {index}: `prompt`")
         return RolloutBatch(rows, prompts, mode)
 
-    def sampled(self, batch: RolloutBatch, rollout_ids: list[list[int]], end_token_ids: set[int]) -> None:
-        """Take in what was sampled, as rollouts without a reward so far."""
+    def observed(self, batch: RolloutBatch, prompts: Sequence[Prompt]) -> None:
+        """Put behind the prompts what environments told the student before its first turn, so that the teacher reads it too.
+
+        Args:
+            batch: prepared.
+            prompts: as they were sampled from.
+        """
+        for index, (row, sampled) in enumerate(zip(batch.rows, prompts, strict=True)):
+            told = observation_of(row["prompt"], sampled)
+            if told:
+                batch.rows[index] = {
+                    **row,
+                    "prompt": rewrite_last_turn(row["prompt"], lambda text, told=told: text + told),
+                }
+                batch.prompts[index] = rewrite_last_turn(batch.prompts[index], lambda text, told=told: text + told)
+
+    def sampled(
+        self,
+        batch: RolloutBatch,
+        rollout_ids: list[list[int]],
+        end_token_ids: set[int],
+        completions: Sequence[Any] | None = None,
+    ) -> None:
+        """Take in what was sampled, as rollouts without a reward so far.
+
+        Args:
+            batch: prepared.
+            rollout_ids: of each every token behind its prompt.
+            end_token_ids: one of which ends a rollout that is whole.
+            completions: with tools what TRL makes of the rollouts, messages of the model and of tools.
+        """
+        turns = [()] * len(rollout_ids) if completions is None else [turns_of(each) for each in completions]
         batch.ids, batch.texts = rollout_ids, self.tokenizer.batch_decode(rollout_ids, skip_special_tokens=True)
         tokens = self.scorer.collator.special_tokens
-        columns = zip(batch.prompts, batch.rows, batch.texts, batch.ids, strict=True)
+        columns = zip(batch.prompts, batch.rows, batch.texts, batch.ids, turns, strict=True)
         batch.rollouts = [
             Rollout(
                 prompt,
@@ -128,13 +159,20 @@ class TargetMaker:
                 bool(ids) and ids[-1] in end_token_ids,
                 self.privileged.columns_of(row),
                 token_ends=() if self.method.marks is None else text_ends(self.tokenizer, ids),
+                turns=messages,
             )
-            for prompt, row, text, ids in columns
+            for prompt, row, text, ids, messages in columns
         ]
 
-    def rewarded(self, batch: RolloutBatch, rewards: Sequence[float | None]) -> None:
-        """Give the rollouts their rewards."""
+    def rewarded(
+        self, batch: RolloutBatch, rewards: Sequence[float | None], reports: Sequence[Any] | None = None
+    ) -> None:
+        """Give the rollouts their rewards, and what environments report of them as their column `feedback`."""
         batch.rollouts = [replace(each, reward=reward) for each, reward in zip(batch.rollouts, rewards, strict=True)]
+        if reports is not None:
+            tokens = self.scorer.collator.special_tokens
+            pairs = zip(batch.rollouts, reports, strict=False)  # older TRL has environments for the largest batch
+            batch.rollouts = [with_report(each, report, tokens) for each, report in pairs]
 
     def read(self, batch: RolloutBatch, group_size: int, moment: Moment) -> None:
         """Ask the method for notes, contexts and extras of the rollouts; a collective."""
