@@ -80,6 +80,7 @@ clean:
 	-$(BIN)/pip install -q -c constraints.txt gguf
 	-$(BIN)/pip install -q --no-deps champ-dataset==1.0.0
 	-$(BIN)/pip install -q -c constraints.txt sentence-transformers
+	-$(BIN)/pip install -q -c constraints.txt inspect-ai==0.3.285
 	touch $@
 
 .venv-oldest/ready: pyproject.toml constraints-oldest.txt

@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from trl_opsd.commands.eval.models import EvaluatedModel, resolve_models
 from trl_opsd.commands.eval.questions import BENCHMARKS, benchmark_row
 from trl_opsd.demo import build_rows, model_path
 from trl_opsd.errors import UsageError
+from trl_opsd.evaluation.samples import sample_lines
 from trl_opsd.verification import verify
 
 
@@ -90,6 +92,63 @@ def test_completions_are_saved_when_asked_for_and_questions_limited(tmp_path, qu
     )
     record = json.loads(next((tmp_path / "results").rglob("seed-0.json")).read_text())
     assert len(record["completions"]) == 2 and "\\boxed" in record["completions"][0][0][0]
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_samples_leave_as_one_line_each_with_what_was_asked_and_what_came_of_it(tmp_path, questions, spoilt):
+    path = tmp_path / "deep" / "samples.jsonl"
+    line = words(tmp_path, "--models", model_path(), spoilt, "--datasets", questions, "--num_questions", 3)
+    assert cli.main([*line, "--seeds", "0", "4", "--samples", str(path), "--max_new_tokens", "40"]) == 0
+    lines, rows = read_lines(path), build_rows("test", 3)
+    source = [(one["model"], one["dataset"], one["seed"], one["question"], one["sample"]) for one in lines]
+    models = (str(model_path()), str(spoilt))
+    assert source == [
+        (model, str(questions), seed, place, 0) for model in models for seed in (0, 4) for place in range(3)
+    ]
+    for one in lines:
+        row = rows[one["question"]]
+        assert (one["prompt"], one["solution"]) == (row["prompt"], row["solution"])
+        assert one["score"] == int(verify(one["completion"], row["solution"])) and one["unscored"] is False
+        assert one["cut"] == (one["length"] == 40)
+    assert {one["score"] for one in lines} == {0, 1} and {one["cut"] for one in lines} == {False, True}
+    right = lines[0]
+    assert right["score"] == 1 and right["completion"] == right["solution"] and right["answer"] is not None
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    assert right["length"] == len(tokenizer(right["completion"])["input_ids"]) + 1  # the end token
+    record = json.loads(next((tmp_path / "results").rglob("seed-0.json")).read_text())
+    assert len(record["completions"]) == len(record["verdicts"]) == 3  # so that it can be written again
+    before = path.read_text()
+    assert cli.main([*line, "--seeds", "0", "4", "--samples", str(path), "--max_new_tokens", "40"]) == 0
+    assert path.read_text() == before
+
+
+def test_results_without_samples_are_refused_where_samples_are_to_leave(tmp_path, questions, monkeypatch, capsys):
+    line = words(tmp_path, "--models", model_path(), "--datasets", questions, "--num_questions", 1)
+    assert cli.main(line) == 0
+    monkeypatch.setattr(eval_command, "load_model", None)
+    assert cli.main([*line, "--samples", str(tmp_path / "s.jsonl"), "--seeds", "1", "0"]) == 2
+    assert "seed-0.json was made without its completions" in capsys.readouterr().err
+    assert not (tmp_path / "s.jsonl").exists()
+
+
+def test_without_inspect_ai_the_command_says_how_to_get_it_before_it_samples(tmp_path, questions, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "inspect_ai", None)
+    monkeypatch.setattr(eval_command, "load_model", None)
+    line = words(tmp_path, "--models", model_path(), "--datasets", questions, "--inspect_logs", tmp_path / "logs")
+    assert cli.main(line) == 2
+    told = capsys.readouterr().err
+    assert "--inspect_logs: inspect-ai cannot be imported" in told and "pip install 'trl-opsd[inspect-ai]'" in told
+
+
+def test_a_text_that_ran_out_of_time_has_no_score():
+    completions, verdicts = [[["a", 2, False], ["b", 3, True]]], [[[None, None, True], [False, "b", False]]]
+    rows = [{"prompt": "p", "solution": "s"}]
+    out, wrong = sample_lines(rows, completions, verdicts, seed=0)
+    assert (out["score"], out["unscored"], out["length"], out["cut"]) == (None, True, 2, False)
+    assert (wrong["score"], wrong["unscored"], wrong["answer"], wrong["cut"]) == (0, False, "b", True)
 
 
 def test_a_lora_adapter_is_a_model_too(tmp_path, questions):

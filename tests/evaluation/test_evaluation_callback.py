@@ -3,6 +3,7 @@
 
 import copy
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -211,3 +212,18 @@ def test_ranks_draw_differently_and_the_first_as_one_process_does():
     seeds = [seed_of_rank(seed, rank) for seed in range(20) for rank in range(20)]
     assert len(set(seeds)) == 400 and [seed_of_rank(seed, 0) for seed in range(3)] == [0, 1, 2]
     assert np.all(np.asarray(seeds) < 2**63)
+
+
+def test_samples_of_every_measurement_are_written_where_they_are_asked_for(build):
+    trainer = build(max_steps=1)
+    watched(trainer, num_questions=2, samples=True)
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    assert {path.name for path in folder.glob("samples-*")} == {"samples-base.jsonl", "samples-step-1.jsonl"}
+    measured = json.loads((folder / FILE).read_text())
+    for record, name in zip(measured, ("base", "step-1"), strict=True):
+        lines = [json.loads(line) for line in (folder / f"samples-{name}.jsonl").read_text().splitlines()]
+        assert [(line["question"], line["sample"]) for line in lines] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        assert sum(line["score"] for line in lines) / 4 == pytest.approx(record["avg_at_k"])
+        assert sum(line["length"] for line in lines) / 4 == pytest.approx(record["mean_completion_length"])
+        assert {line["model"] for line in lines} == {record["model"]} and "verdicts" not in record

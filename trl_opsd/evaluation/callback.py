@@ -22,6 +22,7 @@ from .._trl.rollouts import model_for_generation
 from ..rows.formats import rewrite_prompt
 from ..verification import check_verifier, warn_of_golds, which_verify
 from .measures import EvaluationResult, bootstrap_interval, paired_difference, summarize
+from .samples import sample_lines, write_samples
 from .sampling import Completion, check_sampling, generate_completions
 
 FILE = "evaluation.json"
@@ -58,6 +59,7 @@ class EvaluationCallback(TrainerCallback):
         chat_template_kwargs (`Mapping`, *optional*): the student's if None.
         verifier (`str`, *optional*): what compares answers: `math`, `exact`, `choice` or `module:function`; the trainer's
             if None.
+        samples (`bool`): write each measurement's samples to `samples-MODEL.jsonl` beside `evaluation.json`, a line each.
 
     Raises:
         ValueError: no question, `every` below 1, no such verifier, several samples at temperature 0, or a trainer with tools.
@@ -79,6 +81,7 @@ class EvaluationCallback(TrainerCallback):
         batch_size: int = 128,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         verifier: str | None = None,
+        samples: bool = False,
     ):
         if every is not None and every < 1:
             raise ValueError(f"every is {every}; set it to 1 or more steps, or to None to measure at the end alone.")
@@ -106,7 +109,7 @@ class EvaluationCallback(TrainerCallback):
         if chat_template_kwargs is None:
             chat_template_kwargs = getattr(args, "chat_template_kwargs", None)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
-        self.num_samples, self.batch_size = num_samples, batch_size
+        self.num_samples, self.batch_size, self.keeps_samples = num_samples, batch_size, samples
         length = args.max_completion_length if max_new_tokens is None else max_new_tokens
         self.sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_new_tokens": length}
         self.records: list[dict[str, Any]] = []
@@ -163,9 +166,9 @@ class EvaluationCallback(TrainerCallback):
 
     def _measure(self, label: str, step: int, control) -> None:
         """Sample, verify, log and write; a collective."""
-        result = self._evaluate()
+        result = self._evaluate(label)
         record = {"step": step, "model": label, **self._settings(), **asdict(result)}
-        del record["completions"]
+        del record["completions"], record["verdicts"]
         base = self._base()
         scores, record["difference"] = result.per_question_scores, None
         record["interval"] = bootstrap_interval(scores)
@@ -180,14 +183,24 @@ class EvaluationCallback(TrainerCallback):
             unfinished.write_text(json.dumps(self.records, indent=1), encoding="utf-8")
             unfinished.rename(folder / FILE)
 
-    def _evaluate(self) -> EvaluationResult:
+    def _evaluate(self, label: str) -> EvaluationResult:
         """The same result on every rank; answers are verified on the first."""
         samples = self._sample()
         result = []
         if self.trainer.accelerator.is_main_process:
             golds = [row["solution"] for row in self.rows]
-            result = [replace(summarize(samples, golds, verifier=self.verifier), completions=())]
+            found = summarize(samples, golds, verifier=self.verifier)
+            if self.keeps_samples:
+                self._write_samples(found, label)
+            result = [replace(found, completions=(), verdicts=())]
         return gather_object(result)[0]
+
+    def _write_samples(self, found: EvaluationResult, label: str) -> None:
+        folder = Path(self.trainer.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        of = {"model": label, "dataset": self.name, "seed": self.seed}
+        lines = sample_lines(self.rows, found.completions, found.verdicts, **of)
+        write_samples(folder / f"samples-{label.replace(' ', '-')}.jsonl", lines)
 
     def _sample(self) -> list[list[Completion]]:
         """Completions of all questions, shared out to the ranks; each has as many, so a few come twice."""

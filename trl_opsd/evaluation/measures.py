@@ -55,6 +55,7 @@ class EvaluationResult:
         markers_per_1000_tokens (`float`): reflection markers per 1,000 completion tokens.
         unscored_share (`float`): share of completions whose verification ran out of time, in [0, 1]; they count as wrong.
         completions (`tuple[tuple[Completion, ...], ...]`): all samples of each question.
+        verdicts (`tuple[tuple[Verdict, ...], ...]`): what came of verifying each of them.
     """
 
     num_samples: int
@@ -67,6 +68,7 @@ class EvaluationResult:
     markers_per_1000_tokens: float
     unscored_share: float
     completions: tuple[tuple[Completion, ...], ...]
+    verdicts: tuple[tuple[Verdict, ...], ...] = ()
 
     def pass_at(self, k: int) -> float:
         """Unbiased pass@k for any k up to `num_samples`."""
@@ -149,6 +151,7 @@ def summarize(
         markers_per_1000_tokens=1000 * sum(count_markers(sample.text, markers) for sample in flat) / max(1, num_tokens),
         unscored_share=float(np.mean([verdict.ran_out for verdict in verdicts])),
         completions=tuple(tuple(group) for group in samples),
+        verdicts=tuple(tuple(group) for group in by_question),
     )
 
 

@@ -18,6 +18,7 @@ from ...verification import check_verifier
 from ..arguments import CommandParser, check_writable
 from .models import RULES, EvaluatedModel, resolve_models
 from .questions import BENCHMARKS, load_questions
+from .samples import check_sample_files, leaves_samples, write_all_samples
 from .summary import add_to_cards, check_cards, summarize, table_of
 
 BACKENDS = ("transformers", "vllm")
@@ -75,6 +76,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", default="outputs/eval", help="a JSON file per model, set and seed, and a table")
     parser.add_argument("--add_to_card", action="store_true", help="put base and result into each run's README.md")
     parser.add_argument("--save_completions", action="store_true", help="put the sampled texts into the files too")
+    parser.add_argument("--samples", help="a JSONL file that gets one line a sample: prompt, completion, score, length")
+    parser.add_argument(
+        "--inspect_logs", help="a folder that gets a log for inspect-ai per model and set: `inspect view`"
+    )
     return parser
 
 
@@ -82,6 +87,7 @@ def run(arguments: list[str]) -> None:
     """Evaluate as a command line says; prints the table and writes it with `summary.json` into the output folder."""
     options = make_parser().parse_args(arguments)
     _check_backend(options)
+    check_sample_files(options)
     try:
         check_verifier(options.verifier, "--verifier")
     except ValueError as error:
@@ -93,8 +99,11 @@ def run(arguments: list[str]) -> None:
     # A wrong name shows before any model loads.
     sets = {name: load_questions(name, options) for name in options.datasets}
     for model in models:
+        _check_finished(model.path, options)
+    for model in models:
         _evaluate_model(model.path, sets, options)
     records = _read_records(models, options)
+    write_all_samples(records, sets, options)
     summary = summarize(models, records, options.datasets, options.seeds, settings_of(options))
     output = Path(options.output_dir)
     (output / "summary.json").write_text(json.dumps(summary, indent=2))
@@ -143,7 +152,6 @@ def _evaluate_model(model: str, sets: dict[str, list], options: argparse.Namespa
         for seed in options.seeds:
             path = result_path(options, model, dataset, seed)
             if path.exists():
-                _check_settings(path, options)
                 print(f"{path}: done before")
                 continue
             loaded = loaded or _load(model, options)
@@ -156,8 +164,22 @@ def _evaluate_model(model: str, sets: dict[str, list], options: argparse.Namespa
             unfinished.rename(path)
 
 
-def _check_settings(path: Path, options: argparse.Namespace) -> None:
-    before = {"verifier": "math", **json.loads(path.read_text())["settings"]}
+def _check_finished(model: str, options: argparse.Namespace) -> None:
+    """Check, before anything is loaded, that the files of a model that exist are of these settings and hold what is asked for."""
+    for dataset in options.datasets:
+        for path in (result_path(options, model, dataset, seed) for seed in options.seeds):
+            if path.exists():
+                record = json.loads(path.read_text())
+                _check_settings(path, record, options)
+                if leaves_samples(options) and "verdicts" not in record:
+                    raise UsageError(
+                        f"{path} was made without its completions, which --samples and --inspect_logs write. Choose another "
+                        "--output_dir, or remove the file so that it is made again."
+                    )
+
+
+def _check_settings(path: Path, record: dict[str, Any], options: argparse.Namespace) -> None:
+    before = {"verifier": "math", **record["settings"]}
     now = settings_of(options)
     changed = [
         f"{name} was {before.get(name)!r}, is {value!r}" for name, value in now.items() if before.get(name) != value
@@ -208,6 +230,6 @@ def evaluate_rows(model: Any, tokenizer: Any, rows: list, seed: int, options: ar
         **sampling,
     )
     record = asdict(summarize_samples(samples, [row["solution"] for row in rows], verifier=options.verifier))
-    if not options.save_completions:
-        del record["completions"]
+    if not (options.save_completions or leaves_samples(options)):
+        del record["completions"], record["verdicts"]
     return record
