@@ -6,14 +6,18 @@ weights it was given. A real engine runs in tests/vllm_engine.
 """
 
 import copy
+import re
+import sys
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from trl.trainer import grpo_trainer
 
 from trl_opsd import BRTSTrainer, OGLSSDTrainer, OPSDTrainer, PurifiedOPSDTrainer
+from trl_opsd.trainers.engine_check import EngineCheck
 
 LONGEST = 9
 GROUP_SIZES = {OPSDTrainer: 2, OGLSSDTrainer: 4, PurifiedOPSDTrainer: 1}
@@ -83,6 +87,134 @@ class EngineStandIn:
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         return prompts, completions, logps, [[[token] for token in completion] for completion in completions]
+
+
+class HonestEngine(EngineStandIn):
+    """Reports what the weights say that it was sent last, off by `shift`; with `deaf` it never takes new ones."""
+
+    shift, deaf = 0.0, False
+
+    def sync_weights(self):
+        if not self.deaf or not self.synced:
+            super().sync_weights()
+
+    def generate(self, prompts, images, num_generations, profiler):
+        prompts, completions, _, tokens = super().generate(prompts, images, num_generations, profiler)
+        logps = [
+            [[value - self.shift] for value in self.reported(prompt, completion)]
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        return prompts, completions, logps, tokens
+
+    def reported(self, prompt, completion):
+        """By plain transformers: a copy with the synced weights, and the library's own warpers."""
+        model = copy.deepcopy(self.model)
+        for module in model.modules():  # the trainer's patch calls the student, whatever weights the copy has
+            module.__dict__.pop("forward", None)
+        model.load_state_dict(self.synced[-1], strict=False)
+        settings = self.settings
+        with torch.no_grad():
+            logits = model.eval()(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        scores = TemperatureLogitsWarper(settings["temperature"])(None, logits)
+        scores = TopKLogitsWarper(settings["top_k"])(None, scores) if settings["top_k"] else scores
+        scores = TopPLogitsWarper(settings["top_p"])(None, scores)
+        logps = scores.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+        # Given rollouts may hold what truncated sampling would never draw; an engine's own never do.
+        plain = (logits / settings["temperature"]).log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+        kept = scores.isfinite().double()
+        mass = ((logits / settings["temperature"]).softmax(-1) * kept).sum(-1)
+        added = torch.where(logps.isfinite(), logps, plain - (mass + plain.exp()).log())
+        return added.tolist()
+
+
+@pytest.fixture
+def honest(build, monkeypatch):
+    """A function that makes a trainer whose engine is honest, and checked."""
+
+    def make(shift=0.0, deaf=False, **settings):
+        monkeypatch.setattr(EngineCheck, "check", CHECK)
+        monkeypatch.setattr(HonestEngine, "shift", shift)
+        monkeypatch.setattr(HonestEngine, "deaf", deaf)
+        monkeypatch.setattr(sys.modules[__name__], "EngineStandIn", HonestEngine)
+        return build(**settings)
+
+    return make
+
+
+CHECK = EngineCheck.check
+
+
+@pytest.fixture(autouse=True)
+def unchecked(monkeypatch):
+    """The plain stand-in reports numbers of its own, one a token, which nothing is to stop."""
+    monkeypatch.setattr(EngineCheck, "check", lambda self, batch, step: {})
+
+
+def differences(trainer):
+    name = "engine/log_prob_difference"
+    return {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("cuts", [{}, {"top_p": 0.9, "top_k": 7}], ids=["untruncated", "truncated"])
+def test_an_engine_that_samples_from_the_students_weights_passes(honest, mode, cuts):
+    trainer = honest(mode=mode, max_steps=5, **{"top_p": 1.0, "top_k": 0, **cuts})
+    trainer.train()
+    assert trainer.vllm_generation.__class__ is HonestEngine
+    found = differences(trainer)
+    assert sorted(found) == [1, 2, 4]  # logged at the end of the step: generation batches 1, 2 and 4
+    assert all(value < 1e-4 for value in found.values())
+
+
+def test_an_engine_with_other_weights_stops_the_run_at_its_first_rollouts_with_both_numbers(honest):
+    trainer = honest(shift=0.5)
+    with pytest.raises(ValueError, match=r"vLLM does not sample from the weights that train: at step 0") as raised:
+        trainer.train()
+    numbers = [float(found) for found in re.findall(r"-?\d+\.\d{3}\b", str(raised.value))]
+    engine, own, difference = numbers[:3]
+    assert engine == pytest.approx(own - 0.5, abs=2e-3) and difference == pytest.approx(0.5, abs=2e-3)
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("shift", [0.2, -0.2])
+def test_rounding_passes_and_is_logged(honest, shift):
+    trainer = honest(shift=shift, max_steps=1)
+    trainer.train()
+    assert differences(trainer)[1] == pytest.approx(0.2, abs=1e-3)
+
+
+def test_an_engine_that_never_gets_the_adapter_stops_the_run_when_it_has_grown(honest):
+    from peft import LoraConfig
+
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
+    settings = {"peft_config": adapter, "learning_rate": 0.3, "max_steps": 4, "guard": "off", "max_grad_norm": 0}
+    honest(**settings).train()
+    trainer = honest(deaf=True, **settings)
+    with pytest.raises(ValueError, match=r"at step [13] its log-probabilities"):  # at step 0 it adds nothing
+        trainer.train()
+
+
+def test_what_tools_wrote_and_what_was_not_reported_is_not_compared():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 7, 5)
+    args = SimpleNamespace(temperature=1.0, top_k=0, top_p=1.0, min_p=None, repetition_penalty=1.0)
+    model = torch.nn.Module()
+    model.forward = lambda input_ids, use_cache: SimpleNamespace(logits=logits)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), reduce=lambda value, reduction: value)
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    own = logits[0, 2:-1].log_softmax(-1).gather(1, tokens[0, :, None])[:, 0][None].clone()
+    reported = own.clone()
+    reported[0, 1], reported[0, 3] = 0.0, float("nan")
+    ones = torch.ones(1, 4, dtype=torch.long)
+    batch = {"prompt_ids": torch.tensor([[0, 1, 2]]), "prompt_mask": torch.ones(1, 3), "completion_ids": tokens}
+    batch |= {"completion_mask": ones, "sampling_per_token_logps": reported}
+    with pytest.raises(ValueError, match="of 3 tokens"):
+        CHECK(EngineCheck(model, accelerator, args), batch, 0)
+    batch["tool_mask"] = torch.tensor([[1, 0, 1, 1]])
+    found = CHECK(EngineCheck(model, accelerator, args), batch, 0)
+    assert found["engine/log_prob_difference"] == pytest.approx(0, abs=1e-6)
+    args.repetition_penalty = 1.1
+    assert CHECK(EngineCheck(model, accelerator, args), batch, 0) == {}
 
 
 def reward_boxed(completions, **kwargs):

@@ -79,7 +79,7 @@ def generate_completions(
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     sampling |= {"max_new_tokens": max_new_tokens, "num_return_sequences": num_samples}
     completions: list[list[Completion]] = [[] for _ in rendered]
-    with _evaluation_mode(model), torch.random.fork_rng(_accelerators(model)), torch.no_grad():
+    with evaluation_mode(model), torch.random.fork_rng(_accelerators(model)), torch.no_grad():
         torch.manual_seed(seed)
         for start in tqdm(range(0, len(order), prompts_at_once), desc="generating", disable=not progress):
             batch = order[start : start + prompts_at_once]
@@ -116,7 +116,8 @@ def _accelerators(model) -> list[int]:
 
 
 @contextmanager
-def _evaluation_mode(model) -> Iterator[None]:
+def evaluation_mode(model) -> Iterator[None]:
+    """The time in which no module of a model trains; each has its own mode again afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

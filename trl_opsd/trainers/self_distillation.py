@@ -38,6 +38,7 @@ from .checks import (
 )
 from .columns import LossColumns
 from .config import OPSDConfig
+from .engine_check import EngineCheck
 from .groups import GroupReader
 from .guards import guards_of
 from .lengths import by_length
@@ -164,6 +165,7 @@ class SelfDistillationTrainer(RolloutTrainer):
             log=self.add_metrics,
             privileged=self.privileged,
         )
+        self.engine_check = EngineCheck(self.model, self.accelerator, self.args)
         self.memory: dict[str, Any] = {}
         self._finite = FiniteLosses()
         self._prompt_texts: list[str] = []
@@ -237,6 +239,8 @@ class SelfDistillationTrainer(RolloutTrainer):
 
     def add_targets(self, rows, batch, rewards, rollout_ids) -> dict[str, Any]:
         own, first = self._batch, self.accelerator.process_index * len(rows)
+        if self.use_vllm and self.mode == "train":
+            self.add_metrics(self.engine_check.check(batch, self.state.global_step))
         self.add_metrics(count_errors(self.reward_func_names, self.reward_funcs, self._reward_errors, self.accelerator))
         self.add_metrics({"rewards/missing": rewards.isnan().all(dim=1).float().mean().item()})
         scalars = scalar_rewards(rewards, self.reward_weights)[first : first + len(rows)]
