@@ -99,3 +99,13 @@ def test_rows_that_change_ranks_leave_the_slower_rank_less_to_do_and_the_same_st
     assert [sum(rank["moved"] for rank in numbers["rows"]) > 0 for numbers in (moved, padded)] == [True, False]
     positions = [max(rank["positions"] for rank in numbers["rows"]) for numbers in (moved, padded)]
     assert 0 < positions[0] < 0.95 * positions[1]
+
+
+@pytest.mark.slow
+def test_turns_with_tools_take_on_two_ranks_the_steps_of_one_process(tmp_path):
+    one, two = (run(engine, tmp_path / engine, "--page", "tools", worker=WORKER) for engine in ("single", "ddp"))
+    assert (one["world"], two["world"]) == (1, 2)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3, abs=1e-6)
+    assert two["norms"] == pytest.approx(one["norms"], rel=5e-3, abs=1e-6)
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-4)
+    assert all(norm > 0 for norm in one["norms"])

@@ -95,6 +95,14 @@ def test_a_method_of_ones_own_trains_without_touching_the_package(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_example_of_tools_runs_them_and_shows_what_they_said(tmp_path):
+    output = run([sys.executable, str(ROOT / "examples" / "tools.py")], tmp_path)
+    assert "'tools/call_frequency': '1'" in output and "2/2" in output
+    assert "[calls run_python with" in output and "tool run_python: SyntaxError: '(' was never closed" in output
+    assert "'rows/used': '0.5'" in output  # those whose environment reported; no rollout is right
+
+
+@pytest.mark.slow
 def test_the_command_line_takes_a_recipe_and_overrides(tmp_path, local_model):
     data = write_rows(tmp_path, ".jsonl")
     recipe = tmp_path / "recipe.yaml"

@@ -28,14 +28,15 @@ def tool_tokenizer(tokenizer):
 
 
 def scripted(trainer, scripts):
-    """In place of TRL's sampling of one turn: row i of a rank says the turns of script i one after the other."""
+    """In place of TRL's sampling of one turn: row i of all ranks says the turns of script i one after the other."""
     tokenizer, state = trainer.tokenizer, {}
 
     def sample(prompt_ids, *args, **kwargs):
         asked = [tokenizer.decode(ids) for ids in prompt_ids]
         answered = [text.count("</tool_response>") for text in asked]
         if not any(answered):
-            state["rows"] = list(range(len(prompt_ids)))
+            first = trainer.accelerator.process_index * len(prompt_ids)
+            state["rows"] = list(range(first, first + len(prompt_ids)))
         else:  # TRL asks for the rows that go on, in their order
             state["rows"] = [row for row in state["rows"] if len(scripts[row % len(scripts)]) > max(answered)]
         turns = [scripts[row % len(scripts)][count] for row, count in zip(state["rows"], answered, strict=True)]

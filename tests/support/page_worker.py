@@ -13,13 +13,22 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from accelerate.utils import gather_object
+from agents import calculate, call, scripted, tool_tokenizer
 from engines import GLOBAL_BATCH, make_model
 from page_cells import PAGES, of_page, rows_of_pages
 
+from trl_opsd import OPSDTrainer
 from trl_opsd.commands.train import finish
 from trl_opsd.demo.tokenizer import build_tokenizer
 
 TEXTS = ("1+2=3", "so 4", "wait, 10 it is", "a", "it is 3 then")  # long and short, so that rows change ranks
+TOOLS = {"clip": None, "guard": "off", "chat_template_kwargs": {"enable_thinking": False}}
+# Only the first rows of a batch call tools, so that ranks sample other numbers of turns.
+SCRIPTS = (
+    (call("calculate", expression="1+2"), call("calculate", expression="3*3"), "9<|im_end|>"),
+    (call("calculate", expression="1+2"), "so 3<|im_end|>"),
+    *[(f"{text}<|im_end|>",) for text in ("1+2=3", "wait, 10 it is")] * ((GLOBAL_BATCH - 2) // 2),
+)
 
 
 def give_rollouts(trainer):
@@ -63,10 +72,10 @@ def watch_rows(trainer, padded):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--page", required=True, choices=PAGES)
+    parser.add_argument("--page", required=True, choices=(*PAGES, "tools"))
     parser.add_argument("--padded", action="store_true")
     options = parser.parse_args()
-    trainer_class, settings = of_page(options.page)
+    trainer_class, settings = (OPSDTrainer, TOOLS) if options.page == "tools" else of_page(options.page)
     world, tokenizer = int(os.environ.get("WORLD_SIZE", 1)), build_tokenizer()
     torch.manual_seed(0)
     args = trainer_class.config_class(
@@ -76,7 +85,7 @@ def main():
         max_steps=3,
         learning_rate=1e-2,
         max_grad_norm=1.0,
-        max_completion_length=16,
+        max_completion_length=300 if options.page == "tools" else 16,
         logging_steps=1,
         save_strategy="no",
         bf16=False,
@@ -91,9 +100,12 @@ def main():
         reward_funcs=reward_short,
         args=args,
         train_dataset=rows_of_pages(),
-        processing_class=copy.deepcopy(tokenizer),
+        processing_class=tool_tokenizer(tokenizer) if options.page == "tools" else copy.deepcopy(tokenizer),
+        tools=[calculate] if options.page == "tools" else None,
     )
     give_rollouts(trainer)
+    if options.page == "tools":
+        trainer._generate_single_turn = scripted(trainer, SCRIPTS)
     watched = watch_rows(trainer, options.padded)
     trainer.train()
     watched = gather_object([watched])
