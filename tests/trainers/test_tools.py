@@ -15,7 +15,9 @@ from steps import EXACT
 
 from trl_opsd import OPSDTrainer, SDPOTrainer
 from trl_opsd.evaluation.callback import EvaluationCallback
+from trl_opsd.experimental.brts.trainer import BRTSTrainer
 from trl_opsd.inspect.rollouts import _text
+from trl_opsd.trainers.pbsd import PBSDTrainer
 from trl_opsd.trainers.rollout_text import rollouts_text
 from trl_opsd.trainers.tools import check_tool_ranks, observation_of, turns_of
 
@@ -255,7 +257,7 @@ def test_a_function_reads_turns_and_report(build, dataset):
     trainer = build(
         environment_factory=Shop,
         scripts=((call("buy", what="ink"), "3<|im_end|>"),),
-        teacher_prompt_function=f"{__name__}:says_turns",
+        teacher_prompt_template=f"{__name__}:says_turns",
     )
     trainer.model.train()
     trainer._prepare_inputs([dataset[0]] * 4)
@@ -334,11 +336,16 @@ def test_a_dict_of_environments_is_refused(build):
         build(environment_factory={"shop": Shop})
 
 
-def test_a_method_that_trains_on_what_the_model_writes_in_one_turn_is_refused(build):
-    from trl_opsd.trainers.pbsd import PBSDTrainer
-
-    with pytest.raises(ValueError, match="tools: PBSD trains on sequences that the model writes in one turn"):
-        build(PBSDTrainer)
+@pytest.mark.parametrize(
+    ("trainer_class", "says"),
+    [
+        (PBSDTrainer, "tools: PBSD trains on sequences that the model writes in one turn"),
+        (BRTSTrainer, "tools is given, but BRTS has the reward functions judge texts that call no tool"),
+    ],
+)
+def test_a_method_that_trains_on_what_the_model_writes_in_one_turn_is_refused(build, trainer_class, says):
+    with pytest.raises(ValueError, match=says):
+        build(trainer_class)
 
 
 def test_prompts_that_are_text_are_refused(build):
