@@ -344,6 +344,29 @@ def test_a_rows_own_prompt_is_shown_and_a_function_that_fails_is_a_warning(dry_r
     assert code == 0 and "! teacher_prompt_template='test_dry_run:speak_of' failed on 1 of 1 rollouts" in text
 
 
+@pytest.mark.parametrize(
+    ("control", "read", "told"),
+    [
+        ("empty", "[reference]\n\n[end]", "in place of the row's solution nothing"),
+        ("shuffled", "[reference]\n{other}\n[end]", "in place of the row's solution that of another problem"),
+        (
+            "shortest_rollout",
+            "[reference]\n{own}\n[end]",
+            "in place of the row's solution the shortest other right rollout",
+        ),
+    ],
+)
+def test_what_a_control_shows_is_rendered_and_told(dry_run, control, read, told):
+    rows = build_rows("train", 8)
+    rows = rows[:1] + [{**row, "solution": rows[1]["solution"]} for row in rows[1:]]
+    settings = [("solution_control", control), ("num_generations", 4)]
+    code, text = dry_run(*settings, rows=rows)
+    text = text.split("--- row 1")[0]  # which is shown the first row's
+    shown = read.replace("{other}", rows[1]["solution"]).replace("{own}", rows[0]["solution"])
+    assert code == 0 and shown in text.replace("\n  | ", "\n") and told in text
+    assert (rows[0]["solution"] in text.replace("\n  | ", "\n")) == (control == "shortest_rollout")
+
+
 @pytest.mark.parametrize(("reference", "number"), [("{solution}", "1"), ("{hint} {solution}", "none")])
 def test_a_column_that_the_reference_lacks_is_a_warning(dry_run, reference, number):
     rows = [{**row, "hint": "carry"} for row in build_rows("train", 8)]
@@ -362,6 +385,8 @@ def test_a_column_that_the_reference_lacks_is_a_warning(dry_run, reference, numb
             "train_dataset row 0: `hint` is int",
         ),
         ({"teacher_prompt": "x"}, [("method", "purified-opsd")], "which Purified OPSD does not take"),
+        ({}, [("method", "sdpo"), ("solution_control", "empty")], "solution_control='empty' is not possible with SDPO"),
+        ({"solution": "\\boxed{1}"}, [("solution_control", "shuffled")], "no row of train_dataset differs from row"),
         ({}, [("method", "sdpo"), ("solution_share", 0.5)], "solution_share=0.5 is not possible with SDPO"),
     ],
 )

@@ -18,6 +18,7 @@ from trl_opsd.inspect.run import run_inspect
 from trl_opsd.inspect.text import marker_flags
 from trl_opsd.losses import purified_logits, steered_logits, token_divergence
 from trl_opsd.methods import OGLS_SD, OPSD, PURIFIED_OPSD, Method
+from trl_opsd.methods.controls import controlled
 from trl_opsd.rows.token_texts import token_texts
 from trl_opsd.teacher.contexts import Rollout, TeacherContext
 
@@ -196,6 +197,29 @@ def test_what_rows_bring_is_read_and_shown(make_inspector, sample, tokenizer):
     ids = torch.tensor(rollout.ids)[:, None]
     log_p, log_q = (each.div(1.1).log_softmax(-1).gather(-1, ids)[:, 0] for each in (alone, student))
     close(record.values["reference_induced"], log_p - log_q)
+
+
+@pytest.mark.parametrize(
+    ("control", "text"), [("empty", ""), ("shuffled", "of another"), ("shortest_rollout", "\\boxed{3}, right")]
+)
+def test_a_control_stands_in_place_of_the_solution(make_inspector, sample, tokenizer, control, text):
+    template = "{prompt}\n[reference]\n{solution}\n[end]"
+    settings = {"teacher_prompt_template": template, "solution_control": control, "num_generations": 4}
+    inspector = make_inspector(OPSD, **settings)
+    inspector = replace(inspector, method=controlled(OPSD, inspector.settings))
+    group = [sample(answer, solution="the row's own") for answer in ("3", "\\boxed{3}, right")]
+    columns = {"solution_of_another_row": "of another"}
+    rewarded = [
+        replace(each.rollout, columns=columns, reward=reward) for each, reward in zip(group, (0.0, 1.0), strict=True)
+    ]
+    group = [replace(each, rollout=rollout) for each, rollout in zip(group, rewarded, strict=True)]
+    record = inspector.inspect_group(group)[0]
+    shown = f"1+2=?\n[reference]\n{text}\n[end]"
+    assert shown in next(view.reads for view in record.views if view.name == "teacher")
+    teacher = logits_of(inspector.teacher, tokenizer, shown, group[0].ids)
+    student = logits_of(inspector.student, tokenizer, "1+2=?", group[0].ids)
+    close(record.values["divergence"], token_divergence(student, teacher, temperature=1.1))
+    assert ("reference_induced" in record.values) == (control == "shuffled")
 
 
 def test_a_rows_own_prompt_is_read_and_has_no_reference_part(make_inspector, sample, tokenizer):

@@ -229,7 +229,7 @@ def redefined_fields():
 
 
 def test_it_adds_few_fields():
-    assert len(added_fields()) <= 20
+    assert len(added_fields()) <= 21
 
 
 def test_the_fields_it_adds_are_a_frozen_set():
@@ -246,6 +246,7 @@ def test_the_fields_it_adds_are_a_frozen_set():
         "num_loss_tokens_to_skip",
         "prompt_template",
         "reward_weight",
+        "solution_control",
         "solution_share",
         "teacher_chat_template_kwargs",
         "teacher_model_kind",
@@ -303,6 +304,7 @@ COMMAND_LINE = {
     "teacher_chat_template_kwargs": ('{"enable_thinking": false}', {"enable_thinking": False}),
     "teacher_model_kind": ("ema", "ema"),
     "teacher_prefix": ("<think>", "<think>"),
+    "solution_control": ("empty", "empty"),
     "solution_share": ("0.5", 0.5),
     "teacher_prompt_template": ("{prompt} {solution}", "{prompt} {solution}"),
     "teacher_tokens_per_forward": ("64", 64),

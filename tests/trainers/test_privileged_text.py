@@ -272,7 +272,7 @@ def test_the_methods_that_take_them_are_those_that_the_page_lists():
     assert {name for name, method in methods.items() if method.solution_shares} == TAKE_SHARES
     page = (Path(__file__).parents[2] / "docs" / "privileged-text.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
-    listed = {row[0]: row[1:] for row in rows if len(row) == 3 and row[1] in ("yes", "no")}
+    listed = {row[0]: row[1:3] for row in rows if len(row) == 4 and row[1] in ("yes", "no")}
     names = {name: ["yes" if name in taking else "no" for taking in (TAKE_PROMPTS, TAKE_SHARES)] for name in PAGES}
     assert listed == names
 
@@ -589,8 +589,8 @@ def test_a_run_of_several_steps_trains_and_is_saved(build, dataset):
 
 
 def test_settings_and_documented_names_are_these():
-    """A setting and a column are all that there is to know beside the template."""
+    """Two settings and a column are all that there is to know beside the template."""
     from trl_opsd.settings.privileged import PrivilegedTextSettings
 
-    assert list(inspect.get_annotations(PrivilegedTextSettings)) == ["solution_share"]
+    assert list(inspect.get_annotations(PrivilegedTextSettings)) == ["solution_share", "solution_control"]
     assert issubclass(OPSDConfig, PrivilegedTextSettings)

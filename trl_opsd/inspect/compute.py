@@ -18,7 +18,7 @@ from ..losses import Divergence, LinearShape, view_shares
 from ..methods import Extra, Method
 from ..methods.privileged import PrivilegedText
 from ..rows.checks import without_special_tokens
-from ..rows.texts import Prompt, fill_template, rewrite_last_turn
+from ..rows.texts import Prompt, fill_template, is_missing, rewrite_last_turn
 from ..rows.token_texts import text_ends, token_texts
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Written
 from ..teacher.prompts import TeacherCollator
@@ -285,7 +285,8 @@ class Inspector:
             views.reads.setdefault(name, self.tokenizer.decode(self.encode(rollout, context)))
             if rollout.solution is not None and context.slot == rollout.shown_solution and context.weights == "teacher":
                 solution[context.template] = logits
-        if rollout.solution is None or rollout.teacher_prompt is not None or not decomposes:
+        decomposes = decomposes and self.settings.solution_control != "shortest_rollout"  # which is no row's solution
+        if is_missing(rollout.solution) or rollout.teacher_prompt is not None or not decomposes:
             return views
         shown = {context.template for context in contexts}
         for template in ("teacher", "reference"):

@@ -19,6 +19,7 @@ from ..card import thinking_modes
 from ..checkpoints.state import saved_memory
 from ..commands.arguments import CommandParser, check_writable
 from ..commands.train import TRAINERS, DataArguments, load_rows, parse_as
+from ..methods.controls import controlled, with_other_solutions
 from ..settings.data import InspectionSettings
 from .compute import Inspector
 from .page import write_page
@@ -90,7 +91,7 @@ def make_inspector(inspect_args: InspectArguments, settings: Any, model_args: Mo
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    method = TRAINERS[inspect_args.method].method
+    method = controlled(TRAINERS[inspect_args.method].method, settings)
     return Inspector(
         student,
         teacher,
@@ -120,10 +121,15 @@ def take_records(
 
 def _groups(inspector: Inspector, inspect_args: InspectArguments) -> Iterator[list[SampledRollout]]:
     if inspect_args.completions is None:
-        rows = load_rows(inspect_args, inspect_args.dataset_train_split)
+        rows = _rows(inspector, inspect_args)
         return sample_groups(inspector, itertools.islice(rows, _PROMPTS_PER_ROLLOUT * inspect_args.num_rollouts))
-    rows = load_rows(inspect_args, inspect_args.dataset_train_split) if inspect_args.dataset_name else None
+    rows = _rows(inspector, inspect_args) if inspect_args.dataset_name else None
     return saved_groups(inspector, inspect_args.completions, rows)
+
+
+def _rows(inspector: Inspector, inspect_args: InspectArguments) -> Any:
+    rows = load_rows(inspect_args, inspect_args.dataset_train_split)
+    return with_other_solutions(rows, inspector.settings, "the dataset")
 
 
 def _load(name: str, model_args: ModelConfig, settings: Any, revision: str | None) -> torch.nn.Module:

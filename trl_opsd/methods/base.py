@@ -176,6 +176,7 @@ class Method:
         own_prompts: a row may bring what the view `teacher` reads, see `PrivilegedText`: where no other view has to differ from
             it in the template alone.
         solution_shares: its views show `Rollout.shown_solution`.
+        reference: from a rollout to what all other rules take for its solution; None for the row's own.
         inferred: what of the formula no source states, in a sentence; told at the start, and in the card. For pages of
             `experimental`.
     """
@@ -214,6 +215,7 @@ class Method:
     report: Callable[[Mapping[str, Any]], Mapping[str, float]] | None = None
     own_prompts: bool = False
     solution_shares: bool = False
+    reference: Callable[[Rollout], str | None] | None = None
     inferred: str = ""
 
     def __post_init__(self):
@@ -238,7 +240,9 @@ class Method:
         return self.needs_columns(settings) if callable(self.needs_columns) else self.needs_columns
 
     def noted(self, rollouts: Sequence[Rollout], settings: Any, moment: Moment) -> list[Rollout]:
-        """The rollouts with what `notes` says of them."""
+        """The rollouts with their `reference` and what `notes` says of them."""
+        if self.reference is not None:
+            rollouts = [replace(rollout, solution=self.reference(rollout)) for rollout in rollouts]
         if self.notes is None:
             return list(rollouts)
         notes = self.notes(rollouts, settings, moment)

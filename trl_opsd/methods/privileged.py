@@ -110,6 +110,11 @@ class PrivilegedText:
                     "add the column. (On the command line, dataset_format keeps `prompt` and `solution` alone; use problem_column "
                     "and solution_column instead.)"
                 )
+        if OWN_PROMPT in columns and self.settings.solution_control != "none":
+            raise ValueError(
+                f"{place} has the column `{OWN_PROMPT}`, whose texts have no place for a solution, and solution_control="
+                f"{self.settings.solution_control!r}. Rename the column, or leave solution_control 'none'."
+            )
         if OWN_PROMPT in columns and not self.method.own_prompts:
             raise ValueError(
                 f"{place} has the column `{OWN_PROMPT}`, which {self.method.name} does not take: "
@@ -122,6 +127,11 @@ class PrivilegedText:
         names = (each.name for each in fields(self.settings) if each.name.endswith("_template"))
         named = next((name for name in names if getattr(self.settings, name) == text), None)
         return named or ("teacher_prompt_template" if template == "reference" else f"the template {template!r}")
+
+    def solution_of(self, row: Mapping[str, Any]) -> str | None:
+        """What the teacher is shown as the row's solution, as far as it is known before rollouts are."""
+        rollout = Rollout(row["prompt"], row.get("solution"), "", columns=row)
+        return rollout.solution if self.method.reference is None else self.method.reference(rollout)
 
     def check_row(self, row: Mapping[str, Any], place: str) -> None:
         """Check what a row brings; control tokens and lengths apart.
@@ -237,9 +247,16 @@ class PrivilegedText:
             told.append(f"a row's own prompt from the function {self.settings.teacher_prompt_function}")
         if share != 1:
             told.append(f"of the solution's steps a share of {share}")
+        if self.settings.solution_control != "none":
+            told.append(f"in place of the row's solution {_CONTROLS[self.settings.solution_control]}")
         return "; ".join(told)
 
 
+_CONTROLS = {
+    "shuffled": "that of another problem",
+    "empty": "nothing",
+    "shortest_rollout": "the shortest other right rollout",
+}
 _REASONS = {
     "teacher_prompt_template": "what it compares are views that differ in a text within one template, or views that it writes "
     "itself, and a prompt of the row's own has no such place",

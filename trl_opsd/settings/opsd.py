@@ -50,3 +50,17 @@ class OPSDSettings(PrivilegedTextSettings, SelfDistillationSettings, AnswerSetti
                 f"num_generations={self.num_generations} with reward_weight={self.reward_weight}: TRL's advantages "
                 "need at least 2 rollouts a prompt. Set num_generations to 2 or more, or reward_weight to 0."
             )
+        self._check_control()
+
+    def _check_control(self) -> None:
+        control = self.solution_control
+        if control != "none" and self.teacher_prompt_function is not None:
+            raise ValueError(
+                f"solution_control={control!r} with teacher_prompt_template={self.teacher_prompt_function!r}: what the function "
+                "writes has no place for a solution. Give a template, or leave solution_control 'none'."
+            )
+        if control == "shortest_rollout" and self.num_generations < 2:
+            raise ValueError(
+                f"solution_control={control!r} with num_generations={self.num_generations}: a rollout alone has no other. Set "
+                "num_generations to 2 or more."
+            )

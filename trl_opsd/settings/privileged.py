@@ -5,8 +5,9 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .fields import option
+from .fields import option, require
 
+SOLUTION_CONTROLS = ("none", "shuffled", "empty", "shortest_rollout")
 _NUMBER = r"(\d+\.?\d*|\.\d+)"
 _MOVING = re.compile(rf"\s*{_NUMBER}\s*\.\.\s*{_NUMBER}\s+in\s+(\d+)\s*")
 
@@ -61,11 +62,17 @@ class PrivilegedTextSettings:
         "Share of the solution's steps (lines, or the sentences of a single line) that the teacher is shown. `1.0..0.2 in 50` "
         "moves from all of them to a fifth over 50 optimizer steps.",
     )
+    solution_control: str = option(
+        "none",
+        "What the teacher is shown in place of the row's solution, as a control: `shuffled` another problem's, `empty` nothing, "
+        "`shortest_rollout` the shortest other right rollout of the prompt. Answers are verified with the row's own.",
+    )
 
     def check(self) -> None:
         """Raise a ValueError that names a field outside its range."""
         share = read_share(1.0 if self.solution_share is None else self.solution_share)
         self.solution_share = share.start if share.start == share.end else self.solution_share
+        require(self.solution_control in SOLUTION_CONTROLS, self, "solution_control", f"one of {SOLUTION_CONTROLS}")
 
     def solution_share_at(self, step: int | None) -> float:
         """The share after `step` optimizer steps, None for what the run ends with."""

@@ -100,7 +100,7 @@ class PromptCheck:
         problems = [self._unshortened_text(row) for row in rows]
         near = self.counts.may_exceed(problems, self.problem_limit)
         if self.row_limit is not None:
-            texts = [f"{problem} {row.get('solution') or ''}" for problem, row in zip(problems, rows, strict=True)]
+            texts = [f"{problem} {self._solution(row) or ''}" for problem, row in zip(problems, rows, strict=True)]
             near |= self.counts.may_exceed(texts, self.row_limit)
         return near
 
@@ -111,10 +111,13 @@ class PromptCheck:
         texts = [column_text(row[name], name) or "" for name in self.privileged.columns]
         return " ".join([_problem_text(row["prompt"]), *texts, f"{own_prompt(row) or ''}"])
 
+    def _solution(self, row: dict) -> str | None:
+        return row.get("solution") if self.privileged is None else self.privileged.solution_of(row)
+
     def _check_exactly(self, row: dict) -> None:
         prompt = row["prompt"]
         self.collator.check_renders(prompt)
-        view = TeacherContext("teacher", row.get("solution"))
+        view = TeacherContext("teacher", self._solution(row))
         if self.privileged is not None:
             rollout = Rollout(prompt, row.get("solution"), "", columns=row, teacher_prompt=own_prompt(row))
             view = self.privileged.view(view, rollout)
@@ -122,7 +125,7 @@ class PromptCheck:
             texts = () if self.privileged is None else self.privileged.texts(template, row)
             if not (view.own_prompt and template in ("teacher", "reference")):  # which this row has no use for
                 self.collator.check_budget(prompt, template, texts)
-        if view.own_prompt or (self.row_limit is not None and row.get("solution")):
+        if view.own_prompt or (self.row_limit is not None and self._solution(row)):
             self.collator.encode(prompt, view)
 
 

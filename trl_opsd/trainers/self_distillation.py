@@ -21,6 +21,7 @@ from ..card.publishing import Publisher
 from ..checkpoints.initial_weights import check_initial_weights, fingerprint
 from ..losses import SignalDecomposition
 from ..methods import OPSD, Method
+from ..methods.controls import controlled, with_other_solutions
 from ..methods.privileged import PrivilegedText
 from ..model.heads import head_function
 from ..monitoring.diagnostics import Diagnostics
@@ -92,6 +93,9 @@ class SelfDistillationTrainer(RolloutTrainer):
         args = args or self.config_class(f"{name.rstrip('/').split('/')[-1] or 'model'}-{self.method.name}")
         check_inputs(self.method, self.config_class, model, args, train_dataset, eval_dataset)
         check_answers(self.method, tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
+        self.method = controlled(self.method, args)
+        train_dataset = with_other_solutions(train_dataset, args, "train_dataset")
+        eval_dataset = with_other_solutions(eval_dataset, args, "eval_dataset")
         if isinstance(model, str):  # a pickle can run code when it is read
             args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
         self._reward_errors: Counter[str] = Counter()

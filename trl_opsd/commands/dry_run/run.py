@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ..._trl.versions import trusts_remote_code
 from ...errors import UsageError
 from ...methods import Method
+from ...methods.controls import controlled, with_other_solutions
 from ...methods.privileged import PrivilegedText
 from ...model.checks import check_model_config
 from ...rows.checks import check_rows
@@ -51,8 +52,8 @@ def run(arguments: list[str]) -> int:
 def _report(name: str, arguments: Sequence[str], num_rows: int) -> list[str]:
     processes = num_processes(arguments, name)
     script_args, args, model_args = parse_as_one_of(processes, name, arguments, *_NEUTRAL)
-    method = TRAINERS[name].method
-    rows = load_rows(script_args, script_args.dataset_train_split)
+    method = controlled(TRAINERS[name].method, args)
+    rows = with_other_solutions(load_rows(script_args, script_args.dataset_train_split), args, "train_dataset")
     check_columns(method, args, rows, "train_dataset")
     check_fills_a_batch(args, rows)
     size = len(rows) if hasattr(rows, "__len__") else None
