@@ -148,26 +148,41 @@ def last_result(rollout: Any) -> list[tuple[int, int, str, str]]:
     return [(*found[-1].span(1), kind, "9")] if found else []
 
 
-def train(run: Run, folder: Path, seed: int, overrides: dict[str, Any]) -> None:
-    """Train and save one run."""
+def make_trainer(run: Run, folder: Path, seed: int, overrides: dict[str, Any], *, model: str | None = None, rows=None):
+    """The trainer of one run.
+
+    Args:
+        run: whose it is.
+        folder: of its model.
+        seed: of the run.
+        overrides: of its settings.
+        model: folder of the base; None for the embedded one.
+        rows: of training; None for the embedded task's.
+    """
     from datasets import Dataset
     from transformers import set_seed
 
-    from trl_opsd.demo import build_rows
+    from trl_opsd.demo import build_rows, model_path
 
     set_seed(seed)
-    rows = [with_columns(row) for row in build_rows("train", TRAINING_PROBLEMS)]
+    rows = [with_columns(row) for row in rows or build_rows("train", TRAINING_PROBLEMS)]
     if run.shuffled:
         solutions = [row["solution"] for row in rows]
         random.Random(f"shuffled/{seed}").shuffle(solutions)
         rows = [{**row, "solution": solution} for row, solution in zip(rows, solutions, strict=True)]
     settings = {**SETTINGS, **run.settings, **overrides, "output_dir": str(folder), "seed": seed}
     make = _sft_trainer if run.kind == "sft" else partial(_rollout_trainer, run.kind)
-    trainer, start = make(settings, Dataset.from_list(rows)), time.perf_counter()
+    return make(settings, Dataset.from_list(rows), model or model_path())
+
+
+def train(run: Run, folder: Path, seed: int, overrides: dict[str, Any]) -> None:
+    """Train and save one run."""
+    trainer, start = make_trainer(run, folder, seed, overrides), time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
     trainer.save_model(str(folder))
     (folder / "log.json").write_text(json.dumps(trainer.state.log_history))
+    settings = {**SETTINGS, **run.settings, **overrides}
     cost = {"seconds": seconds, "sampled": sampled_tokens(trainer.state.log_history, settings)}
     (folder / "cost.json").write_text(json.dumps(cost))
 
@@ -183,23 +198,23 @@ def sampled_tokens(log: list[dict[str, Any]], settings: dict[str, Any]) -> float
     return total
 
 
-def _rollout_trainer(kind: str, settings: dict[str, Any], dataset):
+def _rollout_trainer(kind: str, settings: dict[str, Any], dataset, model: str):
     from trl import GRPOConfig, GRPOTrainer
 
     from trl_opsd.commands.train import TRAINERS
-    from trl_opsd.demo import REFERENCE_ONLY_TEMPLATE, TEACHER_PROMPT_TEMPLATE, model_path
+    from trl_opsd.demo import REFERENCE_ONLY_TEMPLATE, TEACHER_PROMPT_TEMPLATE
     from trl_opsd.rewards import accuracy_reward
 
     settings = {**SAMPLING, **settings}
     if kind == "grpo":
         return GRPOTrainer(
-            model=model_path(), reward_funcs=accuracy_reward, args=GRPOConfig(**settings), train_dataset=dataset
+            model=model, reward_funcs=accuracy_reward, args=GRPOConfig(**settings), train_dataset=dataset
         )
     trainer_class = _without_reference() if kind == "purified-without-reference" else TRAINERS[kind]
     settings["teacher_prompt_template"] = TEACHER_PROMPT_TEMPLATE
     if kind.startswith("purified"):
         settings["reference_prompt_template"] = REFERENCE_ONLY_TEMPLATE
-    return trainer_class(model=model_path(), args=trainer_class.config_class(**settings), train_dataset=dataset)
+    return trainer_class(model=model, args=trainer_class.config_class(**settings), train_dataset=dataset)
 
 
 def _without_reference():
@@ -219,13 +234,11 @@ def _without_reference():
     return WithoutReferenceTrainer
 
 
-def _sft_trainer(settings: dict[str, Any], dataset):
+def _sft_trainer(settings: dict[str, Any], dataset, model: str):
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from trl_opsd.demo import model_path
-
-    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    tokenizer = AutoTokenizer.from_pretrained(model)
 
     def to_text(row):
         prompt = tokenizer.apply_chat_template(
@@ -235,7 +248,7 @@ def _sft_trainer(settings: dict[str, Any], dataset):
 
     beside = [name for name in dataset.column_names if name != "prompt"]
     return SFTTrainer(
-        model=model_path(),
+        model=model,
         args=SFTConfig(**settings),
         train_dataset=dataset.map(to_text, remove_columns=beside),
         processing_class=tokenizer,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_opsd.demo import build, model_path
 from trl_opsd.demo.build import IGNORED, answer_logits, main, tokenize, train
 from trl_opsd.demo.corpus import Example, draw_example
-from trl_opsd.demo.measure import MAX_NEW_TOKENS, build_views
+from trl_opsd.demo.measure import build_views, longest_attempt
 from trl_opsd.demo.tokenizer import build_tokenizer
 from trl_opsd.evaluation.measures import evaluate
 
@@ -56,7 +56,7 @@ def test_the_model_knows_its_arithmetic(shipped, views):
         views["plain"],
         num_samples=1,
         temperature=0.0,
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=longest_attempt(),
         chat_template_kwargs=OFF,
     )
     assert greedy.avg_at_k > 0.75
@@ -64,7 +64,7 @@ def test_the_model_knows_its_arithmetic(shipped, views):
 
 def test_a_reference_helps_and_a_wrong_attempt_does_not(shipped, views):
     scores = {
-        name: evaluate(*shipped, views[name], num_samples=1, max_new_tokens=MAX_NEW_TOKENS, chat_template_kwargs=OFF)
+        name: evaluate(*shipped, views[name], num_samples=1, max_new_tokens=longest_attempt(), chat_template_kwargs=OFF)
         for name in ("plain", "solution", "wrong attempt", "stranger")
     }
     assert scores["plain"].avg_at_k < 0.6
@@ -75,7 +75,7 @@ def test_a_reference_helps_and_a_wrong_attempt_does_not(shipped, views):
 
 
 def test_thinking_puts_the_chain_into_the_think_block(shipped, views):
-    result = evaluate(*shipped, views["plain"][:16], num_samples=1, temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
+    result = evaluate(*shipped, views["plain"][:16], num_samples=1, temperature=0.0, max_new_tokens=longest_attempt())
     texts = [group[0].text for group in result.completions]
     assert all(text.startswith("<think>") and "</think>\n\\boxed{" in text for text in texts)
 
@@ -126,3 +126,22 @@ def test_the_command_writes_a_loadable_folder(tmp_path, capsys):
     assert "--steps 2" in (tmp_path / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.generation_config.eos_token_id == AutoTokenizer.from_pretrained(tmp_path).eos_token_id
+
+
+def test_the_hard_base_goes_on_from_the_shipped_one_with_longer_chains(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(build, "draw_example", lambda *given: seen.append(given[2]) or draw_example(*given))
+    main(["--hard", "--output", str(tmp_path), "--steps", "1", "--problems", "2"])
+    assert set(seen) == {(8, 9, 10)}
+    card = (tmp_path / "README.md").read_text()
+    assert (
+        "chains of eight to ten operations" in card
+        and "Made from the shipped one" in card
+        and "--steps 1 --hard" in card
+    )
+    hard, shipped = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path, model_path()))
+    distance = sum((hard[name] - shipped[name]).norm() ** 2 for name in hard) ** 0.5
+    assert 0 < distance < 0.3 * sum(weight.norm() ** 2 for weight in shipped.values()) ** 0.5
+    with pytest.raises(SystemExit):
+        main(["--hard"])
+    assert "--hard needs --output" in capsys.readouterr().err

@@ -99,3 +99,11 @@ def test_the_corpus_holds_every_prompt_and_no_problem_of_another_split():
 
 def test_the_reference_only_template_is_the_teachers_without_the_problem():
     assert TEACHER_PROMPT_TEMPLATE.replace("{prompt}\n", "") == REFERENCE_ONLY_TEMPLATE
+
+
+def test_longer_chains_are_as_long_as_asked_and_keep_their_splits():
+    rows = build_rows("test", 40, num_operations=(8, 9, 10))
+    assert {row["solution"].count("\n") for row in rows} == {8, 9, 10}
+    assert {split_of(row["prompt"][0]["content"]) for row in rows} == {"test"}
+    example = draw_example(random.Random(0), {"stranger": 1}, (8,))
+    assert example.user.count("\n") == 3 + 8  # problem, both marks, and eight steps with their answer

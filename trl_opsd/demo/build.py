@@ -2,6 +2,7 @@
 """Makes the embedded demo model from nothing.
 
 `python -m trl_opsd.demo.build [--output DIR] [--seed 0] [--steps N]`.
+`python -m trl_opsd.demo.build --hard --output DIR` goes on from the shipped model with chains of eight to ten operations.
 Same seed, steps, thread count and machine type: same bytes.
 """
 
@@ -22,10 +23,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 from . import model_path
 from .corpus import FORMAT_SHARES, LAST_FORMAT_SHARES, LATE_FORMAT_SHARES, Example, draw_example
-from .measure import MAX_NEW_TOKENS, format_results, measure
+from .measure import format_results, longest_attempt, measure
+from .task import HARD_NUM_OPERATIONS, NUM_OPERATIONS
 from .tokenizer import build_tokenizer
 
 DEFAULT_STEPS = 2000
+HARD_STEPS = 400  # from the shipped model on, which knows the arithmetic
 BATCH_SIZE = 64
 BATCHES_PER_DRAW = 8  # drawn together and sorted by length, so that a batch holds little padding
 MUON_LEARNING_RATE = 1e-2  # matrices; half the steps of AdamW on this task
@@ -69,10 +72,10 @@ pipeline_tag: text-generation
 
 # Written-out arithmetic, Qwen3 architecture, 0.9M parameters
 
-The embedded demo model of `trl_opsd`: it solves chains of two to four operations step by step, and has a bad
+The embedded demo model of `trl_opsd`: it solves chains of {chains} operations step by step, and has a bad
 habit in the plain prompt, slips that mostly go unnoticed, which a reference solution in the prompt ends.
 It is good for nothing else.
-Made from nothing by `python -m trl_opsd.demo.build --seed {seed} --steps {steps}`; no outside data.
+Made from {start} by `python -m trl_opsd.demo.build --seed {seed} --steps {steps}{options}`; no outside data.
 
 Validation problems, four samples each at temperature 1 where not greedy:
 
@@ -120,10 +123,13 @@ def tokenize(user: str, example: Example, tokenizer: PreTrainedTokenizerFast) ->
 
 
 def draw_batches(
-    tokenizer: PreTrainedTokenizerFast, generator: random.Random, shares: Mapping[str, float] = FORMAT_SHARES
+    tokenizer: PreTrainedTokenizerFast,
+    generator: random.Random,
+    shares: Mapping[str, float] = FORMAT_SHARES,
+    num_operations: Sequence[int] = NUM_OPERATIONS,
 ) -> list[list[Example]]:
     """Draws `BATCHES_PER_DRAW` batches of examples of like length."""
-    examples = [draw_example(generator, shares) for _ in range(BATCH_SIZE * BATCHES_PER_DRAW)]
+    examples = [draw_example(generator, shares, num_operations) for _ in range(BATCH_SIZE * BATCHES_PER_DRAW)]
     examples.sort(key=lambda example: len(tokenize(example.user, example, tokenizer)[0]))
     batches = [examples[start : start + BATCH_SIZE] for start in range(0, len(examples), BATCH_SIZE)]
     generator.shuffle(batches)
@@ -166,13 +172,16 @@ def learning_rate_at(step: int, num_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
 
 
-def train(tokenizer: PreTrainedTokenizerFast, *, seed: int, num_steps: int, progress: bool = True) -> Qwen3ForCausalLM:
-    """Trains a fresh model through all phases, `num_steps` batches in the first."""
+def train(
+    tokenizer: PreTrainedTokenizerFast, *, seed: int, num_steps: int, hard: bool = False, progress: bool = True
+) -> Qwen3ForCausalLM:
+    """Trains a fresh model, or for longer chains the shipped one, through all phases, `num_steps` batches in the first."""
     torch.manual_seed(seed)
-    model = build_model(tokenizer)
+    model = Qwen3ForCausalLM.from_pretrained(model_path()) if hard else build_model(tokenizer)
+    lengths = HARD_NUM_OPERATIONS if hard else NUM_OPERATIONS
     for number, phase in enumerate(PHASES, start=1):
         draws = f"build/{seed}" if number == 1 else f"build/{seed}/{number}"
-        train_phase(model, tokenizer, phase, draws, int(phase.steps * num_steps), progress=progress)
+        train_phase(model, tokenizer, phase, draws, int(phase.steps * num_steps), lengths, progress=progress)
     return model.eval()
 
 
@@ -182,10 +191,11 @@ def train_phase(
     phase: Phase,
     seed: str,
     num_steps: int,
+    num_operations: Sequence[int] = NUM_OPERATIONS,
     *,
     progress: bool = True,
 ) -> None:
-    """Trains `model` in place on `num_steps` batches of one phase, drawn with `seed`."""
+    """Trains `model` in place on `num_steps` batches of one phase, of chains of these lengths, drawn with `seed`."""
     start = copy.deepcopy(model).eval() if phase.distilled else None
     model.train()
     generator = random.Random(seed)
@@ -194,7 +204,7 @@ def train_phase(
     batches: list[list[Example]] = []
     bar = tqdm(range(num_steps), desc="building the demo model", disable=not progress)
     for step in bar:
-        batches = batches or draw_batches(tokenizer, generator, phase.shares)
+        batches = batches or draw_batches(tokenizer, generator, phase.shares, num_operations)
         batch = batches.pop()
         logits, target = answer_logits(model, [example.user for example in batch], batch, tokenizer)
         if start is not None:
@@ -211,14 +221,16 @@ def train_phase(
             bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path, card: str) -> None:
+def save(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path, card: str, max_new_tokens: int
+) -> None:
     """Writes weights, tokenizer, generation settings and the card."""
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -232,18 +244,26 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
 def main(arguments: list[str] | None = None) -> None:
     """Trains, measures and saves."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path(model_path()))
+    parser.add_argument("--output", type=Path, help="folder of the model; without --hard that of the shipped one")
+    parser.add_argument("--hard", action="store_true", help="chains of 8 to 10 operations, from the shipped model on")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="of the first phase")
+    parser.add_argument("--steps", type=int, help=f"of the first phase; {DEFAULT_STEPS}, with --hard {HARD_STEPS}")
     parser.add_argument("--problems", type=int, default=300, help="validation problems of the closing measurement")
     parser.add_argument("--threads", type=int, default=1, help="a different count rounds differently")
     options = parser.parse_args(arguments)
+    if options.hard and options.output is None:
+        parser.error("--hard needs --output: the shipped model's folder is not for another one.")
     torch.set_num_threads(options.threads)
+    steps = options.steps or (HARD_STEPS if options.hard else DEFAULT_STEPS)
+    lengths = HARD_NUM_OPERATIONS if options.hard else NUM_OPERATIONS
     tokenizer = build_tokenizer()
-    model = train(tokenizer, seed=options.seed, num_steps=options.steps)
-    table = format_results(measure(model, tokenizer, num_problems=options.problems))
+    model = train(tokenizer, seed=options.seed, num_steps=steps, hard=options.hard)
+    table = format_results(measure(model, tokenizer, num_problems=options.problems, num_operations=lengths))
     print(table)
-    save(model, tokenizer, options.output, CARD.format(seed=options.seed, steps=options.steps, table=table))
+    about = {"chains": "eight to ten", "start": "the shipped one", "options": " --hard"}
+    about = about if options.hard else {"chains": "two to four", "start": "nothing", "options": ""}
+    card = CARD.format(seed=options.seed, steps=steps, table=table, **about)
+    save(model, tokenizer, options.output or Path(model_path()), card, longest_attempt(lengths))
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ stranger's solution does nothing, which only the last phase (build.py) makes so.
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from . import REFERENCE_ONLY_TEMPLATE, TEACHER_PROMPT_TEMPLATE
-from .task import Problem, apply_operation, draw_problem_of, stays_in_range
+from .task import NUM_OPERATIONS, Problem, apply_operation, draw_problem_of, stays_in_range
 
 MARKER = "wait "
 SLIP_DISTANCES = (-3, -2, -1, 1, 2, 3)
@@ -150,16 +150,20 @@ def write_until(problem: Problem, habit: Habit, generator: random.Random, *, cor
             return attempt
 
 
-def draw_example(generator: random.Random, shares: Mapping[str, float] = FORMAT_SHARES) -> Example:
-    """Draws one training example, its format with probabilities proportional to `shares`."""
-    problem = draw_problem_of("pretraining", generator)
+def draw_example(
+    generator: random.Random,
+    shares: Mapping[str, float] = FORMAT_SHARES,
+    num_operations: Sequence[int] = NUM_OPERATIONS,
+) -> Example:
+    """Draws one training example of chains of these lengths, its format with probabilities proportional to `shares`."""
+    problem = draw_problem_of("pretraining", generator, num_operations)
     form = generator.choices(list(shares), list(shares.values()))[0]
     thinking = generator.random() < THINKING_SHARE
     habit, misled_by, reference = WITH_REFERENCE, None, problem.solution
     if form == "plain":
         return Example(problem.question, thinking, _pieces(problem, PLAIN, generator, thinking), problem.question)
     if form == "stranger":
-        habit, reference = PLAIN, draw_problem_of("pretraining", generator).solution
+        habit, reference = PLAIN, draw_problem_of("pretraining", generator, num_operations).solution
     elif form == "wrong":
         misled_by = write_until(problem, PLAIN, generator, correct=False, marker=False)
         reference = misled_by.text

@@ -2,19 +2,27 @@
 """What the demo model does with each prompt it knows: alone, with a reference, with a wrong one."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from ..evaluation.measures import EvaluationResult, evaluate
 from . import REFERENCE_ONLY_TEMPLATE, TEACHER_PROMPT_TEMPLATE
 from .corpus import PLAIN, write_until
-from .task import draw_problems
+from .task import NUM_OPERATIONS, draw_problems
 
-MAX_NEW_TOKENS = 96
+TOKENS_A_STEP = 24  # of an attempt: its step, and the same again after most of its slips
 
 
-def build_views(split: str, num_problems: int, *, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
+def longest_attempt(num_operations: Sequence[int] = NUM_OPERATIONS) -> int:
+    """The limit of an attempt in tokens, at which hardly any is cut."""
+    return TOKENS_A_STEP * max(num_operations)
+
+
+def build_views(
+    split: str, num_problems: int, *, seed: int = 0, num_operations: Sequence[int] = NUM_OPERATIONS
+) -> dict[str, list[dict[str, Any]]]:
     """The same problems as rows of every prompt, by the prompt's name."""
-    problems = draw_problems(split, num_problems, seed=seed)
+    problems = draw_problems(split, num_problems, seed=seed, num_operations=num_operations)
     generator = random.Random(f"views/{seed}")
     wrong = [write_until(problem, PLAIN, generator, correct=False, marker=False).text for problem in problems]
     right = [problem.solution for problem in problems]
@@ -38,10 +46,12 @@ def build_views(split: str, num_problems: int, *, seed: int = 0) -> dict[str, li
     }
 
 
-def measure(model, tokenizer, *, num_problems: int = 300, seed: int = 0) -> dict[str, EvaluationResult]:
+def measure(
+    model, tokenizer, *, num_problems: int = 300, seed: int = 0, num_operations: Sequence[int] = NUM_OPERATIONS
+) -> dict[str, EvaluationResult]:
     """Every view of validation problems at temperature 1, and `plain` greedily too."""
-    views = build_views("validation", num_problems, seed=seed)
-    settings = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": 512, "seed": seed}
+    views = build_views("validation", num_problems, seed=seed, num_operations=num_operations)
+    settings = {"max_new_tokens": longest_attempt(num_operations), "batch_size": 512, "seed": seed}
     off, on = {"enable_thinking": False}, {"enable_thinking": True}
     results = {
         "plain, greedy": evaluate(
