@@ -147,6 +147,16 @@ def test_rows_without_another_solution_are_refused(prompts, solutions, place):
         other_solutions(prompts, solutions, 0, "train_dataset")
 
 
+def test_a_solution_that_is_too_long_beside_another_problem_is_found_before_the_first_step(build_group, make_model):
+    turns = [[{"role": "user", "content": text}] for text in ("1+1=?", "2+" * 200 + "2=?")]
+    solutions = ("is 2 " * 80 + "\\boxed{2}", "\\boxed{402}")
+    rows = [{"prompt": turn, "solution": solution} for turn, solution in zip(turns, solutions, strict=True)]
+    model = make_model(max_position_embeddings=1024)
+    assert build_group(OPSDTrainer, TEXTS, Dataset.from_list(rows), model=model, **GROUPS) is not None
+    with pytest.raises(ValueError, match=r"train_dataset row 1: .*positions for 1024"):
+        build_group(OPSDTrainer, TEXTS, Dataset.from_list(rows), model=model, solution_control="shuffled", **GROUPS)
+
+
 def test_a_stream_cannot_be_shuffled(build, dataset):
     with pytest.raises(ValueError, match="'shuffled' needs every solution of train_dataset before training"):
         build(rows=dataset.to_iterable_dataset(), solution_control="shuffled")
