@@ -92,7 +92,50 @@ def test_numbers_measured_later_replace_those_of_the_card_and_nothing_else(build
     (tmp_path / "README.md").write_text("# Somebody's card\n")
     add_results(tmp_path, lines)
     added = (tmp_path / "README.md").read_text()
-    assert added.startswith("# Somebody's card\n\n## Results\n") and "+0.500" in added
+    assert "---\n# Somebody's card\n\n## Results\n" in added and "+0.500" in added
+
+
+def metrics_of(folder):
+    """Name and value of every metric as the Hub's own library reads them from a card."""
+    data = ModelCard.load(folder / "README.md").data
+    return data.model_name, {(each.dataset_name, each.metric_name): each.metric_value for each in data.eval_results}
+
+
+def test_numbers_are_metrics_of_the_metadata_and_survive_a_second_writing(build, tmp_path):
+    trainer = build()
+    trainer.create_model_card(model_name="tiny")
+    assert "model-index" not in read_card(tmp_path)[0]
+    lines = [{**line, "pass_at_k": 0.75, "mean_completion_length": 17.0} for line in (BASE, TRAINED)]
+    other = [
+        {**line, "dataset": "other sums", "avg_at_k": value} for line, value in zip(lines, (0.25, 0.5), strict=True)
+    ]
+    add_results(tmp_path / "out", [*lines, *other])
+    before = read_card(tmp_path)
+    wanted = {
+        ("sums", "avg@2"): 0.625,
+        ("sums", "pass@2"): 0.75,
+        ("other sums", "avg@2"): 0.5,
+        ("other sums", "pass@2"): 0.75,
+    }
+    assert metrics_of(tmp_path / "out") == ("tiny", wanted)  # the base's numbers are not this model's
+    add_results(tmp_path / "out", [*lines, *other])
+    assert read_card(tmp_path) == before
+    add_results(tmp_path / "out", [BASE, {**TRAINED, "avg_at_k": 0.375}])
+    assert metrics_of(tmp_path / "out") == ("tiny", {("sums", "avg@2"): 0.375})
+    (first, *_) = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results
+    assert first.task_type == "text-generation" and first.metric_type == "accuracy"
+    assert first.metric_args["difference_to_base"] == {"estimate": 0.5, "low": 0.25, "high": 0.75}
+    before, after = before[0], read_card(tmp_path)[0]
+    assert before.keys() == after.keys() and after["pipeline_tag"] == "text-generation"
+    trainer.create_model_card(model_name="tiny", evaluation=[BASE, TRAINED])
+    assert metrics_of(tmp_path / "out") == ("tiny", {("sums", "avg@2"): 0.625})
+
+
+def test_a_card_without_metadata_gets_metrics_under_the_name_of_its_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "README.md").write_text("# Somebody's card\n")
+    add_results(tmp_path / "run", [TRAINED])
+    assert metrics_of(tmp_path / "run") == ("run", {("sums", "avg@2"): 0.625})
 
 
 def test_a_result_without_its_base_says_that_the_base_was_not_measured():
@@ -211,7 +254,7 @@ def test_a_card_with_hostile_names_keeps_its_sections_its_metadata_and_its_links
     trainer.create_model_card(model_name=name, dataset_name=name, evaluation=lines)
     card = ModelCard((tmp_path / "out" / "README.md").read_text())  # as the Hub reads it
     metadata = card.data.to_dict()
-    assert metadata["model_name"] == name and metadata["datasets"] == name and "license" not in metadata
+    assert card.data.model_name == name and metadata["datasets"] == name and "license" not in metadata
     page = rendered(card.text)
     addresses = [urlsplit(address) for address in re.findall('(?:href|src)="([^"]*)"', page)]
     assert {address.netloc for address in addresses} <= {"arxiv.org", "pypi.org", "huggingface.co", "github.com", ""}

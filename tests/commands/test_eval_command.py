@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_opsd.card import add_results
@@ -272,6 +273,8 @@ def test_the_rule_is_stated_and_the_best_of_a_course_is_no_result(tmp_path, ques
     assert "| this model | 0.000 |" in card and "checkpoint-10" not in card and str(tmp_path) not in card
     assert '"checkpoint_rule": "last"' in card and '"evaluation": "off"' in card and "kept" in card
     assert card.count("| questions.jsonl: 2, k = 1 |") == 2
+    accuracy = ModelCard(card).data.eval_results[0]
+    assert (accuracy.dataset_name, accuracy.metric_name, accuracy.metric_value) == ("questions.jsonl", "avg@1", 0.0)
 
 
 def test_without_a_course_nothing_is_said_of_a_best(tmp_path, questions, capsys):
@@ -294,13 +297,25 @@ def test_numbers_go_into_the_card_that_trl_wrote_of_a_baseline(tmp_path):
     for value in (0.25, 0.5):
         add_results(tmp_path, [{**line, "avg_at_k": value}])
         card = (tmp_path / "README.md").read_text()
-        assert card.startswith("# Run\n\n## Results\n") and f"{value:.3f}" in card and card.count("avg@k") == 1
+        assert "---\n# Run\n\n## Results\n" in card and f"{value:.3f}" in card and card.count("avg@k") == 1
 
 
 def test_a_model_without_a_card_is_refused_before_anything_is_sampled(tmp_path, questions, spoilt, capsys):
     line = words(tmp_path, "--models", model_path(), spoilt, "--datasets", questions, "--add_to_card")
     assert cli.main(line) == 2
     assert "has no README.md" in capsys.readouterr().err and not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("metadata", ["a: [", "- a list", "model-index: 5"])
+def test_a_card_whose_metadata_cannot_be_read_is_refused_before_anything_is_sampled(
+    tmp_path, questions, run_folder, capsys, metadata
+):
+    (run_folder / "README.md").write_text(f"---\n{metadata}\n---\n# Run\n")
+    line = words(tmp_path, "--models", model_path(), run_folder, "--datasets", questions, "--add_to_card")
+    assert cli.main(line) == 2
+    told = capsys.readouterr().err
+    assert "README.md, between its first lines `---`, cannot be read" in told and len(told.splitlines()) == 1
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize(

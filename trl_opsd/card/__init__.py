@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 
 from . import sections
 from .facts import base_licence, base_name, base_path, describe_run, redact, thinking_modes
+from .index import index_results
 from .markdown import escaped
 from .results import NUMBERS, add_results, results_section
 
@@ -51,6 +52,8 @@ def write_card(trainer: Any, dataset_name: str | None, evaluation: Sequence[Mapp
     token = trainer.args.hub_token
     card.text = redact(redact("\n\n".join(parts), token), escaped(token or ""))  # it may stand in a table
     (folder / "README.md").write_text(f"{card.content.rstrip()}\n", encoding="utf-8")
+    if evaluation:
+        index_results(folder / "README.md", evaluation)
 
 
 def _from_trl(text: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .index import index_results
 from .markdown import as_json, escaped, table
 
 NUMBERS = {
@@ -64,7 +65,7 @@ def evaluation_thinking(evaluation: Sequence[Mapping[str, Any]] | None) -> str:
 
 
 def add_results(folder: str | Path, evaluation: Sequence[Mapping[str, Any]]) -> None:
-    """Put numbers measured later into the card of a saved model, in place of those it has.
+    """Put numbers measured later into the text and the metadata of a saved model's card, in place of those it has.
 
     Args:
         folder: holds the model and its README.md. One that TRL wrote, as of a baseline, gets a section of results in
@@ -81,3 +82,4 @@ def add_results(folder: str | Path, evaluation: Sequence[Mapping[str, Any]]) -> 
         before, after = f"{before.rstrip()}\n", procedure + after
     rest = re.sub('"evaluation": "[^"]*"', f'"evaluation": "{evaluation_thinking(evaluation)}"', after, count=1)
     path.write_text(f"{before}\n{results_section(evaluation)}\n{rest}", encoding="utf-8")
+    index_results(path, evaluation)

@@ -108,14 +108,26 @@ def check_cards(models: Sequence[EvaluatedModel]) -> None:
     """See that every model but the first has a card to add numbers to.
 
     Raises:
-        UsageError: names the first that has none.
+        UsageError: names the first that has none, or one whose metadata nobody can read.
     """
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
     for model in models[1:]:
-        if not (Path(model.given) / "README.md").exists():
+        card = Path(model.given) / "README.md"
+        if not card.exists():
             raise UsageError(
                 f"--add_to_card: {model.given} has no README.md, as a training command writes it into the folder of a run. "
                 "Name the folder of a run, or leave the option out."
             )
+        try:
+            ModelCard(card.read_text(encoding="utf-8"))
+        except (ValueError, YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(
+                f"--add_to_card: the metadata of {card}, between its first lines `---`, cannot be read ({reason}). "
+                "Mend it, or leave the option out."
+            ) from error
 
 
 def add_to_cards(models: Sequence[EvaluatedModel], summary: Sequence[Mapping[str, Any]]) -> list[str]:
