@@ -4,6 +4,7 @@ BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 NEWEST := .venv-newest/bin
 VLLM := .venv-vllm/bin
+DOCS := .venv-docs/bin
 OLDEST_TESTS := $(addprefix tests/,methods/test_contract.py trainers/test_config.py rows/test_validation.py teacher model trl_seam trainers/test_vllm_boundary.py card/test_card.py trainers/test_waits.py trainers/test_offload.py)
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
@@ -30,7 +31,8 @@ test-oldest: .venv-oldest/ready
 test-newest: .venv-newest/ready
 	$(NEWEST)/python -m pytest -q $(OLDEST_TESTS)
 
-# A pretrained model, problems and tokenizers that package registries hold; what cannot be had is skipped by name.
+# A pretrained model, problems and tokenizers that package registries hold, notebooks and the site; what cannot be had is
+# skipped by name.
 test-real: .venv/real
 	TEST_REAL=1 $(BIN)/python -m pytest -q tests/real
 
@@ -58,15 +60,15 @@ lint: .venv/ready
 build: .venv/ready
 	$(BIN)/python -m build
 
-# README, docs/ and the API's reference as a static site in outputs/site.
-docs: .venv/ready
-	$(BIN)/python docs/build_site.py outputs/site
+# README, docs/ and the API's reference as a static site in outputs/site; a link that leads nowhere is an error.
+docs: .venv-docs/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict
 
 benchmark: .venv/ready
 	$(BIN)/python benchmarks/loss_head.py
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-vllm build dist outputs *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm .venv-docs build dist outputs *.egg-info
 
 # torch first and alone, so that a pinned build already chosen is not replaced by a dependency's wish.
 .venv/ready: pyproject.toml constraints.txt
@@ -77,10 +79,11 @@ clean:
 
 # Where a package cannot be had, the tests say so.
 .venv/real: .venv/ready
-	-$(BIN)/pip install -q -c constraints.txt gguf
+	-$(BIN)/pip install -q -c constraints.txt gguf nbclient ipykernel
 	-$(BIN)/pip install -q --no-deps champ-dataset==1.0.0
 	-$(BIN)/pip install -q -c constraints.txt sentence-transformers
 	-$(BIN)/pip install -q -c constraints.txt inspect-ai==0.3.285
+	-$(MAKE) .venv-docs/ready
 	touch $@
 
 .venv-oldest/ready: pyproject.toml constraints-oldest.txt
@@ -94,6 +97,12 @@ clean:
 	$(PYTHON) -m venv .venv-newest
 	$(NEWEST)/pip install -q -c constraints.txt torch
 	$(NEWEST)/pip install -q -e . pytest rich
+	touch $@
+
+# The reference is read from the source, so neither torch nor TRL is needed.
+.venv-docs/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	$(DOCS)/pip install -q -c constraints.txt mkdocs-material mkdocstrings-python
 	touch $@
 
 .venv-vllm/ready: pyproject.toml constraints-vllm.txt

@@ -75,6 +75,7 @@ def accuracy_pairs(completions: list, solution: list[str | None]) -> list[tuple[
 
 
 accuracy_reward = make_accuracy_reward()
+"""The reward of a verified answer, 1 or 0, by math-verify; None without a reference, or where verification ran out of time."""
 
 
 def no_reward(completions: list, **kwargs: Any) -> list[float]:

@@ -68,6 +68,15 @@ def test_every_page_of_a_method_is_linked_from_the_choosing_table():
     assert pages == set(re.findall(r"\((methods/[\w-]+\.md)\)", table))
 
 
+def test_every_page_is_in_the_navigation_of_the_site():
+    """The strict build, which another environment runs, would end at one that is not; those of methods are added by it."""
+    text = (ROOT / "mkdocs.yml").read_text()
+    named = set(re.findall(r"^ *- (\S+\.md)$", text, flags=re.MULTILINE))
+    pages = {str(page.relative_to(ROOT)) for page in PAGES if page.parent.name != "methods"}
+    assert pages <= named, "name the page under `nav` of mkdocs.yml"
+    assert all((ROOT / name).exists() for name in named)
+
+
 def test_commands_of_the_readme_exist():
     text = "\n".join(snippets(ROOT / "README.md", "bash"))
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
