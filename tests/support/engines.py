@@ -108,7 +108,7 @@ def save_models(folder):
 
 
 def command_of(engine):
-    accelerate = [str(BIN / "accelerate"), "launch", "--main_process_port", str(_free_port()), "--config_file"]
+    accelerate = [str(BIN / "accelerate"), "launch", "--main_process_port", str(free_port()), "--config_file"]
     if engine == "single":
         return [sys.executable]
     if engine.startswith("zero"):
@@ -151,7 +151,7 @@ def _read(path):
     return json.loads(path.read_text()) if path.exists() else {"error": "NoResult", "message": "ended before it"}
 
 
-def _free_port():
+def free_port():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]

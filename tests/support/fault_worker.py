@@ -113,6 +113,7 @@ def main():
     parser.add_argument("--resume", action="store_true", help="from the newest complete checkpoint")
     options = parser.parse_args()
     world = int(os.environ.get("WORLD_SIZE", 1))
+    accumulation = 2 if world < GLOBAL_BATCH else 1  # the batch is the same on one process, two and four
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
     trainer_class = TRAINERS[options.method]
@@ -120,10 +121,10 @@ def main():
     args = trainer_class.config_class(
         **group,
         output_dir=str(options.output / "out"),
-        per_device_train_batch_size=GLOBAL_BATCH // world // 2,
-        gradient_accumulation_steps=2,
+        per_device_train_batch_size=GLOBAL_BATCH // world // accumulation,
+        gradient_accumulation_steps=accumulation,
         max_steps=6 if options.save else 3,
-        steps_per_generation=4 if options.save else 2,
+        steps_per_generation=accumulation * (2 if options.save else 1),
         learning_rate=1e-2,
         max_grad_norm=1.0,
         max_completion_length=8,

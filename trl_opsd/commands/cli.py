@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..pages import PAGES
-from .terminal import calm_libraries
+from .terminal import VERBOSE, calm_libraries
 from .user_errors import TRACEBACK, run_for_user
 
 _TRAINING = "commands.launch:run_training"
@@ -50,9 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(overview())
         return 0
     name, *rest = words
-    if "--traceback" in rest:
-        os.environ[TRACEBACK] = "1"
-        rest = [word for word in rest if word != "--traceback"]
+    for word, variable in (("--traceback", TRACEBACK), ("--verbose", VERBOSE)):
+        if word in rest:
+            os.environ[variable] = "1"
+            rest = [other for other in rest if other != word]
     calm_libraries()
     return run_for_user(name, rest, lambda: run_command(name, rest))
 
@@ -91,7 +92,7 @@ def overview() -> str:
             *lines,
             "",
             "`trl-opsd COMMAND --help` explains one. A first run: `trl-opsd demo`. An error is a line and exit code 2;",
-            "`--traceback` shows where it came from.",
+            "`--traceback` shows where it came from, and `--verbose` every number, bar and warning of a run.",
         ]
     )
 

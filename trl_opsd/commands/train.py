@@ -25,6 +25,7 @@ from ..trainers.baselines import BASELINES, baseline_arguments
 from ..trainers.checks import check_fills_a_batch, check_trained, warn_of_first_golds
 from ..trainers.self_distillation import SelfDistillationTrainer
 from .arguments import CommandParser, check_writable, environment_of, given_value, option_value, read_command_line
+from .log_file import LogFile
 from .recipe_values import check_recipe_values
 from .step_lines import show_steps
 from .terminal import calm_libraries
@@ -236,6 +237,7 @@ def main(name: str, arguments: Sequence[str]) -> Any:
     else:
         trainer = make_trainer(TRAINERS[name], script_args, training_args, model_args)
     show_steps(trainer)
+    trainer.add_callback(LogFile)
     train(trainer, script_args.dataset_name)
     return trainer
 
