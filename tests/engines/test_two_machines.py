@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from trl_opsd.checkpoints.manifest import complete_steps
 
-OPTIONS = ("--save", "--kind", "ema")
+OPTIONS = ("--save", "--own-batches", "--kind", "ema")
 pytestmark = pytest.mark.slow
 
 
@@ -46,7 +46,7 @@ def test_two_machines_give_the_numbers_of_one_process(tmp_path, one_process):
 
 
 def test_a_machine_that_dies_ends_the_other_and_the_run_resumes_to_the_same_numbers(tmp_path, one_process):
-    codes, logs = launch_on_two_machines(tmp_path, *OPTIONS, "--fault", "kill-in-step")
+    codes, logs = launch_on_two_machines(tmp_path, *OPTIONS, "--fault", "kill-after-step")
     assert all(codes) and "fault at" in logs[1] and "fault at" not in logs[0]
     found = complete_steps(tmp_path / "out")
     assert max(step for step, state in found.items() if state == "complete") == 3

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "recipes" / "slurm" / "train.slurm"
@@ -203,6 +204,30 @@ def test_a_server_that_dies_ends_the_training_and_a_failed_training_the_server(j
     (tmp_path / "calls").unlink()
     assert finished(job(TRAINING_DOES="exit 5"), tmp_path)[0] == 5
     assert "n3 ended" in calls(tmp_path) and not any("requeue" in line for line in calls(tmp_path))
+
+
+def test_the_recipe_of_skypilot_starts_our_command_with_words_that_it_knows(tmp_path, monkeypatch):
+    from accelerate.commands.launch import launch_command_parser
+
+    from trl_opsd.commands.arguments import read_command_line
+    from trl_opsd.commands.launch import launch_words
+    from trl_opsd.commands.train import argument_types
+
+    task = yaml.safe_load((ROOT / "recipes" / "skypilot" / "train.yaml").read_text())
+    assert set(task) <= {"name", "num_nodes", "resources", "workdir", "envs", "file_mounts", "setup", "run"}
+    (tmp_path / "trl-opsd").write_text('#!/bin/bash\necho "trl-opsd $*" >>calls\n')
+    (tmp_path / "trl-opsd").chmod(0o755)
+    given = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
+    given |= {**task["envs"], "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
+    environment = os.environ | given | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(["bash", "-euc", task["run"]], cwd=tmp_path, env=environment, check=True)
+    (line,) = calls(tmp_path)
+    command = read_command_line(
+        ["--config", str(ROOT / "recipes" / "opsd.yaml"), *line.split()[4:]], argument_types("opsd")
+    )
+    launched = launch_command_parser().parse_args(launch_words("opsd", command))
+    assert (launched.num_processes, launched.machine_rank, launched.main_process_ip) == (16, 1, "10.0.0.1")
+    assert "--resume_from_checkpoint" not in line
 
 
 def test_bash_and_shellcheck_have_nothing_to_say():

@@ -110,6 +110,8 @@ def main():
     parser.add_argument("--generate", action="store_true", help="sample rollouts instead of the given ones")
     parser.add_argument("--fault", help="see `Fault`")
     parser.add_argument("--save", action="store_true", help="save every step of six, two steps a generation batch")
+    # TRL shuffles a generation batch on each process by itself, so what a step of two has depends on their number.
+    parser.add_argument("--own-batches", action="store_true", help="a generation batch for each step")
     parser.add_argument("--resume", action="store_true", help="from the newest complete checkpoint")
     options = parser.parse_args()
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -124,7 +126,7 @@ def main():
         per_device_train_batch_size=GLOBAL_BATCH // world // accumulation,
         gradient_accumulation_steps=accumulation,
         max_steps=6 if options.save else 3,
-        steps_per_generation=accumulation * (2 if options.save else 1),
+        steps_per_generation=accumulation * (2 if options.save and not options.own_batches else 1),
         learning_rate=1e-2,
         max_grad_norm=1.0,
         max_completion_length=8,

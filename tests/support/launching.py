@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 
-from engines import BIN, ROOT, command_of, free_port
+from engines import BIN, RECIPES, ROOT, command_of, free_port
 
 WORKER = str(ROOT / "tests" / "support" / "fault_worker.py")
 
@@ -28,7 +28,17 @@ def launch_on_two_machines(folder, *options, worker=WORKER, processes=2):
     """Start two launchers, as two machines would, of two processes each; their exit codes and what they printed."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    words = ["--cpu", "--num_machines", "2", "--num_processes", str(2 * processes), "--main_process_ip", "127.0.0.1"]
+    # Not `--cpu`, with which accelerate starts one process that knows of no other machine and waits for MPI.
+    words = [
+        "--config_file",
+        str(RECIPES / "ddp.yaml"),
+        "--num_machines",
+        "2",
+        "--num_processes",
+        str(2 * processes),
+        "--main_process_ip",
+        "127.0.0.1",
+    ]
     words += ["--main_process_port", str(free_port()), "--mixed_precision", "no", "--dynamo_backend", "no"]
     started = []
     for rank in range(2):
