@@ -45,6 +45,7 @@ def test_two_machines_give_the_numbers_of_one_process(tmp_path, one_process):
     check_equal(numbers_of(tmp_path), one_process)
 
 
+@pytest.mark.exhaustive  # three launches; CI kills one of two processes of one launcher (tests/checkpoints/test_faults.py)
 def test_a_machine_that_dies_ends_the_other_and_the_run_resumes_to_the_same_numbers(tmp_path, one_process):
     codes, logs = launch_on_two_machines(tmp_path, *OPTIONS, "--fault", "kill-after-step")
     assert all(codes) and "fault at" in logs[1] and "fault at" not in logs[0]
