@@ -161,7 +161,7 @@ def test_before_the_limit_both_steps_end_and_the_job_goes_back_into_the_queue(jo
 
 
 def test_a_server_that_does_not_end_keeps_no_job_from_the_queue(job, tmp_path):
-    process = job(VLLM_DOES='trap "" TERM; touch healthy; sleep 50', TRAINING_DOES=LIVES, GRACE_SECONDS="1")
+    process = job(VLLM_DOES='trap "" TERM; touch healthy; sleep 300', TRAINING_DOES=LIVES, GRACE_SECONDS="1")
     wait_for(tmp_path, "n2 trl-opsd")
     os.kill(process.pid, signal.SIGUSR1)
     assert finished(process, tmp_path)[0] == 0
