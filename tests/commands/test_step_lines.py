@@ -2,6 +2,7 @@
 """The commands print a line a logged step, a warning on one line, and nothing for the libraries' own programmers."""
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -119,7 +120,10 @@ def test_a_warning_is_one_line_and_those_that_nobody_can_act_on_are_none(verbose
         "import logging; log = logging.getLogger('DeepSpeed'); log.addHandler(logging.StreamHandler())\n"
         "log.warning('Setting accelerator to CPU. If you have GPU'); log.warning('another')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # A command that ran in this process left the delay of bars in its environment.
+    environment = {name: value for name, value in os.environ.items() if name not in ("TQDM_DELAY", "TRL_OPSD_VERBOSE")}
+    settings = {"capture_output": True, "text": True, "check": True, "env": environment}
+    done = subprocess.run([sys.executable, "-c", code], **settings)
     first, *others = done.stderr.splitlines()
     assert first.startswith("trl-opsd plot: error: nowhere holds no trainer_state.json")
     if verbose:
