@@ -327,7 +327,7 @@ def speak_of(rollout):
 def test_what_rows_bring_is_shown_as_rendered(dry_run):
     template = "{prompt}\n[hint] {hint}\n[reference]\n{solution}\n[end]"
     rows = [{**row, "hint": None if place == 0 else "carry"} for place, row in enumerate(build_rows("train", 8))]
-    code, text = dry_run(("teacher_prompt_template", template), ("solution_share", "1.0..0.5 in 2"), rows=rows)
+    code, text = dry_run(("teacher_prompt_template", template), ("shown_solution", "1.0..0.5 in 2"), rows=rows)
     first, second = text.split("--- row 1")
     assert code == 0 and "[hint]" not in first and "  | [hint] carry\n" in second
     assert "the teacher also reads columns hint; of the solution's steps a share of 1.0..0.5 in 2" in text
@@ -359,7 +359,7 @@ def test_a_rows_own_prompt_is_shown_and_a_function_that_fails_is_a_warning(dry_r
 def test_what_a_control_shows_is_rendered_and_told(dry_run, control, read, told):
     rows = build_rows("train", 8)
     rows = rows[:1] + [{**row, "solution": rows[1]["solution"]} for row in rows[1:]]
-    settings = [("solution_control", control), ("num_generations", 4)]
+    settings = [("shown_solution", control), ("num_generations", 4)]
     code, text = dry_run(*settings, rows=rows)
     text = text.split("--- row 1")[0]  # which is shown the first row's
     shown = read.replace("{other}", rows[1]["solution"]).replace("{own}", rows[0]["solution"])
@@ -385,9 +385,9 @@ def test_a_column_that_the_reference_lacks_is_a_warning(dry_run, reference, numb
             "train_dataset row 0: `hint` is int",
         ),
         ({"teacher_prompt": "x"}, [("method", "purified-opsd")], "which Purified OPSD does not take"),
-        ({}, [("method", "sdpo"), ("solution_control", "empty")], "solution_control='empty' is not possible with SDPO"),
-        ({"solution": "\\boxed{1}"}, [("solution_control", "shuffled")], "no row of train_dataset differs from row"),
-        ({}, [("method", "sdpo"), ("solution_share", 0.5)], "solution_share=0.5 is not possible with SDPO"),
+        ({}, [("method", "sdpo"), ("shown_solution", "empty")], "shown_solution='empty' is not possible with SDPO"),
+        ({"solution": "\\boxed{1}"}, [("shown_solution", "shuffled")], "no row of train_dataset differs from row"),
+        ({}, [("method", "sdpo"), ("shown_solution", 0.5)], "shown_solution=0.5 is not possible with SDPO"),
     ],
 )
 def test_what_rows_cannot_bring_is_an_error(dry_run, columns, settings, message):

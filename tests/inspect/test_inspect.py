@@ -183,7 +183,7 @@ def _sum_of_views(record):
 
 def test_what_rows_bring_is_read_and_shown(make_inspector, sample, tokenizer):
     template = "{prompt}\n[hint] {hint}\n[reference]\n{solution}\n[end]"
-    settings = {"teacher_prompt_template": template, "solution_share": 0.5}
+    settings = {"teacher_prompt_template": template, "shown_solution": 0.5}
     inspector, rollout = make_inspector(OPSD, **settings), sample("3", solution="1+2\nis 3")
     rollout = replace(rollout, rollout=replace(rollout.rollout, columns={"hint": ["add", "it"]}))
     (record,) = inspector.inspect_group([rollout])
@@ -204,7 +204,7 @@ def test_what_rows_bring_is_read_and_shown(make_inspector, sample, tokenizer):
 )
 def test_a_control_stands_in_place_of_the_solution(make_inspector, sample, tokenizer, control, text):
     template = "{prompt}\n[reference]\n{solution}\n[end]"
-    settings = {"teacher_prompt_template": template, "solution_control": control, "num_generations": 4}
+    settings = {"teacher_prompt_template": template, "shown_solution": control, "num_generations": 4}
     inspector = make_inspector(OPSD, **settings)
     inspector = replace(inspector, method=controlled(OPSD, inspector.settings))
     group = [sample(answer, solution="the row's own") for answer in ("3", "\\boxed{3}, right")]

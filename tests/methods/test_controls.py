@@ -61,13 +61,13 @@ def views_as_text(trainer):
 
 @pytest.mark.parametrize("trainer_class", [OPSDTrainer, RLSDTrainer])
 def test_without_a_reference_the_teacher_reads_the_template_with_nothing_in_it(build, dataset, trainer_class):
-    trainer = build(trainer_class, solution_control="empty")
+    trainer = build(trainer_class, shown_solution="empty")
     rows = with_prompts(dataset, TEACHER_PROMPT_TEMPLATE, solution="")
     assert_same_step(step(trainer, dataset[0]), step(build(trainer_class, rows), rows[0]))
 
 
 def test_both_views_of_purified_opsd_lose_the_solution_and_it_is_not_decomposed(build, dataset):
-    trainer = build(PurifiedOPSDTrainer, solution_control="empty", decomposition_steps=1)
+    trainer = build(PurifiedOPSDTrainer, shown_solution="empty", decomposition_steps=1)
     step(trainer, dataset[0])
     for teacher, reference in views_as_text(trainer):
         assert dataset[0]["solution"] not in teacher + reference
@@ -76,7 +76,7 @@ def test_both_views_of_purified_opsd_lose_the_solution_and_it_is_not_decomposed(
 
 
 def test_ogls_sd_has_no_solution_among_its_right_rollouts(build, dataset):
-    trainer = build(OGLSSDTrainer, solution_control="empty")
+    trainer = build(OGLSSDTrainer, shown_solution="empty")
     step(trainer, dataset[0])
     wrong = trainer._batch.contexts[0]
     assert {view.slot for view in wrong if view.direction > 0} == {SHORT, LONG}
@@ -85,7 +85,7 @@ def test_ogls_sd_has_no_solution_among_its_right_rollouts(build, dataset):
 def test_hints_alone_are_a_column_and_no_solution(build, dataset):
     template = "{prompt}\n\nHint: {hint}\n{solution}\nSolve it."
     rows = Dataset.from_list([{**row, "hint": "add in pairs"} for row in dataset])
-    trainer = build(rows=rows, solution_control="empty", teacher_prompt_template=template)
+    trainer = build(rows=rows, shown_solution="empty", teacher_prompt_template=template)
     own = with_prompts(dataset, template, solution="", hint="add in pairs")
     assert_same_step(step(trainer, rows[0]), step(build(rows=own), own[0]))
 
@@ -95,7 +95,7 @@ def test_hints_alone_are_a_column_and_no_solution(build, dataset):
 
 @pytest.mark.parametrize("trainer_class", [OPSDTrainer, OGLSSDTrainer, PurifiedOPSDTrainer])
 def test_shuffled_is_a_dataset_whose_solutions_were_changed_by_hand(build, dataset, trainer_class):
-    trainer = build(trainer_class, solution_control="shuffled")
+    trainer = build(trainer_class, shown_solution="shuffled")
     row = trainer.train_dataset[0]
     other = row["solution_of_another_row"]
     assert other != row["solution"] and other in list(dataset["solution"])
@@ -111,16 +111,16 @@ def test_rewards_read_the_rows_own_solution(build_group, dataset):
         return reward_boxed(completions)
 
     settings = {"max_completion_length": 40, **GROUPS}
-    trainer = build_group(OPSDTrainer, TEXTS, dataset, reward, solution_control="shuffled", **settings)
+    trainer = build_group(OPSDTrainer, TEXTS, dataset, reward, shown_solution="shuffled", **settings)
     step(trainer, trainer.train_dataset[0])
     assert seen == [dataset[0]["solution"]] * 4
 
 
 def test_each_of_several_evaluation_sets_has_a_column_of_its_own(dataset, make_args):
     parts = {"a": dataset, "b": dataset.select(range(4))}
-    found = with_other_solutions(parts, make_args(solution_control="shuffled"), "eval_dataset")
+    found = with_other_solutions(parts, make_args(shown_solution="shuffled"), "eval_dataset")
     assert {key: len(part["solution_of_another_row"]) for key, part in found.items()} == {"a": len(dataset), "b": 4}
-    assert with_other_solutions(None, make_args(solution_control="shuffled"), "eval_dataset") is None
+    assert with_other_solutions(None, make_args(shown_solution="shuffled"), "eval_dataset") is None
 
 
 def test_another_row_differs_in_problem_and_solution_whatever_the_order_of_ranks():
@@ -143,7 +143,7 @@ def test_with_different_rows_each_solution_is_shown_once():
     ("prompts", "solutions", "place"), [(["p"], ["1"], 0), (["p", "q"], ["1", "1"], 0), (["p", "p"], ["1", "2"], 0)]
 )
 def test_rows_without_another_solution_are_refused(prompts, solutions, place):
-    with pytest.raises(ValueError, match=r"solution_control='shuffled': no row of train_dataset differs from row \d"):
+    with pytest.raises(ValueError, match=r"shown_solution='shuffled': no row of train_dataset differs from row \d"):
         other_solutions(prompts, solutions, 0, "train_dataset")
 
 
@@ -154,12 +154,12 @@ def test_a_solution_that_is_too_long_beside_another_problem_is_found_before_the_
     model = make_model(max_position_embeddings=1024)
     assert build_group(OPSDTrainer, TEXTS, Dataset.from_list(rows), model=model, **GROUPS) is not None
     with pytest.raises(ValueError, match=r"train_dataset row 1: .*positions for 1024"):
-        build_group(OPSDTrainer, TEXTS, Dataset.from_list(rows), model=model, solution_control="shuffled", **GROUPS)
+        build_group(OPSDTrainer, TEXTS, Dataset.from_list(rows), model=model, shown_solution="shuffled", **GROUPS)
 
 
 def test_a_stream_cannot_be_shuffled(build, dataset):
     with pytest.raises(ValueError, match="'shuffled' needs every solution of train_dataset before training"):
-        build(rows=dataset.to_iterable_dataset(), solution_control="shuffled")
+        build(rows=dataset.to_iterable_dataset(), shown_solution="shuffled")
 
 
 # The shortest right rollout
@@ -173,13 +173,13 @@ def of_shortest(rollout):
 
 @pytest.mark.parametrize("trainer_class", [OPSDTrainer, RLSDTrainer])
 def test_the_shortest_other_right_rollout_is_the_reference(build, dataset, trainer_class):
-    trainer = build(trainer_class, solution_control="shortest_rollout")
+    trainer = build(trainer_class, shown_solution="shortest_rollout")
     by_hand = build(trainer_class, teacher_prompt_template=f"{HERE}:of_shortest")
     assert_same_step(step(trainer, dataset[0]), step(by_hand, dataset[0]))
 
 
 def test_a_rollout_without_another_right_one_is_left_out_and_counted(build, dataset):
-    trainer = build(texts=("a", SHORT, "b", "c"), solution_control="shortest_rollout")
+    trainer = build(texts=("a", SHORT, "b", "c"), shown_solution="shortest_rollout")
     step(trainer, dataset[0])
     assert [len(views) for views in trainer._batch.contexts] == [1, 0, 1, 1]
     assert trainer._metrics["train"]["rows/no_right_peer"] == [0.25]
@@ -200,16 +200,20 @@ def test_the_shortest_is_by_tokens_the_first_of_equals_and_without_its_thinking(
 @pytest.mark.parametrize(
     ("trainer_class", "settings", "message"),
     [
-        (OPSDTrainer, {"solution_control": "shuffle"}, "solution_control='shuffle' is not valid; set it to one of"),
-        (OPSDTrainer, {"solution_control": "empty", "teacher_prompt_template": f"{HERE}:of_shortest"}, "no place for"),
+        (
+            OPSDTrainer,
+            {"shown_solution": "shuffle"},
+            "shown_solution='shuffle' is not valid.*'shuffled', 'empty', 'shortest_rollout'",
+        ),
+        (OPSDTrainer, {"shown_solution": "empty", "teacher_prompt_template": f"{HERE}:of_shortest"}, "no place for"),
         (
             SDPOTrainer,
-            {"solution_control": "empty"},
+            {"shown_solution": "empty"},
             "'empty' is not possible with SDPO: its teacher is shown no solution",
         ),
         (
             OGLSSDTrainer,
-            {"solution_control": "shortest_rollout"},
+            {"shown_solution": "shortest_rollout"},
             "not possible with OGLS-SD: its teacher is shown rollouts",
         ),
     ],
@@ -221,24 +225,24 @@ def test_a_control_that_cannot_be_is_refused_before_the_first_step(build, traine
 
 def test_a_rollout_alone_has_no_other(make_args):
     with pytest.raises(ValueError, match="'shortest_rollout' with num_generations=1: a rollout alone has no other"):
-        make_args(solution_control="shortest_rollout")
+        make_args(shown_solution="shortest_rollout")
 
 
 def test_a_rows_own_prompt_has_no_place_for_a_control(build, dataset):
     rows = with_prompts(dataset, TEACHER_PROMPT_TEMPLATE, solution="x")
-    with pytest.raises(ValueError, match=r"train_dataset has the column `teacher_prompt`.*solution_control='empty'"):
-        build(rows=rows, solution_control="empty")
+    with pytest.raises(ValueError, match=r"train_dataset has the column `teacher_prompt`.*shown_solution='empty'"):
+        build(rows=rows, shown_solution="empty")
 
 
 def test_a_control_is_described_in_words_and_in_the_card(build, dataset, make_args):
-    trainer = build(solution_control="shuffled")
+    trainer = build(shown_solution="shuffled")
     assert PrivilegedText(trainer.method, trainer.args).describe() == (
         "in place of the row's solution that of another problem"
     )
     trainer.create_model_card(model_name="m")
     card = (Path(trainer.args.output_dir) / "README.md").read_text()
     assert (
-        "in place of the row's solution that of another problem" in card and "| `solution_control` | shuffled |" in card
+        "in place of the row's solution that of another problem" in card and "| `shown_solution` | shuffled |" in card
     )
 
 
@@ -255,7 +259,7 @@ def controls_of(name, folder):
     )
     taken = []
     for control in ("shuffled", "empty", "shortest_rollout"):
-        args.solution_control = control
+        args.shown_solution = control
         try:
             controlled(trainer.method, args)
         except ValueError as error:

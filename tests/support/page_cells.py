@@ -42,9 +42,9 @@ PAGES = {
     "stableopd": ("stableopd", {"num_generations": 2, "golden_weight": 0.7, "reference_weight": 0.3}),
     "trace": ("trace", GROUP | SPANS),
     "two-terms": ("two-terms", {"divergence": "reverse_kl", "clip": None}),
-    "shuffled": ("opsd", {"solution_control": "shuffled"}),
-    "empty": ("opsd", {"solution_control": "empty"}),
-    "shortest_rollout": ("opsd", {"solution_control": "shortest_rollout", "num_generations": GLOBAL_BATCH}),
+    "shuffled": ("opsd", {"shown_solution": "shuffled"}),
+    "empty": ("opsd", {"shown_solution": "empty"}),
+    "shortest_rollout": ("opsd", {"shown_solution": "shortest_rollout", "num_generations": GLOBAL_BATCH}),
     "vopd": ("vopd", {"baseline_size": 20}),
 }
 REMEMBERING = ("antisd", "egrsd", "resd", "sgsd-bank")

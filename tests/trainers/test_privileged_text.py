@@ -280,7 +280,7 @@ def test_the_methods_that_take_them_are_those_that_the_page_lists():
 @pytest.mark.parametrize("name", sorted(TAKE_SHARES))
 def test_a_method_that_takes_a_share_shows_no_more_in_any_view(tmp_path, name):
     method, config = trainer_of(name).method, trainer_of(name).config_class
-    args = config(str(tmp_path), bf16=False, use_cpu=True, solution_share=0.5)
+    args = config(str(tmp_path), bf16=False, use_cpu=True, shown_solution=0.5)
     found = stand_in(method, args, {"prompt": "1+1=?", "solution": "one\ntwo"})
     contexts = [context for _, context in found.views] + [found.request] * (found.request is not None)
     contexts += found.extra.contexts if found.extra is not None else ()
@@ -310,8 +310,8 @@ def test_refusals_come_before_training(build, dataset):
     for trainer_class in (PurifiedOPSDTrainer, OGLSSDTrainer, SDPOTrainer):
         with pytest.raises(ValueError, match="train_dataset has the column `teacher_prompt`"):
             build(trainer_class, own, **GROUPS)
-    with pytest.raises(ValueError, match=r"solution_share='1..0.5 in 3' is not possible with OGLS-SD"):
-        build(OGLSSDTrainer, solution_share="1..0.5 in 3", **GROUPS)
+    with pytest.raises(ValueError, match=r"shown_solution='1..0.5 in 3' is not possible with OGLS-SD"):
+        build(OGLSSDTrainer, shown_solution="1..0.5 in 3", **GROUPS)
 
 
 # Columns of a template
@@ -353,7 +353,7 @@ def test_both_views_of_purified_opsd_read_columns_and_part_of_the_solution(build
     settings = {
         "teacher_prompt_template": "{prompt} {hint} {solution}",
         "reference_prompt_template": "{hint}, {solution}",
-        "solution_share": 0.5,
+        "shown_solution": 0.5,
         "decomposition_steps": 1,
     }
     trainer = build(PurifiedOPSDTrainer, Dataset.from_list(rows), **settings)
@@ -362,7 +362,7 @@ def test_both_views_of_purified_opsd_read_columns_and_part_of_the_solution(build
         assert f"{row['prompt'][0]['content']} a hint one\ntwo<" in teacher
         assert "a hint, one\ntwo<" in reference and row["prompt"][0]["content"] not in reference
     cut = [{**row, "solution": "one\ntwo"} for row in rows]
-    whole = build(PurifiedOPSDTrainer, Dataset.from_list(cut), **{**settings, "solution_share": 1.0})
+    whole = build(PurifiedOPSDTrainer, Dataset.from_list(cut), **{**settings, "shown_solution": 1.0})
     trainer = build(PurifiedOPSDTrainer, Dataset.from_list(rows), **settings)
     assert_same_step(step(trainer, rows[:4]), step(whole, cut[:4]))
     for each in (trainer, whole):
@@ -488,14 +488,14 @@ def test_rows_of_a_stream_are_checked_as_they_come(build, dataset):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"solution_share": 0}, "solution_share=0 is not valid"),
-        ({"solution_share": 1.5}, "solution_share=1.5 is not valid"),
-        ({"solution_share": True}, "solution_share=True is not valid"),
-        ({"solution_share": "half"}, "solution_share='half' is not valid.*'1.0..0.2 in 50'"),
-        ({"solution_share": "1..1 in 5"}, "solution_share='1..1 in 5' is not valid"),
-        ({"solution_share": "1..0.5 in 0"}, "solution_share='1..0.5 in 0' is not valid"),
-        ({"solution_share": "1..0 in 5"}, "solution_share='1..0 in 5' is not valid"),
-        ({"solution_share": float("nan")}, "solution_share=nan is not valid"),
+        ({"shown_solution": 0}, "shown_solution=0 is not valid"),
+        ({"shown_solution": 1.5}, "shown_solution=1.5 is not valid"),
+        ({"shown_solution": True}, "shown_solution=True is not valid"),
+        ({"shown_solution": "half"}, "shown_solution='half' is not valid.*'1.0..0.2 in 50'"),
+        ({"shown_solution": "1..1 in 5"}, "shown_solution='1..1 in 5' is not valid"),
+        ({"shown_solution": "1..0.5 in 0"}, "shown_solution='1..0.5 in 0' is not valid"),
+        ({"shown_solution": "1..0 in 5"}, "shown_solution='1..0 in 5' is not valid"),
+        ({"shown_solution": float("nan")}, "shown_solution=nan is not valid"),
         ({"teacher_prompt_template": "no"}, "teacher_prompt_template does not contain {prompt}: 'no'"),
         ({"teacher_prompt_template": f"{HERE}:absent"}, "teacher_prompt_template=.* is not `module:function`"),
         ({"teacher_prompt_template": f"{HERE}:never"}, "teacher_prompt_template=.* has calls_at_once=0"),
@@ -517,20 +517,20 @@ def test_the_gkd_trainer_refuses_columns_in_its_template(tmp_path):
 
 
 def test_the_share_moves_linearly_and_then_stays(make_args):
-    args = make_args(solution_share="1.0..0.2 in 4")
+    args = make_args(shown_solution="1.0..0.2 in 4")
     assert [args.solution_share_at(step) for step in (0, 1, 2, 4, 9, None)] == pytest.approx(
         [1, 0.8, 0.6, 0.2, 0.2, 0.2]
     )
-    assert {make_args(solution_share=share).solution_share for share in (1, "1", None, 1.0)} == {1.0}
-    assert make_args(solution_share="0.25").solution_share_at(3) == 0.25
-    assert make_args(solution_share=".5..1 in 2").solution_share_at(1) == 0.75
+    assert {make_args(shown_solution=share).solution_share for share in (1, "1", None, 1.0)} == {1.0}
+    assert make_args(shown_solution="0.25").solution_share_at(3) == 0.25
+    assert make_args(shown_solution=".5..1 in 2").solution_share_at(1) == 0.75
 
 
 @pytest.mark.parametrize("steps, kept", [(0, 4), (2, 3), (4, 2), (8, 2)])
 def test_a_share_is_the_solution_cut_behind_its_first_steps(build, dataset, steps, kept):
     lines = ["one", "two", "three", "four"]
     rows = [{**row, "solution": "\n".join([*lines[:3], lines[3] + row["solution"]])} for row in dataset]
-    trainer = build(rows=Dataset.from_list(rows), solution_share="1.0..0.5 in 4")
+    trainer = build(rows=Dataset.from_list(rows), shown_solution="1.0..0.5 in 4")
     cut = [{**row, "solution": "\n".join(row["solution"].split("\n")[:kept])} for row in rows]
     wanted = build(rows=Dataset.from_list(cut))
     trainer.state.global_step = steps
@@ -541,13 +541,13 @@ def test_a_share_is_the_solution_cut_behind_its_first_steps(build, dataset, step
 
 def test_a_share_of_one_changes_nothing(build, dataset):
     rows = [dataset[place] for place in range(4)]
-    got, wanted = step(build(solution_share=1.0), rows), step(build(), rows)
+    got, wanted = step(build(shown_solution=1.0), rows), step(build(), rows)
     assert got[0] == wanted[0] and all((got[1][name] == wanted[1][name]).all() for name in wanted[1])
 
 
 def test_evaluation_shows_what_training_ends_with(build, dataset):
     rows = with_column(dataset, solution=lambda row: f"one\ntwo\n{row['solution']}")
-    trainer = build(rows=rows, solution_share="1..0.3 in 5")
+    trainer = build(rows=rows, shown_solution="1..0.3 in 5")
     trainer.model.eval()
     trainer._prepare_inputs([rows[place] for place in range(4)])
     assert {rollout.shown_solution for rollout in trainer._batch.rollouts} == {"one"}
@@ -557,7 +557,7 @@ def test_evaluation_shows_what_training_ends_with(build, dataset):
 
 
 def test_what_rows_bring_is_described_in_words(make_args):
-    args = make_args(teacher_prompt_template=WITH_HINT, solution_share="1..0.5 in 3")
+    args = make_args(teacher_prompt_template=WITH_HINT, shown_solution="1..0.5 in 3")
     columns = "columns hint, rubric; a row's own prompt from the column teacher_prompt; "
     assert (
         PrivilegedText(OPSD, args).describe(["teacher_prompt"])
@@ -573,13 +573,13 @@ def test_the_card_says_what_rows_bring(build, dataset):
     trainer = build(rows=Dataset.from_list(rows), teacher_prompt_template=WITH_HINT)
     trainer.create_model_card(model_name="m")
     card = (Path(trainer.args.output_dir) / "README.md").read_text()
-    assert "By row the teacher also reads: columns hint, rubric." in card and "| `solution_share` | 1.0 |" in card
+    assert "By row the teacher also reads: columns hint, rubric." in card and "| `shown_solution` | 1.0 |" in card
 
 
 def test_a_run_of_several_steps_trains_and_is_saved(build, dataset):
     rows = columned(dataset)
     trainer = build(
-        rows=Dataset.from_list(rows), teacher_prompt_template=WITH_HINT, solution_share="1..0.5 in 2", max_steps=3
+        rows=Dataset.from_list(rows), teacher_prompt_template=WITH_HINT, shown_solution="1..0.5 in 2", max_steps=3
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -592,5 +592,5 @@ def test_settings_and_documented_names_are_these():
     """Two settings and a column are all that there is to know beside the template."""
     from trl_opsd.settings.privileged import PrivilegedTextSettings
 
-    assert list(inspect.get_annotations(PrivilegedTextSettings)) == ["solution_share", "solution_control"]
+    assert list(inspect.get_annotations(PrivilegedTextSettings)) == ["shown_solution"]
     assert issubclass(OPSDConfig, PrivilegedTextSettings)

@@ -21,13 +21,13 @@ _MARK = "what stands in the solution's place"
 
 
 def controlled(method: Method, settings: Any) -> Method:
-    """The method with the reference that `solution_control` asks for.
+    """The method with the reference that `shown_solution` asks for.
 
     Raises:
         ValueError: the method shows no solution, or cannot show what is asked for; names the setting.
     """
     control = settings.solution_control
-    if control == "none":
+    if control is None:
         return method
     check_control(method, settings)
     if control == "empty":
@@ -55,7 +55,7 @@ def check_control(method: Method, settings: Any) -> None:
         reason = "the model writes about the solution before rollouts are rewarded"
     if reason is not None:
         raise ValueError(
-            f"solution_control={control!r} is not possible with {method.name}: {reason}. Leave it 'none', or take another method "
+            f"shown_solution={control!r} is not possible with {method.name}: {reason}. Leave it 1.0, or take another method "
             "(docs/privileged-text.md lists those that take it)."
         )
 
@@ -137,7 +137,7 @@ def with_other_solutions(dataset: Any, settings: Any, name: str) -> Any:
         return {key: with_other_solutions(part, settings, f"{name}[{key!r}]") for key, part in dataset.items()}
     if not hasattr(dataset, "__len__"):
         raise ValueError(
-            f"solution_control='shuffled' needs every solution of {name} before training, and a stream has them one by one. Load "
+            f"shown_solution='shuffled' needs every solution of {name} before training, and a stream has them one by one. Load "
             "it whole (dataset_streaming=False)."
         )
     prompts, solutions = [repr(prompt) for prompt in dataset["prompt"]], list(dataset["solution"])
@@ -160,7 +160,7 @@ def other_solutions(prompts: Sequence[str], solutions: Sequence[str | None], see
         found = next(differs, None)
         if found is None:
             raise ValueError(
-                f"solution_control='shuffled': no row of {name} differs from row {index} in problem and solution, so there is no "
+                f"shown_solution='shuffled': no row of {name} differs from row {index} in problem and solution, so there is no "
                 "other solution to show. Give rows with different solutions, or another control."
             )
         others[index] = solutions[found]

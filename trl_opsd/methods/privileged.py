@@ -6,7 +6,7 @@ A method says which views there are and what it shows in them. Here the views ge
 1. A slot of a template that is neither the method's own nor `prompt` or `solution` is a column of the dataset.
 2. Where the method allows it, a row's own prompt (of the function that `teacher_prompt_template` names, else of the column
    `teacher_prompt`) stands in place of the template `teacher`.
-3. Of the solution the first steps are shown, `solution_share` of them.
+3. Of the solution the first steps are shown, or something else stands in its place (`shown_solution`).
 """
 
 import copy
@@ -47,7 +47,7 @@ class PrivilegedText:
                 settings.teacher_prompt_function is None or method.own_prompts,
                 "Give a template",
             ),
-            "solution_share": (settings.solution_share == 1 or method.solution_shares, "Leave it 1.0"),
+            "shown_solution": (settings.solution_share == 1 or method.solution_shares, "Leave it 1.0"),
         }
         for name, (is_fine, instead) in asked.items():
             if not is_fine:
@@ -110,10 +110,10 @@ class PrivilegedText:
                     "add the column. (On the command line, dataset_format keeps `prompt` and `solution` alone; use problem_column "
                     "and solution_column instead.)"
                 )
-        if OWN_PROMPT in columns and self.settings.solution_control != "none":
+        if OWN_PROMPT in columns and self.settings.solution_control is not None:
             raise ValueError(
-                f"{place} has the column `{OWN_PROMPT}`, whose texts have no place for a solution, and solution_control="
-                f"{self.settings.solution_control!r}. Rename the column, or leave solution_control 'none'."
+                f"{place} has the column `{OWN_PROMPT}`, whose texts have no place for a solution, and shown_solution="
+                f"{self.settings.shown_solution!r}. Rename the column, or leave shown_solution 1.0."
             )
         if OWN_PROMPT in columns and not self.method.own_prompts:
             raise ValueError(
@@ -247,7 +247,7 @@ class PrivilegedText:
             told.append(f"a row's own prompt from the function {self.settings.teacher_prompt_function}")
         if share != 1:
             told.append(f"of the solution's steps a share of {share}")
-        if self.settings.solution_control != "none":
+        if self.settings.solution_control is not None:
             told.append(f"in place of the row's solution {_CONTROLS[self.settings.solution_control]}")
         return "; ".join(told)
 
@@ -260,7 +260,7 @@ _CONTROLS = {
 _REASONS = {
     "teacher_prompt_template": "what it compares are views that differ in a text within one template, or views that it writes "
     "itself, and a prompt of the row's own has no such place",
-    "solution_share": "it shows the teacher no solution, or shows it beside rollouts, which are whole",
+    "shown_solution": "it shows the teacher no solution, or shows it beside rollouts, which are whole",
 }
 
 

@@ -54,13 +54,13 @@ class OPSDSettings(PrivilegedTextSettings, SelfDistillationSettings, AnswerSetti
 
     def _check_control(self) -> None:
         control = self.solution_control
-        if control != "none" and self.teacher_prompt_function is not None:
+        if control is not None and self.teacher_prompt_function is not None:
             raise ValueError(
-                f"solution_control={control!r} with teacher_prompt_template={self.teacher_prompt_function!r}: what the function "
-                "writes has no place for a solution. Give a template, or leave solution_control 'none'."
+                f"shown_solution={control!r} with teacher_prompt_template={self.teacher_prompt_function!r}: what the function "
+                "writes has no place for a solution. Give a template, or leave shown_solution 1.0."
             )
         if control == "shortest_rollout" and self.num_generations < 2:
             raise ValueError(
-                f"solution_control={control!r} with num_generations={self.num_generations}: a rollout alone has no other. Set "
+                f"shown_solution={control!r} with num_generations={self.num_generations}: a rollout alone has no other. Set "
                 "num_generations to 2 or more."
             )

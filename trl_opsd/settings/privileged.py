@@ -5,9 +5,9 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .fields import option, require
+from .fields import option
 
-SOLUTION_CONTROLS = ("none", "shuffled", "empty", "shortest_rollout")
+SOLUTION_CONTROLS = ("shuffled", "empty", "shortest_rollout")
 _NUMBER = r"(\d+\.?\d*|\.\d+)"
 _MOVING = re.compile(rf"\s*{_NUMBER}\s*\.\.\s*{_NUMBER}\s+in\s+(\d+)\s*")
 
@@ -33,7 +33,7 @@ class Share(NamedTuple):
 
 
 def read_share(value: float | str) -> Share:
-    """A `solution_share`: a number, or text as "1.0..0.2 in 50"; a number does not move.
+    """A share of a solution: a number, or text as "1.0..0.2 in 50"; a number does not move.
 
     Raises:
         ValueError: a share is not above 0 and at most 1, or nothing moves; says what to write.
@@ -48,8 +48,9 @@ def read_share(value: float | str) -> Share:
     if valid and not (moving and share.start == share.end):
         return share
     raise ValueError(
-        f"solution_share={value!r} is not valid; set it to a number above 0 and at most 1, or to a moving one as '1.0..0.2 in "
-        "50': the whole solution at the first step, linearly less down to a fifth of its steps after 50 optimizer steps."
+        f"shown_solution={value!r} is not valid; set it to a number above 0 and at most 1, to a moving one as '1.0..0.2 in 50' (the "
+        "whole solution at the first step, linearly less down to a fifth of its steps after 50 optimizer steps), or to one of "
+        f"{SOLUTION_CONTROLS}."
     )
 
 
@@ -57,22 +58,28 @@ def read_share(value: float | str) -> Share:
 class PrivilegedTextSettings:
     """What the teacher reads by row, beside what a method shows it. The columns that a template names need no setting."""
 
-    solution_share: float | str | None = option(
+    shown_solution: float | str | None = option(
         1.0,
-        "Share of the solution's steps (lines, or the sentences of a single line) that the teacher is shown. `1.0..0.2 in 50` "
-        "moves from all of them to a fifth over 50 optimizer steps.",
-    )
-    solution_control: str = option(
-        "none",
-        "What the teacher is shown in place of the row's solution, as a control: `shuffled` another problem's, `empty` nothing, "
-        "`shortest_rollout` the shortest other right rollout of the prompt. Answers are verified with the row's own.",
+        "What of the solution the teacher is shown: a share of its steps (lines, or the sentences of a single line), where `1.0..0.2 in "
+        "50` moves from all of them to a fifth over 50 optimizer steps. Or a control in its place: `shuffled` another problem's, "
+        "`empty` nothing, `shortest_rollout` the shortest other right rollout of the prompt. Answers are verified with the row's own.",
     )
 
     def check(self) -> None:
         """Raise a ValueError that names a field outside its range."""
-        share = read_share(1.0 if self.solution_share is None else self.solution_share)
-        self.solution_share = share.start if share.start == share.end else self.solution_share
-        require(self.solution_control in SOLUTION_CONTROLS, self, "solution_control", f"one of {SOLUTION_CONTROLS}")
+        if self.solution_control is None:
+            share = read_share(1.0 if self.shown_solution is None else self.shown_solution)
+            self.shown_solution = share.start if share.start == share.end else self.shown_solution
+
+    @property
+    def solution_control(self) -> str | None:
+        """Which of `SOLUTION_CONTROLS` stands in the solution's place; None where the row's own is shown."""
+        return self.shown_solution if self.shown_solution in SOLUTION_CONTROLS else None
+
+    @property
+    def solution_share(self) -> float | str:
+        """The share of the steps that is shown of what stands in the solution's place."""
+        return 1.0 if self.solution_control is not None else self.shown_solution
 
     def solution_share_at(self, step: int | None) -> float:
         """The share after `step` optimizer steps, None for what the run ends with."""
