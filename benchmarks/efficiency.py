@@ -2,7 +2,7 @@
 """Accuracy over sampled tokens: how many tokens a method needs to reach an accuracy, at the rate that validation chose for it.
 
     python benchmarks/efficiency.py --output_dir outputs/efficiency [--workers 2]
-    python -m trl_opsd.demo.build --hard --output outputs/hard      # a base on which most groups are all wrong
+    python -m trl_opsd.demo.build --hard --output outputs/hard      # a base of longer chains
     python benchmarks/efficiency.py --hard outputs/hard --output_dir outputs/efficiency-hard --levels 0.25 0.5 0.8
 
 Every method gets the learning rate, out of one grid, whose mean accuracy over the measured steps is best on validation problems
