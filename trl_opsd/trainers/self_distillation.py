@@ -119,6 +119,18 @@ class SelfDistillationTrainer(RolloutTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
+        self._make_parts(train_dataset, eval_dataset, fresh_adapter=peft_config is not None)
+        self._tell_at_start(None if reward_funcs or owns_reward else train_dataset)
+        self.scorer.make_teacher()
+        self.run.remember_weights(self.model, self.scorer.first_values)
+        self.method_loss = StepLoss(self.model, self.method, args, self.scorer.num_tokens)
+        self._start_logs()
+
+    # Set-up
+
+    def _make_parts(self, train_dataset, eval_dataset, *, fresh_adapter: bool) -> None:
+        """Make what encodes and scores, and check the rows with it."""
+        args = self.args
         if self.has_tools:
             check_tool_ranks(self.accelerator, args)
         self.scorer = Scorer(
@@ -128,19 +140,12 @@ class SelfDistillationTrainer(RolloutTrainer):
             args,
             self.tokenizer,
             render_kwargs=self.render_kwargs(),
-            fresh_adapter=peft_config is not None,
+            fresh_adapter=fresh_adapter,
             keep_head=self._updates_per_generation() > 1,
         )
         check_sampling_keeps_weights(self.model, args)
         self.privileged = PrivilegedText(self.method, args)
         check_prompts(self.scorer.collator, train_dataset, eval_dataset, self.first_rows(), self.privileged)
-        self._tell_at_start(None if reward_funcs or owns_reward else train_dataset)
-        self.scorer.make_teacher()
-        self.run.remember_weights(self.model, self.scorer.first_values)
-        self.method_loss = StepLoss(self.model, self.method, args, self.scorer.num_tokens)
-        self._start_logs()
-
-    # Set-up
 
     def _tell_at_start(self, verified: Any) -> None:
         """What a user is to know of the method, and of a dataset whose answers are verified."""
