@@ -231,6 +231,11 @@ def floor(inputs: Inputs, case: Case, trained: bool) -> None:
             grad_weight.addmm_(out.T, inputs.student[rows])
 
 
+def floor_flop(case: Case, trained: bool, size: int, width: int, vocabulary: int) -> int:
+    """FLOP of the bare products: of the targets, the student, its gradient and, where the head trains, that of the head."""
+    return 2 * size * width * vocabulary * (case.num_target_products + 2 + trained)
+
+
 class Gradients(NamedTuple):
     """A loss in nats with its gradient to the hidden states (N, H) and, where it trains, the head (V, H)."""
 

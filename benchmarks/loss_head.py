@@ -4,7 +4,8 @@
     python benchmarks/loss_head.py --preset cpu --head frozen trained --repeats 5 --output benchmarks/results/cpu.jsonl
 
 Contenders run in turn within each repeat, so that a busy machine slows all alike:
-  floor     the bare products: one projection of the student, one per distinct target view, one for the gradient to the
+  floor     the bare products, whose FLOP a second the table prints beside them, because a ratio to a slow machine's products
+            flatters: one projection of the student, one per distinct target view, one for the gradient to the
             hidden states and, where the head trains, one for the gradient to the head
   dense     TRL's `generalized_jsd_loss` (GKD) on logits of the whole batch
   chunked   TRL's `ChunkedDivergenceFunction`
@@ -31,7 +32,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import CASES, CONTENDERS, OURS, DoesNotRunError, Gradients, Inputs, backpropagate, exact, floor
+from contenders import (
+    CASES,
+    CONTENDERS,
+    OURS,
+    DoesNotRunError,
+    Gradients,
+    Inputs,
+    backpropagate,
+    exact,
+    floor,
+    floor_flop,
+)
 from measuring import Sample, emit, is_out_of_memory, limited_memory, machine, measure, summary
 from narrow_products import narrow_products
 
@@ -164,11 +176,11 @@ def print_ratios(rows: list[dict[str, Any]]) -> None:
         backends = [backend for backend in CONTENDERS if any(key[1] == backend for key in chosen)]
         columns = [f"{backend} / floor" for backend in backends]
         columns += ["chunked / ours", "MB ours / chunked", "MB ours / dense"]
-        print(f"\n{shape}, {rows[0]['dtype']}, head {head}\n\n| | floor s | " + " | ".join(columns) + " |")
-        print("|" + "---|" * (2 + len(columns)))
+        print(f"\n{shape}, {rows[0]['dtype']}, head {head}\n\n| | floor s | floor GFLOP/s | {' | '.join(columns)} |")
+        print("|" + "---|" * (3 + len(columns)))
         for what in dict.fromkeys(what for what, _ in chosen):
             seconds = chosen[what, "floor"]["median_s"]
-            cells = [what, "-" if seconds is None else f"{seconds:.4g}"]
+            cells = [what, "-" if seconds is None else f"{seconds:.4g}", _floor_speed(what, head, shape, seconds)]
             cells += [ratio((what, backend), (what, "floor")) for backend in backends]
             cells += [ratio((what, "chunked"), (what, "ours"))]
             cells += [ratio((what, "ours"), (what, other), "peak_extra_mb") for other in ("chunked", "dense")]
@@ -177,6 +189,12 @@ def print_ratios(rows: list[dict[str, Any]]) -> None:
         print(f"\nOGLS-SD / OPSD: {ratio((OGLS_SD, 'ours'), opsd)}; ", end="")
         shares = [f"{what} {ratio((what, 'ours'), opsd)}" for what in METHODS if (what, "ours") in chosen]
         print("methods / OPSD:", ", ".join(shares) or "-")
+
+
+def _floor_speed(what: str, head: str, shape: str, seconds: float | None) -> str:
+    """GFLOP/s that the machine's bare products reach."""
+    flop = floor_flop(CASES[what], head == "trained", *map(int, shape.split("x")))
+    return f"{flop / seconds / 1e9:.3g}" if seconds else "-"
 
 
 def main(arguments: list[str] | None = None) -> None:

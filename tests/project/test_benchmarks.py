@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_opsd.losses import projection, tiles
 
@@ -50,7 +51,13 @@ def test_every_contender_has_a_row_and_its_gradient_is_that_of_float64(load, tmp
     # A clipped term has no gradient: next to the bound, rounding decides.
     assert all(row["gradient_error"] < bound for row in ours if dtype == "float32" or "clip" not in row["what"])
     printed = capsys.readouterr().out
-    for words in ("ours / floor", "chunked / ours", "MB ours / chunked", "OGLS-SD / OPSD: "):
+    for words in (
+        "| floor s | floor GFLOP/s |",
+        "ours / floor",
+        "chunked / ours",
+        "MB ours / chunked",
+        "OGLS-SD / OPSD: ",
+    ):
         assert words in printed
 
 
@@ -79,6 +86,37 @@ def test_with_the_products_of_a_gpu_the_gradient_is_that_of_float64_up_to_roundi
     ]
     assert len(unclipped) == 4 and max(unclipped) < bound
     assert dtype == "float32" or min(unclipped) > 1e-4  # the inputs of products were rounded
+
+
+class Products(TorchDispatchMode):
+    """FLOP of the matrix products within it, from their operands' shapes."""
+
+    flop = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm_"):
+            left, right = args[-2:]
+            self.flop += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("what", "trained", "products"),
+    [("forward_kl", False, 3), ("forward_kl", True, 4), ("purified", True, 5), ("sampled token", False, 2)],
+)
+def test_the_floors_flop_are_those_of_the_products_that_it_runs(load, what, trained, products):
+    contenders = load("contenders")
+    inputs = contenders.Inputs.draw(300, 5, 7, "cpu", torch.float32)  # of two tiles
+    with Products() as counted:
+        contenders.floor(inputs, contenders.CASES[what], trained)
+    assert contenders.floor_flop(contenders.CASES[what], trained, 300, 5, 7) == counted.flop == products * 21_000
+
+
+def test_the_floors_speed_is_its_flop_over_its_seconds(load):
+    speed = load("loss_head")._floor_speed
+    assert speed("forward_kl", "frozen", "512x1024x65536", 2.0) == "103"  # 3 products of 68.7 GFLOP in two seconds
+    assert speed("forward_kl", "trained", "512x1024x65536", None) == "-"
 
 
 def test_a_heads_gradient_is_added_up_over_tiles_a_slice_at_a_time(load, monkeypatch):

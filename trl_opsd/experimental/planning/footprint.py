@@ -146,7 +146,7 @@ def measure_footprint(config: Any, dtype: torch.dtype, *, autocast: bool = True,
         ValueError: the model cannot be traced, as one that routes tokens by their values cannot.
     """
     layers = config.get_text_config().num_hidden_layers
-    one, two = (_meta_model(_with_layers(config, count), dtype, peft_config) for count in (1, 2))
+    one, two = (meta_model(_with_layers(config, count), dtype, peft_config) for count in (1, 2))
     try:
         traces = [[_trace(model, length, autocast) for length in _LENGTHS] for model in (one, two)]
     except RuntimeError as error:
@@ -191,7 +191,8 @@ def _with_layers(config: Any, count: int) -> Any:
     return config
 
 
-def _meta_model(config: Any, dtype: torch.dtype, peft_config: Any) -> nn.Module:
+def meta_model(config: Any, dtype: torch.dtype, peft_config: Any = None) -> nn.Module:
+    """A config's model without values, with an adapter where `peft_config` is given."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     if peft_config is not None:
