@@ -232,7 +232,7 @@ def floor(inputs: Inputs, case: Case, trained: bool) -> None:
 
 
 def floor_flop(case: Case, trained: bool, size: int, width: int, vocabulary: int) -> int:
-    """FLOP of the bare products: of the targets, the student, its gradient and, where the head trains, that of the head."""
+    """FLOP of the bare products: targets, student, its gradient and, where the head trains, the head's."""
     return 2 * size * width * vocabulary * (case.num_target_products + 2 + trained)
 
 

@@ -3,21 +3,21 @@
 
     python benchmarks/limits.py
 
-Nothing is run but a count of a model's matrices on the meta device. A step has 32 rollouts over all GPUs, and every rollout
-has the whole length. What is counted on each GPU:
+Nothing is run but a count of a model's matrices on the meta device. A step has 32 rollouts over all GPUs, and every
+rollout has the whole length. What is counted on each GPU:
   prefill      the student's forward over the prompts, before the first token is sampled
-  sampling     for each further token of all rollouts at once, the weights and their cache read in bfloat16, or the products
+  sampling     for each token of all rollouts at once, the weights and their cache read in bfloat16, or the products
                where those take longer
   teacher      one forward over prompt, solution and rollout, without the head
-  student      forward and backward over prompt and rollout, without the head; the forward twice where the run's settings
-               have gradient checkpointing
-  head         its products: teacher, student, the gradient to the student's states and, where the head trains, to itself
+  student      forward and backward over prompt and rollout, without the head; the forward twice where the run's
+               settings have gradient checkpointing
+  head         its products: teacher, student, the gradient to the student's states and, where it trains, to itself
   optimizer    AdamW reads a float32 weight, its gradient and two moments, and writes all but the gradient
-  collectives  what a GPU sends to the others for gradients and split weights; they run beside teacher, student and head
-Attention is causal. Elementwise work, padding, launches and the host are not counted: these are what separates a run from the
-second figure, which takes `REACHED` in place of `PEAK`.
+  collectives  what a GPU sends to the others for gradients and split weights, beside teacher, student and head
+Attention is causal. Elementwise work, padding, launches and the host are not counted: these are what separates a run
+from the second figure, which takes `REACHED` in place of `PEAK`.
 
-Two more tables say how much of a step the head is, and what it saves to read a context once for all rollouts of a prompt.
+Two more tables say how much of a step the head is, and what reading a context once for all rollouts of a prompt saves.
 """
 
 import argparse
@@ -43,18 +43,19 @@ class Device:
     link: float
 
 
-# NVIDIA's data sheet of the H100 SXM: dense bfloat16 (half of the figure with sparsity), HBM3, NVLink of 900 GB/s both ways.
+# NVIDIA's data sheet of the H100 SXM: dense bfloat16 (half of that with sparsity), HBM3, NVLink of 900 GB/s both ways.
 PEAK = Device(flop=989.4e12, memory=3.35e12, link=450e9)
 # Of the products: Llama 3's training on up to 16,384 H100s (arXiv 2407.21783, table 4: 38 to 43 %).
 PRODUCTS_REACHED = 0.40
-# Of the memory: the README of pytorch-labs/gpt-fast, Llama-2-7B in bfloat16, one token at a time: 1,397 of an A100's 2,039 GB/s.
+# Of the memory: Llama-2-7B in bfloat16, one token at a time, reads 1,397 of an A100's 2,039 GB/s (README of
+# github.com/pytorch-labs/gpt-fast).
 MEMORY_REACHED = 0.685
 # Of the links: an author of NCCL on eight H100s (github.com/NVIDIA/nccl-tests, issue 212: 370 of 450 GB/s).
 LINK_REACHED = 370 / 450
 REACHED = Device(PEAK.flop * PRODUCTS_REACHED, PEAK.memory * MEMORY_REACHED, PEAK.link * LINK_REACHED)
 
-# The README of github.com/siyan-zhao/OPSD, as of March 2026: a run of Qwen3-1.7B takes about 15 minutes on 4 H100; the paper's runs
-# have at most 100 steps (arXiv 2601.18734, version 3). LoRA, vLLM beside the training.
+# The README of github.com/siyan-zhao/OPSD, as of March 2026: a run of Qwen3-1.7B takes about 15 minutes on 4 H100; the
+# paper's runs have at most 100 steps (arXiv 2601.18734, version 3). LoRA, vLLM beside the training.
 PAPER_RUN, PAPER_SECONDS = ("Qwen3-1.7B", 4, True), 15 * 60 / 100
 
 ADAMW_BYTES = 7 * 4  # of a weight: four float32 numbers read, three written
@@ -176,14 +177,14 @@ def step_work(
 
 
 def link_bytes(sizes: Sizes, engine: str, num_gpus: int, micro_batches: int, teacher_forwards: int) -> float:
-    """Bytes that one GPU sends in a step; a gather or a scatter of a tensor sends all of it but the GPU's own part."""
+    """Bytes that one GPU sends in a step; a gather or scatter of a tensor sends all but the GPU's own part."""
     others = (num_gpus - 1) / num_gpus
     if engine in ("single", "ddp"):
         return others * 2 * 4 * sizes.trained  # float32 gradients, scattered and gathered
     scattered = micro_batches * 2 * sizes.trained
     if engine == "zero2":
         return others * (scattered + 2 * sizes.trained)
-    if engine == "zero3":  # weights for forward and backward, for each of the teacher's forwards, and once for sampling
+    if engine == "zero3":  # weights for forward, backward, each forward of the teacher, and sampling
         return others * (scattered + 2 * sizes.total * (2 * micro_batches + teacher_forwards + 1))
     raise ValueError(f"engine={engine!r} is not counted; set it to single, ddp, zero2 or zero3.")
 
@@ -245,7 +246,7 @@ def head_models() -> dict[str, Any]:
 
 
 def sharing(sizes: Sizes, count: int, context: int, span: int) -> tuple[float, float]:
-    """Tokens and FLOP of the teacher's forward over a context for each of `count` rollouts, over those of one for all."""
+    """Tokens and FLOP of a teacher that reads the context for each of `count` rollouts, over those of once for all."""
     alone = count * (context + span), count * causal_pairs(context + span)
     shared = context + count * span, causal_pairs(context) + count * causal_pairs(context + span, span)
     return alone[0] / shared[0], forward_flop(sizes, *alone) / forward_flop(sizes, *shared)

@@ -111,7 +111,7 @@ def test_a_step_is_that_of_loops_over_rows_and_tokens(limits, lora):
 
 
 def ring(size, count):
-    """Bytes that one of `count` GPUs sends in a ring to which each brings, or from which each gets, its part of `size`."""
+    """Bytes that one of `count` GPUs sends on in a ring, where each has a part of `size`."""
     return sum(size / count for _ in range(count - 1))
 
 
