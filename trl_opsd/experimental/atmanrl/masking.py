@@ -135,10 +135,10 @@ def find_masks(reader: MaskedReader, settings: SaliencySettings) -> Found:
     plain_loss, first_loss = loss(plain), loss(values)
     for _ in range(settings.mask_steps):
         values.requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad():  # trainers ask for rewards without one
             log_probs = reader.log_probs(values)
-            objective = saliency_objective(log_probs, reader.is_answer, values, shown, settings.sparsity)
-        (slope,) = torch.autograd.grad(objective.sum(), values)
+            objective = saliency_objective(log_probs, reader.is_answer, values, shown, settings.sparsity).sum()
+        (slope,) = torch.autograd.grad(objective, values)
         values = lifted(values.detach(), slope, settings.mask_rate)
     masks = [row[kept] for row, kept in zip(values, shown, strict=True)]
     return Found(masks, saliency(values, shown), plain_loss, first_loss, loss(values))

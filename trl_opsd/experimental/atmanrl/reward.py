@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The saliency of a right rollout's reasoning as a reward function in TRL's form (AtManRL, arXiv 2604.16158)."""
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,8 +68,8 @@ def check_readable(model: nn.Module) -> None:
     """Check that a model's attention takes an additive mask of ours.
 
     Raises:
-        ValueError: it is of another kind, its attention is not `eager` or `sdpa`, some layers have no full attention, a prompt is
-            learned, or its parameters are sharded.
+        ValueError: it is of another kind, its attention is not `eager` or `sdpa`, some layers have no full attention, it takes no
+            positions, a prompt is learned, or its parameters are sharded.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={model!r} is not a model; load it and give the object.")
@@ -86,6 +87,11 @@ def check_readable(model: nn.Module) -> None:
             f"model: {config.model_type} has layers of the kinds {sorted(kinds)} and sliding_window="
             f"{getattr(config, 'sliding_window', None)!r}, where a mask of ours would open windows. Use a model with full attention "
             "in every layer."
+        )
+    if "position_ids" not in inspect.signature(type(causal_lm(model)).forward).parameters:
+        raise ValueError(
+            f"model: {config.model_type} takes no position_ids, so rollouts of unequal length cannot be read together. Use a model "
+            "that does, such as a Qwen3 or a Llama."
         )
     if any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values()):
         raise ValueError(
@@ -133,7 +139,7 @@ class _SaliencyReward:
         return rewards
 
     def _cut(self, prompt: Any, completion: list[int]) -> CutRollout | None:
-        ids = self.collator.encode(prompt, TeacherContext(template="plain")).ids
+        ids = self.collator.encode(prompt, TeacherContext("plain", None)).ids
         return cut_rollout(
             self.tokenizer, ids, completion, self.settings.answer_marker, self.settings.max_answer_tokens
         )
