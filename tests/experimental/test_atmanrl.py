@@ -258,7 +258,9 @@ def test_adapters_are_read_through_the_model_that_was_there_before_them(make_mod
     reward = make_saliency_reward(base, tokenizer, **QUICK)
     without = ask(reward, tokenizer)
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    assert ask(reward, tokenizer) == ask(make_saliency_reward(adapted, tokenizer, **QUICK), tokenizer) != without
+    of_adapted = make_saliency_reward(adapted.train(), tokenizer, **QUICK)
+    assert ask(reward, tokenizer) == ask(of_adapted, tokenizer) != without
+    assert all(module.training for module in adapted.modules())
 
 
 @pytest.mark.parametrize(

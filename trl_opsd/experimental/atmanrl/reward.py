@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The saliency of a right rollout's reasoning as a reward function in TRL's form (AtManRL, arXiv 2604.16158)."""
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,14 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from ...model.checks import check_model_config
-from ...model.heads import causal_lm
-from ...model.sharding import is_sharded
 from ...rewards import make_accuracy_reward
 from ...teacher.contexts import TeacherContext
 from ...teacher.prompts import TeacherCollator
 from .cutting import CutRollout, cut_rollout
-from .masking import MaskedReader, find_masks
+from .masking import Found, MaskedReader, find_masks
+from .readable import check_readable
 from .settings import SaliencySettings
 
 _INFERRED = (
@@ -24,7 +21,6 @@ _INFERRED = (
     "price, start, step size, and the direction of the reward are inferred: the paper was read through a note, and there is no "
     "code (docs/rewards.md)."
 )
-_ATTENTIONS = ("eager", "sdpa")
 
 
 def make_saliency_reward(
@@ -62,46 +58,6 @@ def make_saliency_reward(
         return reward(prompts, completions, completion_ids, solution, columns.get("log_metric"))
 
     return saliency_reward
-
-
-def check_readable(model: nn.Module) -> None:
-    """Check that a model's attention takes an additive mask of ours.
-
-    Raises:
-        ValueError: it is of another kind, its attention is not `eager` or `sdpa`, some layers have no full attention, it takes no
-            positions, a prompt is learned, or its parameters are sharded.
-    """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model={model!r} is not a model; load it and give the object.")
-    check_model_config(model.config)
-    config = model.config.get_text_config()
-    used = config._attn_implementation
-    if used not in _ATTENTIONS:
-        raise ValueError(
-            f"attn_implementation={used!r} reads no additive mask with a gradient. Load the model, or a frozen copy for the reward, "
-            'with attn_implementation="sdpa" or "eager".'
-        )
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or (not hasattr(config, "layer_types") and getattr(config, "sliding_window", None)):
-        raise ValueError(
-            f"model: {config.model_type} has layers of the kinds {sorted(kinds)} and sliding_window="
-            f"{getattr(config, 'sliding_window', None)!r}, where a mask of ours would open windows. Use a model with full attention "
-            "in every layer."
-        )
-    if "position_ids" not in inspect.signature(type(causal_lm(model)).forward).parameters:
-        raise ValueError(
-            f"model: {config.model_type} takes no position_ids, so rollouts of unequal length cannot be read together. Use a model "
-            "that does, such as a Qwen3 or a Llama."
-        )
-    if any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values()):
-        raise ValueError(
-            "model: it learns a prompt (PEFT), whose tokens no mask of ours counts. Use LoRA or no adapter."
-        )
-    if any(map(is_sharded, model.parameters())):
-        raise ValueError(
-            "model: its parameters are sharded (ZeRO-3 or FSDP2), and a reward function cannot gather them for some ranks alone. "
-            "Give a frozen copy, loaded before the training arguments are made, or train under DDP or ZeRO-2."
-        )
 
 
 def _check_rows(completions: list, columns: dict[str, Any]) -> None:
@@ -144,7 +100,7 @@ class _SaliencyReward:
             self.tokenizer, ids, completion, self.settings.answer_marker, self.settings.max_answer_tokens
         )
 
-    def _search(self, rollouts: list[CutRollout]):
+    def _search(self, rollouts: list[CutRollout]) -> Found:
         with _evaluating(self.model):
             reader = MaskedReader(self.model, rollouts, self.tokenizer.pad_token_id or 0)
             if not self.checked:
@@ -163,7 +119,7 @@ def _log(log_metric: Callable[[str, float], None], facts: list[list[float]], unr
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout and checkpointing, which is dropped in evaluation mode; modules come back as they were."""
-    training = [module for module in causal_lm(model).modules() if module.training]
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
