@@ -6,7 +6,7 @@
 
 The first form solves problems greedily and searches for the masks of the right rollouts with each choice: the answer's loss without
 a mask, under the first and under the last one, the reward, and the mean of exp(m) on the last result, which the answer copies, and
-on all other tokens. The second form times a step of the search on a random Qwen3 of 50 million parameters, for reasonings of so
+on all other tokens. The second form times a step of the search on a random Qwen3 of 42 million parameters, for reasonings of so
 many tokens: on the cache of what stands before the tail, as the reward does it, and over the whole sequence. One JSON line a row.
 """
 

@@ -253,6 +253,15 @@ def test_a_call_leaves_no_gradient_and_no_mode_behind(make_model, tokenizer):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_the_prompt_is_rendered_with_the_given_arguments(make_model, tokenizer):
+    model = make_model(torch.float64)
+    with_think, without = (
+        ask(make_saliency_reward(model, tokenizer, chat_template_kwargs={"enable_thinking": on}, **QUICK), tokenizer)
+        for on in (True, False)
+    )
+    assert with_think[0] != without[0] and with_think[2:] == without[2:] == [0.0, 0.0]
+
+
 def test_adapters_are_read_through_the_model_that_was_there_before_them(make_model, tokenizer):
     base = make_model(torch.float64)
     reward = make_saliency_reward(base, tokenizer, **QUICK)

@@ -206,3 +206,13 @@ def test_seeds_of_a_run_stand_side_by_side_in_the_table_with_their_first_logs(lo
     gains = "-30.0 [-40.0, -20.0], -20.0 [-40.0, -20.0]"
     assert lines[2] == f"| OPSD | 0.500 | 0.200 | 0.200, 0.300 | {gains} | 0.50, 0.00 | -0.070, -0.070 |"
     assert lines[3] == "| GRPO | 0.500 | 0.200 | 0.600 | +10.0 [+0.0, +20.0] | - | - |"
+
+
+def test_masks_of_the_saliency_reward_have_a_row_for_each_choice_and_length(load, tmp_path):
+    benchmark, output = load("saliency"), tmp_path / "rows.jsonl"
+    benchmark.main(["--problems", "2", "--steps", "2", "--starts", "-2", "-5", "--output", str(output)])
+    weak, strong = read(output)
+    assert weak["rollouts"] == strong["rollouts"] > 0
+    assert weak["first_loss"] < strong["first_loss"] and 0 < strong["reward"] < weak["reward"] < 1
+    benchmark.main(["--cost", "8", "--steps", "1", "--output", str(output)])
+    assert all(read(output)[2][name] > 0 for name in ("reasoning", "once_s", "step_s", "whole_step_s"))
