@@ -94,8 +94,10 @@ RUNS = {
 
 # What a method of the family needs beside the common settings; its own prompts are the demo's, see `family_settings`.
 OWN = {
+    "mopd": {"max_teacher_prompt_length": 400},  # of 512 positions: it shows up to three rollouts
     "popd": {"distillation_length": "8..40 in 10"},
-    "resd": {"write_review": False, "write_playbook": False},  # it writes arithmetic, whatever it is asked
+    # It writes arithmetic, whatever it is asked.
+    "resd": {"write_review": False, "write_playbook": False, "max_teacher_prompt_length": 400},
     "trace": {"annotator_function": "miniature:last_result"},
 }
 BESIDE_THE_FAMILY = ("OPSD", "GRPO", "SFT on references")
