@@ -7,7 +7,7 @@ from fake_cuda import fake_cuda
 from groups import GROUPS
 from jobs import job
 
-import trl_opsd.trainers.self_distillation
+import trl_opsd.trainers.micro_batch
 from trl_opsd import OGLSSDTrainer, OPSDTrainer, PurifiedOPSDTrainer
 from trl_opsd.losses import LinearShape
 from trl_opsd.teacher import states
@@ -23,13 +23,13 @@ METHODS = [
 @pytest.mark.parametrize("trainer_class, settings", METHODS)
 def test_it_changes_no_number(build, dataset, monkeypatch, trainer_class, settings):
     histories, moved = [], []
-    offload = trl_opsd.trainers.self_distillation.offload_states
+    offload = trl_opsd.trainers.micro_batch.offload_states
 
     def watched(*arguments):
         moved.append(bool(taken := offload(*arguments)))
         return taken
 
-    monkeypatch.setattr(trl_opsd.trainers.self_distillation, "offload_states", watched)
+    monkeypatch.setattr(trl_opsd.trainers.micro_batch, "offload_states", watched)
     for offloaded in (False, True):
         monkeypatch.setattr(states, "DEVICE_BYTES", 0 if offloaded else 2**30)
         trainer = build(
