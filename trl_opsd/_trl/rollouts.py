@@ -258,10 +258,12 @@ class RolloutTrainer(CheckedTrainer, NamedByMethod, GRPOTrainer):
     @contextmanager
     def calls_as_text(self) -> Iterator[None]:
         """The time in which the table's calls of tools are JSON: a Parquet column has one type, and arguments have many."""
+        if not self.has_tools:
+            yield
+            return
         column, kept = self._logs["completion"], list(self._logs["completion"])
-        if self.has_tools:
-            column.clear()
-            column.extend([_with_text_calls(turn) for turn in turns] for turns in kept)
+        column.clear()
+        column.extend([_with_text_calls(turn) for turn in turns] for turns in kept)
         try:
             yield
         finally:

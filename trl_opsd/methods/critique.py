@@ -22,6 +22,7 @@ from ..rows.texts import is_missing
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Unused
 from ..user_functions import said_of
 from .base import Method
+from .groups import is_right
 from .papers import arxiv_paper
 
 VERDICTS = {True: "right", False: "wrong", None: "neither known to be right nor to be wrong"}
@@ -42,7 +43,7 @@ def critic_request(rollout: Rollout, settings: Any) -> TeacherContext | None:
     """What the model answers as its own critic; None where it is not, or where nothing was attempted."""
     if not settings.write_critique or is_missing(rollout.completion):
         return None
-    right = None if rollout.reward is None else rollout.reward >= settings.reward_threshold
+    right = is_right(rollout, settings.reward_threshold)
     verdict = VERDICTS[right] + ("" if rollout.finished else ", and it was cut off")
     return TeacherContext("critic", rollout.solution, texts=(("attempt", rollout.completion), ("verdict", verdict)))
 

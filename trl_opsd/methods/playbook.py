@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..teacher.contexts import Moment, Rollout, TeacherContext
+from .groups import is_right
 from .peers import block, prompt_key, shown_text
 
 SECTIONS = ("strategies", "formulas", "code", "mistakes", "heuristics", "clues", "others")
@@ -51,14 +52,14 @@ def lesson_request(rollout: Rollout, settings: Any, moment: Moment) -> TeacherCo
     if not settings.write_playbook or rollout.drafts or rollout.reward is None:
         return None
     book = playbook_block(settings, moment)
-    is_right = rollout.reward >= settings.reward_threshold
-    if is_right and not book:
+    right = is_right(rollout, settings.reward_threshold)
+    if right and not book:
         return None
     blocks = block(settings.attempt_block, shown_text(rollout.completion, settings))
-    if not is_right:
+    if not right:
         review = None if rollout.written is None else shown_text(rollout.written.text, settings)
         blocks += block(settings.feedback_block, rollout.note) + block(settings.review_block, review)
-    name = "tags" if is_right else "lessons"
+    name = "tags" if right else "lessons"
     return TeacherContext(name, blocks + book, settings.max_rollout_context_length, weights="live")
 
 
@@ -140,7 +141,7 @@ def _answers(rollouts: Sequence[Rollout], settings: Any) -> tuple[list[tuple[str
         answer = read_answer(shown_text(rollout.drafts[0].text, settings))
         unread += answer is None
         if answer is not None:
-            kind = right if rollout.reward >= settings.reward_threshold else wrong
+            kind = right if is_right(rollout, settings.reward_threshold) else wrong
             kind.append((prompt_key(rollout), answer))
     return wrong, right, unread
 

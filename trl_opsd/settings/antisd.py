@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 
 from ..rows.texts import check_template
-from .fields import option, require
+from .fields import option, require, teacher_kind
 from .groups import GroupSettings
 
 VERDICT_PROMPT_TEMPLATE = """{prompt}
@@ -34,9 +34,7 @@ class AntiSDSettings(GroupSettings):
     gradient_accumulation_steps: int = option(64, "Micro-batches per optimizer step.")
     max_completion_length: int | None = option(32_768, "Longest rollout in tokens.")
     reward_weight: float = option(1.0, "Factor of GRPO's own advantage.")
-    teacher_model_kind: str = option(
-        "live", "Whose weights the teacher has: `base` the initial ones, `live` the student's, `ema` a moving average."
-    )
+    teacher_model_kind: str = teacher_kind("live")
     ascent_strength: float = option(0.5, "lambda: how far the advantage moves away from the teacher; 0 is GRPO.")
     gate_warmup_batches: int = option(
         5, "Generation batches of plain GRPO whose teacher entropy the gate compares with; 0 for no gate."

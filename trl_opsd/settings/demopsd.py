@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from .fields import option, require
+from .fields import option, require, teacher_kind
 from .groups import GroupSettings
 
 
@@ -21,9 +21,7 @@ class DemoPSDSettings(GroupSettings):
     max_steps: int = option(-1, "Optimizer steps; -1 for `num_train_epochs`.")
     num_train_epochs: float = option(3.0, "Passes over the prompts.")
     max_completion_length: int | None = option(16_384, "Longest rollout in tokens.")
-    teacher_model_kind: str = option(
-        "ema", "Whose weights the teacher has: `base` the initial ones, `live` the student's, `ema` a moving average."
-    )
+    teacher_model_kind: str = teacher_kind("ema")
     teacher_update_rate: float = option(0.05, "Share of the student in each update of the `ema` teacher, in (0, 1].")
     divergence: str = option("reverse_kl", "What is measured between teacher and student.")
     clip: str | None = option(None, "`upper`, `symmetric`, `token` or `none`.")

@@ -12,6 +12,14 @@ def option(default: Any, help_text: str) -> Any:
     return field(metadata={"help": help_text}, **keywords)
 
 
+def teacher_kind(default: str) -> Any:
+    """The field `teacher_model_kind`, of which methods have their own defaults."""
+    return option(
+        default,
+        "Whose weights the teacher has: `base` the initial ones, `live` the student's, `ema` a moving average.",
+    )
+
+
 def require(holds: Any, settings: Any, name: str, wanted: str) -> None:
     """Raise a ValueError that names the field, its value and what to set, unless `holds`."""
     if not holds:

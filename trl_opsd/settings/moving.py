@@ -3,16 +3,14 @@
 
 from dataclasses import dataclass
 
-from .fields import option, require
+from .fields import option, require, teacher_kind
 
 
 @dataclass
 class MovingTeacherSettings:
     """A teacher that follows the student; the other methods update theirs after every optimizer step, if it moves."""
 
-    teacher_model_kind: str = option(
-        "ema", "Whose weights the teacher has: `base` the initial ones, `live` the student's, `ema` a moving average."
-    )
+    teacher_model_kind: str = teacher_kind("ema")
     teacher_sync_steps: int | None = option(
         None, "Optimizer steps between two updates of the `ema` teacher; None for one update a generation batch."
     )

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from .fields import option, require
+from .fields import option, require, teacher_kind
 from .rlsd import RLSDSettings
 
 
@@ -17,9 +17,7 @@ class RLRTSettings(RLSDSettings):
 
     max_completion_length: int | None = option(20_480, "Longest rollout in tokens.")
     epsilon_high: float | None = option(0.28, "PPO's clip above; None for `epsilon`.")
-    teacher_model_kind: str = option(
-        "live", "Whose weights the teacher has: `base` the initial ones, `live` the student's, `ema` a moving average."
-    )
+    teacher_model_kind: str = teacher_kind("live")
     evidence_bound: float = option(
         0.5,
         "e: the teacher moves a token's weight by at most this, 0 or more. The paper's is 1.0 for base models, 0.5 for "

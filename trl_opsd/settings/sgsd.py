@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..rows.skill_bank import SkillBank, check_embeddings
 from ..rows.texts import check_template
-from .fields import option, require
+from .fields import option, require, teacher_kind
 
 SKILL_PROMPT_TEMPLATE = """Advice from earlier problems that may or may not fit this one:
 
@@ -20,7 +20,7 @@ The problem:
 class SGSDSettings:
     """Defaults of the paper that differ from OPSD's, and what SGSD alone reads."""
 
-    teacher_model_kind: str = option("live", "Whose weights the teacher has: `live`, `base` or `ema`.")
+    teacher_model_kind: str = teacher_kind("live")
     loss_temperature: float | None = option(1.0, "Divides both models' logits in the loss.")
     max_steps: int = option(200, "Optimizer steps.")
     reward_threshold: float = option(0.5, "A rollout is right if its reward is at least this.")

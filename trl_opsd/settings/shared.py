@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..rows.texts import check_template
 from ..teacher.contexts import TEACHER_KINDS, TEACHER_PROMPT_TEMPLATE
 from ..user_functions import load_function
-from .fields import option, require
+from .fields import option, require, teacher_kind
 from .horizon import Horizon, read_length
 
 if TYPE_CHECKING:
@@ -63,9 +63,8 @@ class SelfDistillationSettings(StudentPrompt):
     """
 
     _rollout_limit = "max_completion_length"  # the field that TRL's config limits a rollout with
-    teacher_sync_steps = (
-        1  # optimizer steps between two updates of the `ema` teacher; `MovingTeacherSettings` has a field
-    )
+    # Optimizer steps between two updates of the `ema` teacher; a field of `MovingTeacherSettings`.
+    teacher_sync_steps = 1
 
     # Not in `repr`, unlike in TRL's own configs.
     hub_token: str | None = field(
@@ -75,10 +74,7 @@ class SelfDistillationSettings(StudentPrompt):
     )
 
     # The teacher.
-    teacher_model_kind: str = option(
-        "base",
-        "Whose weights the teacher has: `base` the initial ones, `live` the student's, `ema` a moving average.",
-    )
+    teacher_model_kind: str = teacher_kind("base")
     teacher_update_rate: float = option(0.001, "Share of the student in each update of the `ema` teacher, in (0, 1].")
     teacher_prompt_template: str = option(
         TEACHER_PROMPT_TEMPLATE,

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from ...settings.fields import option, require
+from ...settings.fields import option, require, teacher_kind
 from ...settings.groups import GroupSettings
 
 
@@ -20,9 +20,7 @@ class DASDSettings(GroupSettings):
     max_completion_length: int | None = option(8192, "Longest rollout in tokens.")
     clip: str | None = option(None, "Without effect: there is no divergence to clip.")
     reward_weight: float = option(1.0, "Factor of GRPO's own advantage.")
-    teacher_model_kind: str = option(
-        "live", "Whose weights the teacher has: `base` the initial ones, `live` the student's, `ema` a moving average."
-    )
+    teacher_model_kind: str = teacher_kind("live")
     direction_strength: float = option(0.1, "beta: how far a typical token's advantage is moved, 0 or more; 0 is GRPO.")
     pulled_share: float = option(
         0.2, "rho, in [0, 1]: so large a share of a rollout's tokens, its surest ones, is pulled to the teacher."
