@@ -18,6 +18,7 @@ from trl_opsd.card import add_results, results_section
 from trl_opsd.card.facts import describe_hardware
 from trl_opsd.card.markdown import cell, code_span, escaped, hub_link, keyword_arguments, table
 from trl_opsd.card.sections import loading, settings_section
+from trl_opsd.methods.papers import arxiv_paper
 
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH"
 BASE = {"dataset": "sums", "model": "base", "num_questions": 5, "num_samples": 2, "avg_at_k": 0.125}
@@ -293,3 +294,12 @@ def test_a_snippet_loads_by_the_id_of_the_hub_and_else_from_its_own_folder(make_
     local = loading(args, None, True)
     assert "name = '.'\n" in local and "Start Python in the folder of this card" in local
     assert "\U0001f600 2+3=?" in local and "\\ud83d" not in local
+
+
+def test_a_paper_is_cited_as_bibtex_with_the_year_of_its_number():
+    cited = arxiv_paper("A Title", "2605.11609", "shen2026", "Guobin Shen and Xing Yu")["citation"]
+    assert cited == (
+        "@misc{shen2026,\n    title  = {{A Title}},\n    author = {Guobin Shen and Xing Yu},\n    year   = 2026,\n"
+        "    eprint = {2605.11609},\n    archivePrefix = {arXiv},\n}"
+    )
+    assert "author" not in arxiv_paper("A Title", "2501.00001", "key")["citation"]
