@@ -7,6 +7,7 @@ Two ranks are one in `tests/engines`, whose cells take the same rows.
 import copy
 import operator
 import random
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from trl_opsd.experimental.sort.trainer import SORTTrainer
 from trl_opsd.experimental.ssopd.trainer import SSOPDTrainer
 from trl_opsd.experimental.stableopd.trainer import StableOPDTrainer
 from trl_opsd.experimental.trace.trainer import TRACETrainer
+from trl_opsd.teacher.prompts import TeacherCollator
 from trl_opsd.trainers.antisd import AntiSDTrainer
 from trl_opsd.trainers.critique import CritiqueSDTrainer
 from trl_opsd.trainers.demopsd import DemoPSDTrainer
@@ -431,3 +433,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(row, make, tmp_path):
         # A micro-batch that was read back lies elsewhere in memory, which may round a product otherwise: by one bit in
         # float64.
         torch.testing.assert_close(one, other, rtol=0, atol=1e-14, msg=name)
+
+
+@of_rows(lambda row: row.trainer.method.contexts_from_rows)
+def test_contexts_of_rows_are_encoded_while_the_engine_samples_and_change_nothing(row, make, groups_of, monkeypatch):
+    threads, encode = Counter(), TeacherCollator.encode
+
+    def recorded(collator, prompt, context):
+        threads[context.template, threading.current_thread() is threading.main_thread()] += 1
+        return encode(collator, prompt, context)
+
+    monkeypatch.setattr(TeacherCollator, "encode", recorded)
+    trainer = make()
+    threads.clear()  # of the checks before training
+    ahead = gradients(trainer, groups_of(0, 5))
+    # Not once for each rollout, and none by the thread that waits for the engine.
+    assert set(threads.values()) == {2} and not any(waits for _, waits in threads)
+    trainer = make(replace(row.trainer.method, contexts_from_rows=False))
+    threads.clear()
+    plain = gradients(trainer, groups_of(0, 5))
+    assert any(waits for _, waits in threads)
+    assert ahead[0] == plain[0] and torch.equal(ahead[1], plain[1])

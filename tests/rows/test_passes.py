@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows are checked in batches, on one process and once; rendered are the few that may come near a limit."""
 
+import copy
 import os
 import random
 import subprocess
@@ -90,6 +91,17 @@ def test_what_is_trained_on_first_is_checked_first(tokenizer):
     collator = TeacherCollator(tokenizer, TEMPLATES, max_positions=250)
     with pytest.raises(ValueError, match=r"^train_dataset row 11: "):
         check_prompts(collator, Dataset.from_list(rows), None, first_rows=[11])
+
+
+def test_a_later_row_whose_turns_the_template_refuses_is_named_before_training(tokenizer):
+    refusing = copy.deepcopy(tokenizer)
+    refusing.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + (
+        tokenizer.chat_template
+    )
+    rows = make_rows(15)
+    rows[9]["prompt"] = [{"role": "system", "content": "Add."}, *rows[9]["prompt"]]
+    with pytest.raises(ValueError, match=r"^train_dataset row 9: .*no system.*takes no system message"):
+        check_prompts(TeacherCollator(refusing, TEMPLATES), Dataset.from_list(rows), None)
 
 
 def byte_level_tokenizer(texts):

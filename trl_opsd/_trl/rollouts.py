@@ -216,6 +216,13 @@ class RolloutTrainer(CheckedTrainer, NamedByMethod, GRPOTrainer):
         """Whether an environment belongs to each rollout of the generation batch."""
         return bool(getattr(self, "environments", None))
 
+    def texts_of(self, completions: list) -> list[str] | None:
+        """Texts of rollouts as TRL decoded them, without control tokens; None where it made more of them than a text."""
+        parses = any(getattr(self._tokenizer, name, None) for name in ("response_template", "response_schema"))
+        if self.has_tools or parses:
+            return None
+        return [each if isinstance(each, str) else each[0]["content"] for each in completions]
+
     def environment_reports(self) -> list[Any] | None:
         """What the environment of each of this rank's rollouts says of it, its attribute `feedback`; None without environments."""
         if not self.has_environments:

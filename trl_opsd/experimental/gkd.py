@@ -178,7 +178,7 @@ class OPSDGKDTrainer(CheckedTrainer, NamedByMethod, GKDTrainer):
         ]
         contexts = [views if ids else () for (views,), ids in zip(groups, completions, strict=True)]
         prompts = [(question, question) for question, _, _ in rows]
-        self.scorer.forget_prompts()
+        self.scorer.encoder.forget()
         target, _ = self.scorer.score(contexts, prompts, completions, mask.shape, mode=self.mode)
         # Inside HF Trainer's autocast the teacher's weights, cast without a gradient, would be the student's too.
         torch.clear_autocast_cache()

@@ -131,6 +131,8 @@ class Method:
             with none, best an [`Unused`] with the reason, is not trained on.
         shape: from (settings, optimizer step) to how the direction enters the target.
         needs_solution: every row must have a reference solution.
+        contexts_from_rows: `contexts` reads of a rollout its row alone (prompt, solution, columns), and not the other rollouts of
+            its prompt. The views are then encoded while rollouts are sampled.
         needs_group: `contexts` reads the other rollouts of the prompt and their rewards.
         needs_reward: `contexts` reads rewards, so there must be some.
         label: names the kind of a group from (rollouts, settings); the share of each kind is logged.
@@ -185,6 +187,7 @@ class Method:
     contexts: ContextRule
     shape: Callable[[Any, int], Shape] = no_shape
     needs_solution: bool = True
+    contexts_from_rows: bool = False
     needs_group: bool = False
     needs_reward: bool = False
     label: Callable[[Sequence[Rollout], Any], str] | None = None

@@ -38,7 +38,14 @@ def controlled(method: Method, settings: Any) -> Method:
         columns = (*method.columns, OTHER_SOLUTION)
         return replace(method, reference=_of_another_row, columns=columns, needs_columns=needed)
     contexts = partial(shortest_rollout_contexts, method)
-    return replace(method, contexts=contexts, needs_group=True, needs_reward=True, decomposition_steps=_never)
+    return replace(
+        method,
+        contexts=contexts,
+        contexts_from_rows=False,
+        needs_group=True,
+        needs_reward=True,
+        decomposition_steps=_never,
+    )
 
 
 def check_control(method: Method, settings: Any) -> None:

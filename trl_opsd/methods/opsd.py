@@ -21,6 +21,7 @@ def solution_read(group: Sequence[Rollout], settings: Any, moment: Moment) -> li
 OPSD = Method(
     name="OPSD",
     contexts=privileged_contexts,
+    contexts_from_rows=True,
     own_prompts=True,
     solution_shares=True,
     paper={

@@ -31,6 +31,7 @@ def sampled_loss(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor
 POPD = Method(
     name="POPD",
     contexts=solution_read,
+    contexts_from_rows=True,
     loss=sampled_loss,
     pointwise=True,
     has_target=False,

@@ -33,6 +33,7 @@ def bounded_shape(settings: Any, step: int) -> BoundedShape:
 PURIFIED_OPSD = Method(
     name="Purified OPSD",
     contexts=purified_contexts,
+    contexts_from_rows=True,
     shape=bounded_shape,
     templates=prompt_templates("reference"),
     decomposition_steps=lambda settings: settings.decomposition_steps,

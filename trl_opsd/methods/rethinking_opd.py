@@ -36,6 +36,7 @@ def sampled_ratio(facts: Facts, settings: Any, moment: Moment) -> torch.Tensor:
 RETHINKING_OPD = Method(
     name="Rethinking OPD",
     contexts=privileged_contexts,
+    contexts_from_rows=True,
     token_weight=sampled_ratio,
     reads_old=True,
     own_prompts=True,

@@ -19,6 +19,7 @@ from .peers import engine_weight
 SDFT = Method(
     name="SDFT",
     contexts=privileged_contexts,
+    contexts_from_rows=True,
     token_weight=engine_weight,
     own_prompts=True,
     solution_shares=True,

@@ -43,6 +43,7 @@ def sampled_loss(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor
 VOPD = Method(
     name="vOPD",
     contexts=privileged_contexts,
+    contexts_from_rows=True,
     loss=sampled_loss,
     pointwise=True,
     reads_old=True,

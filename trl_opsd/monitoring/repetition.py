@@ -26,9 +26,9 @@ def count_repeated(rollouts: Sequence[Sequence[int]], length: int = 4) -> tuple[
     """Repeated n-grams and all n-grams, to be added up over processes; see [`repeated_share`]."""
     repeated = total = 0
     for ids in rollouts:
-        grams = [tuple(ids[start : start + length]) for start in range(len(ids) - length + 1)]
-        repeated += len(grams) - len(set(grams))
-        total += len(grams)
+        count = max(len(ids) - length + 1, 0)
+        repeated += count - len(set(zip(*(ids[start:] for start in range(length)), strict=False)))
+        total += count
     return repeated, total
 
 

@@ -11,7 +11,7 @@ from .passes import check_all_rows
 from .texts import OWN_PROMPT, check_prompt, check_text, is_missing, joined_parts, own_prompt
 
 # What the cache of checked rows is told apart by: one more wherever a check of rows changes.
-CHECKS_VERSION = 2
+CHECKS_VERSION = 3
 IMAGE_COLUMNS = ("image", "images")
 # Keyword arguments that TRL's trainer passes to every reward function beside the dataset's columns.
 TRL_COLUMNS = ("prompts", "completions", "trainer_state", "log_extra", "log_metric", "environments")

@@ -25,8 +25,8 @@ def check_prompts(
 ) -> None:
     """Check on one process that no row spells out a control token, exhausts the budget or has too few positions.
 
-    The first row is rendered with every template, and so are `first_rows` and whatever comes near a limit; of a stream
-    the first row is checked. A collective.
+    The first row is rendered with every template, and so are `first_rows`, whatever comes near a limit and the first row of each
+    order of roles; of a stream the first row is checked. A collective.
 
     Args:
         collator: of the run.
@@ -59,6 +59,7 @@ class PromptCheck:
         self.collator, self.privileged = collator, privileged
         self.columns = () if privileged is None else privileged.read_columns
         self.counts = TokenCounts(collator.tokenizer)
+        self._forms: set[Any] = set()
         positions, budget = collator.max_positions, collator.max_length
         limits = [limit for limit in (positions, budget) if limit is not None]
         room = collator.template_length + _MARGIN if limits else 0
@@ -84,7 +85,7 @@ class PromptCheck:
 
     def check_rows(self, rows: Sequence[dict], start: int, name: str, *, exact: bool = False) -> None:
         """Check rows in order, of which the first has the index `start`; `exact` renders each."""
-        near = set(range(len(rows))) if exact else self._near_a_limit(rows)
+        near = set(range(len(rows))) if exact else self._near_a_limit(rows) | self._in_new_form(rows)
         for index, row in enumerate(rows):
             place = f"{name} row {start + index}"
             with named_place(place):
@@ -93,6 +94,17 @@ class PromptCheck:
                 check_no_special_token(row, place, self.collator.special_tokens, self.columns)
                 if index in near:
                     self._check_exactly(row)
+
+    def _in_new_form(self, rows: Sequence[dict]) -> set[int]:
+        """Rows whose turns have an order of roles that no row before had: a chat template may refuse it."""
+        found = set()
+        for index, row in enumerate(rows):
+            prompt = row["prompt"]
+            form = "text" if isinstance(prompt, str) else tuple(turn.get("role") for turn in prompt)
+            if form not in self._forms:
+                self._forms.add(form)
+                found.add(index)
+        return found
 
     def _near_a_limit(self, rows: Sequence[dict]) -> set[int]:
         if self.problem_limit is None:

@@ -15,6 +15,7 @@ from ..model.heads import attach_head_function, caps_logits, check_output_head, 
 from ..monitoring.diagnostics import sum_decompositions
 from ..rows.texts import Prompt
 from ..teacher.contexts import Contexts, TeacherContext
+from ..teacher.encoder import ContextEncoder
 from ..teacher.forwards import TeacherForward
 from ..teacher.jobs import ScoringJob
 from ..teacher.prompts import EncodedContext, TeacherCollator
@@ -71,7 +72,7 @@ class Scorer:
         self.num_tokens = len(tokenizer) if getattr(settings, "real_tokens_only", False) else None
         self._new_teacher = {"fresh_adapter": fresh_adapter, "keep_head": keep_head}
         self._sharing = ContextSharing() if shares_contexts else None
-        self._encoded: dict[tuple, EncodedContext] = {}
+        self.encoder = ContextEncoder(self.collator)
         self._head_checked = False
         # One for each mode: an evaluation must not change a pending batch's.
         self.heads: dict[str, OutputHead | None] = {"train": None, "eval": None}
@@ -93,17 +94,10 @@ class Scorer:
 
     # What the teacher reads
 
-    def forget_prompts(self) -> None:
-        """Begin a generation batch: each prompt and text of it is encoded once."""
-        self._encoded = {}
-
     def encode(self, prompt: Prompt, view: TeacherContext, place: str) -> EncodedContext:
         """Ids of a view of a row at `place`, which stands in front of its errors."""
-        key = (str(prompt), view.template, view.slot, view.slot_tokens, view.texts, view.opening, view.own_prompt)
-        if key not in self._encoded:
-            with named_place(place):
-                self._encoded[key] = self.collator.encode(prompt, view)
-        return self._encoded[key]
+        with named_place(place):
+            return self.encoder.encode(prompt, view)
 
     # What it says
 

@@ -173,6 +173,7 @@ class SelfDistillationTrainer(RolloutTrainer):
             reward=self._reward_answers,
             log=self.add_metrics,
             privileged=self.privileged,
+            rows_are_checked=hasattr(self.train_dataset, "__len__"),
         )
         self.engine_check = EngineCheck(self.model, self.accelerator, self.args)
         self.memory: dict[str, Any] = {}
@@ -223,7 +224,7 @@ class SelfDistillationTrainer(RolloutTrainer):
     # Hooks of RolloutTrainer: a generation batch
 
     def prepare_rows(self, rows: list[dict]) -> list[dict]:
-        self._batch = self.targets.prepare(rows, self.mode)
+        self._batch = self.targets.prepare(rows, self.mode, self._moment())
         if self._samples_distilled_only():
             self.limit_rollouts(self.distilled_length() if self.mode == "train" else None)
         return self._batch.rows
@@ -233,7 +234,8 @@ class SelfDistillationTrainer(RolloutTrainer):
         batch = self._batch
         if self.has_environments:
             self.targets.observed(batch, prompts)
-        self.targets.sampled(batch, rollout_ids, self.end_token_ids, completions if self.has_tools else None)
+        turns = completions if self.has_tools else None
+        self.targets.sampled(batch, rollout_ids, self.end_token_ids, turns, self.texts_of(completions))
         begins = [reward.begin for reward in self.reward_funcs if hasattr(reward, "begin")]
         method = self.method
         reads_rewards = method.needs_reward or method.label is not None or method.notes is not None

@@ -2,7 +2,7 @@
 """From a generation batch's rows and rollouts to the columns that its loss reads."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -70,6 +70,7 @@ class TargetMaker:
         reward: rewards of such answers, see `DraftWriter`.
         log: takes numbers that are the same on every rank.
         privileged: what rows bring, for the same method.
+        rows_are_checked: the rows of training were checked before it, see `check_prompts`.
     """
 
     def __init__(
@@ -83,15 +84,17 @@ class TargetMaker:
         reward: Callable[[list[dict], list[str], list[list[int]]], list[float | None]],
         log: Callable[[dict[str, float]], None],
         privileged: PrivilegedText,
+        *,
+        rows_are_checked: bool = False,
     ):
         self.scorer, self.groups, self.settings, self.tokenizer = scorer, groups, settings, tokenizer
         self.method, self.longest, self.write, self.log = scorer.method, longest, write, log
-        self.privileged = privileged
+        self.privileged, self.rows_are_checked = privileged, rows_are_checked
         self.drafts = DraftWriter(scorer, settings, reward, log)
         self._told = False  # that vLLM does not write with the teacher's weights
 
-    def prepare(self, rows: list[dict], mode: str) -> RolloutBatch:
-        """Check rows and rewrite their prompts, before they are sampled from.
+    def prepare(self, rows: list[dict], mode: str, moment: Moment) -> RolloutBatch:
+        """Check rows and rewrite their prompts before they are sampled from, and begin to encode the contexts that are known.
 
         Raises:
             ValueError: names the row that cannot be read.
@@ -108,10 +111,26 @@ class TargetMaker:
                 rewrite_last_turn(prompt, lambda text: fill_template(template, prompt=text)) for prompt in prompts
             ]
             rows = [{**row, "prompt": prompt} for row, prompt in zip(rows, rewritten, strict=True)]
-        self.scorer.forget_prompts()
-        for index, row in enumerate(rows):  # here an error has the row's place
-            self.scorer.encode(row["prompt"], _PLAIN, f"{name} row {index}: `prompt`")
-        return RolloutBatch(rows, prompts, mode)
+        self.scorer.encoder.forget()
+        if mode != "train" or not self.rows_are_checked:
+            for index, row in enumerate(rows):  # here an error has the row's place
+                self.scorer.encode(row["prompt"], _PLAIN, f"{name} row {index}: `prompt`")
+        batch = RolloutBatch(rows, prompts, mode)
+        if self.method.contexts_from_rows and self.settings.teacher_prompt_function is None:
+            self.scorer.encoder.begin(lambda: self._foreseen(batch, moment))
+        return batch
+
+    def _foreseen(self, batch: RolloutBatch, moment: Moment) -> Iterator[tuple[Prompt, TeacherContext]]:
+        """Prompt and view of every context, as `read` will have them once rollouts are sampled."""
+        share = self.settings.solution_share_at(moment.step if batch.mode == "train" else None)
+        for row, prompt in zip(batch.rows, batch.prompts, strict=True):
+            rollout = Rollout(
+                prompt, row.get("solution"), "", columns=self.privileged.columns_of(row), solution_share=share
+            )
+            (rollout,) = self.method.noted([rollout], self.settings, moment)
+            (views,) = self.method.contexts([rollout], self.settings, moment)
+            for view in self.privileged.views(views, rollout):
+                yield (row["prompt"] if view.template == "plain" else prompt), view
 
     def observed(self, batch: RolloutBatch, prompts: Sequence[Prompt]) -> None:
         """Put behind the prompts what environments told the student before its first turn, so that the teacher reads it too.
@@ -135,6 +154,7 @@ class TargetMaker:
         rollout_ids: list[list[int]],
         end_token_ids: set[int],
         completions: Sequence[Any] | None = None,
+        texts: list[str] | None = None,
     ) -> None:
         """Take in what was sampled, as rollouts without a reward so far.
 
@@ -143,9 +163,11 @@ class TargetMaker:
             rollout_ids: of each every token behind its prompt.
             end_token_ids: one of which ends a rollout that is whole.
             completions: with tools what TRL makes of the rollouts, messages of the model and of tools.
+            texts: of the rollouts, where TRL has decoded them.
         """
         turns = [()] * len(rollout_ids) if completions is None else [turns_of(each) for each in completions]
-        batch.ids, batch.texts = rollout_ids, self.tokenizer.batch_decode(rollout_ids, skip_special_tokens=True)
+        batch.ids = rollout_ids
+        batch.texts = texts or self.tokenizer.batch_decode(rollout_ids, skip_special_tokens=True)
         tokens = self.scorer.collator.special_tokens
         columns = zip(batch.prompts, batch.rows, batch.texts, batch.ids, turns, strict=True)
         batch.rollouts = [

@@ -47,6 +47,7 @@ def weighed_divergence(facts: RowFacts, settings: Any, moment: Moment) -> torch.
 MSD = Method(
     name="MSD",
     contexts=translated_contexts,
+    contexts_from_rows=True,
     needs_solution=False,
     loss=weighed_divergence,
     templates=prompt_templates("translated"),

@@ -51,6 +51,7 @@ def unlikelihood(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor
 STABLE_OPD = Method(
     name="StableOPD",
     contexts=held_contexts,
+    contexts_from_rows=True,
     needs_group=True,
     extras=golden_rollouts,
     extra_term=Term(weight=lambda settings: settings.golden_weight, loss=unlikelihood),
