@@ -21,7 +21,16 @@ from miniature import GROUPS, SAMPLING, SETTINGS, STEERING, slug
 
 TEST_PROBLEMS, TRAINING_PROBLEMS, SAMPLES, WARM_TO = 150, 4096, 4, 0.35
 DIGITS = (4, 5)
-WARM_SHARES = {"plain": 1.0, "few": 0.9, "some": 0.8, "third": 0.67, "both": 0.5, "slips": 0.5}
+WARM_SHARES = {
+    "nearly": 0.1,
+    "most": 0.2,
+    "plain": 1.0,
+    "few": 0.9,
+    "some": 0.8,
+    "third": 0.67,
+    "both": 0.5,
+    "slips": 0.5,
+}
 # As in the miniature, but the teacher thinks as the student does.
 STEERING = {name: value for name, value in STEERING.items() if name != "teacher_chat_template_kwargs"} | {
     "distillation_length": 48,
@@ -56,7 +65,8 @@ def warm(kind: str, folder: Path, thinking: bool, accuracy: float = WARM_TO) -> 
     """Folder of the embedded model trained on right solutions until it solves `accuracy` of them; made once.
 
     Args:
-        kind: "plain" shows no reference, "few" to every tenth example, "some" to a fifth, "third" to a third, "both" to half;
+        kind: "plain" shows no reference, "few" to every tenth example, "some" to a fifth, "third" to a third, "both" to half, "most" to four
+            fifths, "nearly" to nine tenths;
             "slips" also shows the reference beside attempts with an error, whose correction is trained on.
         folder: of all bases.
         thinking: whether the prompt leaves the think block to the model.
@@ -159,14 +169,23 @@ def place_of_error(ids: list[int], right: list[int]) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """One row of the table: trainer, base and its accuracy, both thinking modes, settings beside the common ones, and the part."""
+    """One row of the table: trainer, base and its accuracy, both thinking modes, settings beside the common ones, and the part.
+
+    The base is warmed and measured in the mode `warmed`, by default that in which it trains.
+    """
 
     kind: str = "opsd"
     base: str = "both"
     warm_to: float = WARM_TO
     thinking: bool = True
+    warmed: bool | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     part: str = ""
+
+    @property
+    def measured(self) -> bool:
+        """Thinking mode of the base and of what is measured."""
+        return self.thinking if self.warmed is None else self.warmed
 
 
 RUNS = {
@@ -180,6 +199,9 @@ RUNS = {
     "OPSD, only teacher thinking": Run(
         thinking=False, settings={"teacher_chat_template_kwargs": {"enable_thinking": True}}
     ),
+    "OPSD, trained in the mode that the base has not learnt": Run(thinking=False, warmed=True),
+    "Purified OPSD, trained in that mode": Run("purified-opsd", thinking=False, warmed=True),
+    "OGLS-SD, trained in that mode": Run("ogls-sd", thinking=False, warmed=True, settings=STEERING),
     "OPSD, rate 1e-3": Run(settings={"learning_rate": 1e-3}),
     "OPSD, rate 1e-5": Run(settings={"learning_rate": 1e-5}),
     "OPSD, reverse KL": Run(settings={"divergence": "reverse_kl"}),
@@ -261,9 +283,9 @@ def run_one(name: str, changes: dict[str, Any], seed: int, output: Path, overrid
     folder = output / "-".join([*label, str(seed)])
     if (folder / "result.json").exists():
         return json.loads((folder / "result.json").read_text())
-    base_path = warm(run.base, output, run.thinking, run.warm_to)
+    base_path = warm(run.base, output, run.measured, run.warm_to)
     log = train(run, base_path, folder, seed, overrides)
-    rows, kwargs = build_rows("test", TEST_PROBLEMS), {"enable_thinking": run.thinking}
+    rows, kwargs = build_rows("test", TEST_PROBLEMS), {"enable_thinking": run.measured}
     teacher_kwargs = run.settings.get("teacher_chat_template_kwargs", kwargs)
     tokenizer = AutoTokenizer.from_pretrained(base_path)
     model = AutoModelForCausalLM.from_pretrained(base_path)

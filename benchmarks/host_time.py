@@ -94,14 +94,13 @@ class StandIn:
         return self.asked - start, time.perf_counter() - self.asked - self.paused
 
 
-def make_trainer(method: str, model: Any, tokenizer: Any, rows: list[dict], group: int, tokens: int) -> Any:
+def make_trainer(method: str, model: Any, tokenizer: Any, rows: list[dict], group: int, folder: str) -> Any:
     """A trainer of a method, or TRL's own, which is given answers as rewards that cost nothing."""
     make: Callable[..., Any] = trainer_of(method) if method != "grpo" else GRPOTrainer
     config = GRPOConfig if method == "grpo" else make.config_class
     rewards = {} if method == "opsd" else {"reward_funcs": lambda completions, **_: [i % 2 for i in range(len(rows))]}
     args = config(
-        tempfile.mkdtemp(),
-        max_completion_length=tokens,
+        folder,
         num_generations=group if method != "opsd" else 1,
         per_device_train_batch_size=len(rows),
         gradient_accumulation_steps=1,
@@ -137,10 +136,11 @@ def main() -> None:
     for method in options.methods:
         group = 1 if method == "opsd" else 8
         rows = make_rows(options.rollouts, group, options.tokens)
-        trainer = make_trainer(method, model, tokenizer, rows, group, options.tokens)
-        trainer._generate_single_turn = stand_in.sample
-        trainer.model.train()
-        measured = [stand_in.seconds(trainer, rows) for _ in range(options.repeats + 1)][1:]
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = make_trainer(method, model, tokenizer, rows, group, folder)
+            trainer._generate_single_turn = stand_in.sample
+            trainer.model.train()
+            measured = [stand_in.seconds(trainer, rows) for _ in range(options.repeats + 1)][1:]
         before, behind = min(measured, key=sum)
         row = {
             "method": method,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`trl-opsd eval`: models on sets of questions, resumable, compared question by question with the first."""
 
+import copy
 import json
 import shutil
 import sys
@@ -54,6 +55,24 @@ def test_two_models_are_compared_on_the_same_questions(tmp_path, questions, spoi
     assert table in capsys.readouterr().out
     assert "| 1.000 | [1.000, 1.000] |" in table and "| -1.000 [-1.000, -1.000] |" in table
     assert len(list((tmp_path / "results").rglob("seed-*.json"))) == 4
+
+
+def test_a_mode_that_was_not_chosen_is_named_where_the_template_has_two(tmp_path, questions, capsys):
+    line = words(tmp_path, "--models", model_path(), "--datasets", questions, "--num_questions", 1)
+    cli.main(line)
+    assert "thinking switch" not in capsys.readouterr().out
+    place = line.index("--thinking")
+    cli.main([*line[:place], *line[place + 2 :], "--output_dir", str(tmp_path / "other")])
+    assert capsys.readouterr().out.count("give --thinking off to measure what was trained") == 1
+
+
+def test_a_template_with_one_mode_is_not_said_to_have_two(tokenizer):
+    prompt = [{"role": "user", "content": "1+1=?"}]
+    assert eval_command.note_of_mode(tokenizer, prompt, "default") != ""
+    one = copy.deepcopy(tokenizer)
+    one.chat_template = "{{ messages[0].content }}"
+    assert eval_command.note_of_mode(one, prompt, "default") == ""
+    assert eval_command.note_of_mode(tokenizer, "1+1=", "default") == ""
 
 
 def test_finished_results_are_not_run_again_and_other_settings_are_refused(tmp_path, questions, monkeypatch, capsys):

@@ -17,6 +17,7 @@ from trl_opsd.monitoring.guard import (
     LEAST_CLIP_AGREEMENT,
     LEAST_ENTROPY_GAP,
     LIMITS,
+    AnswerWarning,
     ClipWarning,
     CollapseGuard,
     TeacherWarning,
@@ -260,6 +261,47 @@ def test_a_teacher_that_is_less_sure_than_the_student_at_the_start_is_told_with_
 )
 def test_otherwise_nothing_is_told_of_the_teacher(logs, others):
     assert teacher_warnings(logs, **others) == []
+
+
+RIGHT = "rewards/accuracy_reward/mean"
+
+
+def answer_warnings(logs, earlier=(), is_main=True):
+    """As `teacher_warnings`, of the share of right rollouts."""
+    state = SimpleNamespace(log_history=[*earlier, logs], is_world_process_zero=is_main)
+    args = SimpleNamespace(chat_template_kwargs={"enable_thinking": False})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        AnswerWarning().on_log(args, state, TrainerControl(), logs=logs)
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_start_without_right_rollouts_is_told_with_the_thinking_mode():
+    (text,) = answer_warnings({RIGHT: 0.0156, "num_tokens": 1900}, earlier=[{"loss": 1.0}])
+    for part in ("0.0156", "--thinking on and off", "{'enable_thinking': False}", "guard='off'"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("logs", "others"),
+    [
+        ({RIGHT: 0.03, "num_tokens": 1900}, {}),
+        ({RIGHT: float("nan"), "num_tokens": 1900}, {}),
+        ({RIGHT: 0.0, "num_tokens": 900}, {}),  # noise
+        ({RIGHT: 0.0, "num_tokens": 1900}, {"earlier": [{RIGHT: 0.3, "num_tokens": 950}]}),
+        ({RIGHT: 0.0, "num_tokens": 1900}, {"is_main": False}),
+        ({"rewards/own/mean": 0.0, "num_tokens": 1900}, {}),
+    ],
+)
+def test_otherwise_nothing_is_told_of_the_answers(logs, others):
+    assert answer_warnings(logs, **others) == []
+
+
+def test_the_reward_that_is_watched_is_the_one_that_runs_log(make_model, make_args, dataset, tokenizer):
+    trainer = OPSDTrainer(make_model(), args=make_args(), train_dataset=dataset, processing_class=tokenizer)
+    assert any(isinstance(callback, AnswerWarning) for callback in trainer.callback_handler.callbacks)
+    trainer.train()
+    assert any(RIGHT in log for log in trainer.state.log_history)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the processor does once a generation batch, it does once: rollouts are decoded by TRL, prompts were checked at the start."""
 
+import threading
+
 import pytest
 import torch
+from datasets import Dataset
 from steps import make_trainer
 from transformers import PreTrainedTokenizerBase
 
+from trl_opsd import PurifiedOPSDTrainer
 from trl_opsd.teacher.prompts import TeacherCollator
 
 
@@ -71,3 +75,42 @@ def test_prompts_of_a_stream_are_checked_when_they_come(build, make_model, make_
         trainer.targets.prepare(rows, "train", trainer._moment())
     streaming = make_trainer(make_model, make_args, dataset.to_iterable_dataset(), tokenizer)
     assert not streaming.targets.rows_are_checked and build().targets.rows_are_checked
+
+
+def test_what_is_encoded_ahead_has_the_rows_columns_and_the_students_own_template(
+    make_model, make_args, dataset, tokenizer, monkeypatch
+):
+    by_main, encode = [], TeacherCollator.encode
+
+    def recorded(collator, prompt, context):
+        if threading.current_thread() is threading.main_thread():
+            by_main.append(context.template)
+        return encode(collator, prompt, context)
+
+    monkeypatch.setattr(TeacherCollator, "encode", recorded)
+    rows = [{**row, "hint": f"carry {place}", "solution": "7\n\n8\n\n9"} for place, row in enumerate(dataset)]
+    trainer = make_trainer(
+        make_model,
+        make_args,
+        Dataset.from_list(rows),
+        tokenizer,
+        trainer_class=PurifiedOPSDTrainer,
+        prompt_template="Q: {prompt}",
+        teacher_prompt_template="{prompt} {hint}\n{solution}",
+        shown_solution="1.0..0.5 in 4",
+        decomposition_steps=0,
+    )
+    trainer.state.global_step = 3
+    by_main.clear()
+    batch = trainer.targets.prepare(rows[:4], "train", trainer._moment())
+    trainer.targets.sampled(batch, [[5, 6]] * 4, {2})
+    trainer.targets.read(batch, 1, trainer._moment())
+    encoded = [
+        trainer.scorer.encode((own["prompt"], given)[view.template != "plain"], view, "")
+        for own, given, views in zip(batch.rows, batch.prompts, batch.contexts, strict=True)
+        for view in views
+    ]
+    assert len(encoded) == 12 and by_main == []
+    student, teacher = (tokenizer.decode(context.ids) for context in encoded[3:5])
+    assert "Q:" in student and "Q:" not in teacher
+    assert "8" in teacher.split("carry 1")[1] and "9" not in teacher.split("carry 1")[1]  # two of three steps

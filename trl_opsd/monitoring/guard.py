@@ -157,6 +157,40 @@ class TeacherWarning(TrainerCallback):
         )
 
 
+# A hard set has such a start, too. One that a model answers in its other thinking mode alone starts at 0.
+MOST_RIGHT_TO_TELL = 0.02
+_RIGHT = "rewards/accuracy_reward/mean"
+
+
+class AnswerWarning(TrainerCallback):
+    """Warns at the first log if almost no rollout is right: the model may be asked in a form that it has not learnt.
+
+    Reads the reward that verifies answers against the row's solution; a user's own rewards have scales of their own.
+    """
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Judge the first log that has this reward."""
+        entry = logs or {}
+        right = entry.get(_RIGHT)
+        is_first = sum(_RIGHT in log for log in state.log_history) <= 1
+        is_noise = entry.get("num_tokens", MIN_TOKENS) < MIN_TOKENS
+        if (
+            right is None
+            or not right <= MOST_RIGHT_TO_TELL
+            or not is_first
+            or is_noise
+            or not state.is_world_process_zero
+        ):
+            return
+        warnings.warn(
+            f"Almost no rollout is right at the start ({_RIGHT} {right:.3g} at the first log). If the model solves such problems, it is "
+            "asked in a form that it has not learnt, and what it learns now may cost what it can do: compare `trl-opsd eval` with "
+            f"--thinking on and off and train in the better mode (chat_template_kwargs={args.chat_template_kwargs!r} now), and look at both "
+            "prompts with `trl-opsd dry-run`. guard='off' leaves this out.",
+            stacklevel=2,
+        )
+
+
 class CollapseGuard(TrainerCallback):
     """Warns, or stops the run, when its log leaves the range of its start.
 

@@ -5,7 +5,7 @@ from transformers import TrainerCallback
 
 from ..methods import Method
 from ..monitoring.accuracy_guard import AccuracyGuard
-from ..monitoring.guard import LIMITS, ClipWarning, CollapseGuard, TeacherWarning
+from ..monitoring.guard import LIMITS, AnswerWarning, ClipWarning, CollapseGuard, TeacherWarning
 from .config import OPSDConfig
 
 
@@ -21,7 +21,8 @@ def guards_of(method: Method, settings: OPSDConfig, *, grows_rollouts: bool) -> 
     if settings.guard == "off":
         return guards
     planned = _planned_changes(method, settings, grows_rollouts)
-    guards.append(CollapseGuard(settings.guard, [limit for limit in LIMITS if limit.key not in planned]))
+    limits = [limit for limit in LIMITS if limit.key not in planned]
+    guards += [AnswerWarning(), CollapseGuard(settings.guard, limits)]
     if method.needs_solution and method.has_target:
         guards.append(TeacherWarning())
     return [*guards, AccuracyGuard(settings.guard, watches_rewards="reward" not in planned)]

@@ -154,7 +154,10 @@ def _evaluate_model(model: str, sets: dict[str, list], options: argparse.Namespa
             if path.exists():
                 print(f"{path}: done before")
                 continue
-            loaded = loaded or _load(model, options)
+            if loaded is None:
+                loaded = _load(model, options)
+                if note := note_of_mode(loaded[1], rows[0]["prompt"], options.thinking):
+                    print(note)
             print(f"{model} on {dataset}, seed {seed}: {len(rows)} questions, {options.num_samples} samples each")
             result = evaluate_rows(*loaded, rows, seed, options)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,6 +209,20 @@ def load_model(name: str, dtype: str) -> tuple[Any, Any]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def note_of_mode(tokenizer: Any, prompt: list[dict], thinking: str) -> str:
+    """A sentence where the mode that the completions are sampled in was not chosen and makes a difference; else nothing."""
+    if thinking != "default" or isinstance(prompt, str):
+        return ""
+    own, off = (
+        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **_THINKING[mode])
+        for mode in ("default", "off")
+    )
+    return (own != off) * (
+        "note: the chat template has a thinking switch, and --thinking was left out, so the template's own mode is measured. A run of "
+        "trl-opsd trains with thinking off unless its chat_template_kwargs say otherwise: give --thinking off to measure what was trained."
+    )
 
 
 def evaluate_rows(model: Any, tokenizer: Any, rows: list, seed: int, options: argparse.Namespace) -> dict[str, Any]:
