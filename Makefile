@@ -105,7 +105,7 @@ clean:
 # The reference is read from the source, so neither torch nor TRL is needed.
 .venv-docs/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-docs
-	$(DOCS)/pip install -q -c constraints.txt mkdocs-material mkdocstrings-python
+	$(DOCS)/pip install -q -c constraints.txt mkdocs-material mkdocstrings-python mike
 	touch $@
 
 .venv-vllm/ready: pyproject.toml constraints-vllm.txt

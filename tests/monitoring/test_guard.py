@@ -23,7 +23,7 @@ from trl_opsd.monitoring.guard import (
     TeacherWarning,
 )
 from trl_opsd.monitoring.repetition import is_loop, repeated_share
-from trl_opsd.trainers.rollout_log import measure_rollouts
+from trl_opsd.trainers.rollout_log import count_rollouts, measure_rollouts
 
 START = {
     "divergence": 0.2,
@@ -201,7 +201,8 @@ def test_the_bound_is_ten_times_shorter_and_not_more():
 
 def test_the_share_of_rollouts_that_loop_is_of_all_of_them():
     accelerator = SimpleNamespace(reduce=lambda sums, reduction: sums, device="cpu")
-    metrics, _ = measure_rollouts([[1]] * 4, [LOOP, NOISE, "short", LOOP], [False] * 4, 0, accelerator)
+    counts = count_rollouts([[1]] * 4, [LOOP, NOISE, "short", LOOP])
+    metrics = measure_rollouts(counts, [False] * 4, 0, accelerator)
     assert metrics["completions/looping_ratio"] == 0.5
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The site that `make docs` builds: every page of the docs, every module, and no link that leads nowhere."""
 
+import json
 import os
 import subprocess
 from html.parser import HTMLParser
@@ -96,3 +97,24 @@ def test_the_check_sees_a_broken_link_and_a_broken_anchor(tmp_path):
     (tmp_path / "a.html").write_text('<a href="b.html">x</a><a href="c.html#here">y</a><a href="c.html#gone">z</a>')
     (tmp_path / "c.html").write_text('<h1 id="here">c</h1>')
     assert broken_links(tmp_path) == ["a.html: b.html", "a.html: c.html#gone"]
+
+
+def test_a_release_becomes_a_version_of_the_site(tmp_path):
+    mike = MKDOCS.with_name("mike")
+    if not mike.exists():
+        pytest.skip(f"{mike} is not there: `make docs` installs it")
+    path = f"{mike.parent}{os.pathsep}{os.environ['PATH']}"  # where mike looks for mkdocs
+    author = {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a"}
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PATH": path} | author
+
+    def run(*command, cwd=tmp_path / "clone"):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=cwd, env=environment)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    run("git", "clone", "-q", str(ROOT), "clone", cwd=tmp_path)
+    run(str(mike), "deploy", "--update-aliases", "0.1", "latest")
+    assert json.loads(run("git", "show", "gh-pages:versions.json")) == [
+        {"version": "0.1", "title": "0.1", "aliases": ["latest"]}
+    ]
+    assert "Choosing a method" in run("git", "show", "gh-pages:0.1/docs/methods.html")

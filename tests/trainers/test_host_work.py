@@ -97,10 +97,10 @@ def test_what_is_encoded_ahead_has_the_rows_columns_and_the_students_own_templat
         trainer_class=PurifiedOPSDTrainer,
         prompt_template="Q: {prompt}",
         teacher_prompt_template="{prompt} {hint}\n{solution}",
-        shown_solution="1.0..0.5 in 4",
+        shown_solution="1.0..0.3 in 4",
         decomposition_steps=0,
     )
-    trainer.state.global_step = 3
+    trainer.state.global_step = 2
     by_main.clear()
     batch = trainer.targets.prepare(rows[:4], "train", trainer._moment())
     trainer.targets.sampled(batch, [[5, 6]] * 4, {2})

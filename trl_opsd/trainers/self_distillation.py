@@ -411,11 +411,10 @@ class SelfDistillationTrainer(RolloutTrainer):
             self.add_metrics({f"decomposition/{name}": value / max(count, 1)})
 
     def _log_rollouts(self) -> None:
-        own = self._batch
-        metrics, markers = measure_rollouts(own.ids, own.texts, own.shortened, own.target.num_tokens, self.accelerator)
-        self.add_metrics(metrics)
-        self.add_table_column("divergence", [float("nan")] * len(markers))
-        self.add_table_column("reflection_markers", markers)
+        own, counts = self._batch, self._batch.counts.result()
+        self.add_metrics(measure_rollouts(counts, own.shortened, own.target.num_tokens, self.accelerator))
+        self.add_table_column("divergence", [float("nan")] * len(counts.markers))
+        self.add_table_column("reflection_markers", counts.markers)
         self.add_table_column("solution_shortened", own.shortened)
         self.add_table_column("teacher_views", [views_text(contexts) for contexts in own.contexts])
 

@@ -3,6 +3,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,7 @@ from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Writte
 from ..teacher.states import TargetStates, waits_in_host_memory
 from .drafts import DraftWriter
 from .groups import GroupReader
+from .rollout_log import RolloutCounts, count_rollouts
 from .scorer import Scorer
 from .tools import observation_of, turns_of, with_report
 
@@ -35,6 +37,7 @@ class RolloutBatch:
         mode: "train" or "eval".
         ids: of each rollout every token behind its prompt.
         texts: of the rollouts.
+        counts: what the log says of them, counted in a thread while the teacher scores.
         rollouts: as the method reads them.
         contexts, extras: of each rollout.
         marks: of each rollout or of its tokens; empty where the method has none.
@@ -48,6 +51,7 @@ class RolloutBatch:
     mode: str
     ids: list[list[int]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    counts: Future[RolloutCounts] | None = None
     rollouts: list[Rollout] = field(default_factory=list)
     contexts: list[Contexts] = field(default_factory=list)
     extras: list[Extra | None] = field(default_factory=list)
@@ -91,6 +95,7 @@ class TargetMaker:
         self.method, self.longest, self.write, self.log = scorer.method, longest, write, log
         self.privileged, self.rows_are_checked = privileged, rows_are_checked
         self.drafts = DraftWriter(scorer, settings, reward, log)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="count-rollouts")
         self._told = False  # that vLLM does not write with the teacher's weights
 
     def prepare(self, rows: list[dict], mode: str, moment: Moment) -> RolloutBatch:
@@ -168,6 +173,7 @@ class TargetMaker:
         turns = [()] * len(rollout_ids) if completions is None else [turns_of(each) for each in completions]
         batch.ids = rollout_ids
         batch.texts = texts or self.tokenizer.batch_decode(rollout_ids, skip_special_tokens=True)
+        batch.counts = self._thread.submit(count_rollouts, batch.ids, batch.texts)
         tokens = self.scorer.collator.special_tokens
         columns = zip(batch.prompts, batch.rows, batch.texts, batch.ids, turns, strict=True)
         batch.rollouts = [
