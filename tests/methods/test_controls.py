@@ -180,6 +180,7 @@ def test_the_shortest_other_right_rollout_is_the_reference(build, dataset, train
 
 def test_a_rollout_without_another_right_one_is_left_out_and_counted(build, dataset):
     trainer = build(texts=("a", SHORT, "b", "c"), shown_solution="shortest_rollout")
+    assert not trainer.method.contexts_from_rows  # nothing is encoded before they are sampled
     step(trainer, dataset[0])
     assert [len(views) for views in trainer._batch.contexts] == [1, 0, 1, 1]
     assert trainer._metrics["train"]["rows/no_right_peer"] == [0.25]

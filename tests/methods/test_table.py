@@ -435,6 +435,23 @@ def test_a_resumed_run_is_the_uninterrupted_one(row, make, tmp_path):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-14, msg=name)
 
 
+def test_methods_that_show_what_a_row_holds_say_so():
+    found = {
+        name.split(",")[0].split(" with")[0] for name, row in METHODS.items() if row.trainer.method.contexts_from_rows
+    }
+    assert found == {
+        "OPSD",
+        "OPSD in groups",
+        "Purified OPSD",
+        "SDFT",
+        "vOPD",
+        "Rethinking OPD",
+        "POPD",
+        "StableOPD",
+        "MSD",
+    }
+
+
 @of_rows(lambda row: row.trainer.method.contexts_from_rows)
 def test_contexts_of_rows_are_encoded_while_the_engine_samples_and_change_nothing(row, make, groups_of, monkeypatch):
     threads, encode = Counter(), TeacherCollator.encode

@@ -15,6 +15,7 @@ from trl_opsd.experimental.brts.trainer import BRTSTrainer
 from trl_opsd.experimental.stableopd.trainer import StableOPDTrainer
 from trl_opsd.methods import OGLS_SD
 from trl_opsd.pages import PAGES as PAGES_OF_METHODS
+from trl_opsd.pages import settings_of
 from trl_opsd.rewards import skip_errors
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +91,7 @@ def test_commands_of_the_readme_exist():
 
 
 def test_settings_named_in_the_docs_exist():
-    owners = (OPSDConfig, OPSDGKDConfig, Method, TeacherContext)
+    owners = (OPSDConfig, OPSDGKDConfig, Method, TeacherContext, *map(settings_of, PAGES_OF_METHODS))
     fields = {name for owner in owners for name in owner.__dataclass_fields__}
     for page in PAGES:
         for name in re.findall(r"`(\w+)=[^`]*`", page.read_text()):
