@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from trl import GRPOTrainer
 
-from trl_opsd._trl import checkpoints, naming, rollouts, versions
+from trl_opsd._trl import checkpoints, naming, prompts, rollouts, versions
 from trl_opsd.pages import PAGES
 
 PACKAGE = Path(__file__).parents[2] / "trl_opsd"
@@ -195,7 +195,7 @@ def test_the_seam_lists_every_name_of_trl_that_it_touches():
     sources = [inspect.getsource(owner) for owner in GRPOTrainer.__mro__ if owner.__module__[:3] in ("trl", "tra")]
     known = set(dir(GRPOTrainer)) | set(re.findall(r"\bself\.([A-Za-z_]\w*)", "".join(sources)))
     used = set()
-    for module in (checkpoints, naming, rollouts):
+    for module in (checkpoints, naming, prompts, rollouts):
         tree = ast.parse(inspect.getsource(module))
         used |= (attributes_of_a_trainer(tree) | names_asked_for(tree)) & known
     listed = {*versions.METHODS, *versions.ATTRIBUTES, *versions.LATER_ATTRIBUTES, *versions.OPTIONAL_ATTRIBUTES}
@@ -212,7 +212,8 @@ def test_the_seam_lists_what_it_sets_of_the_engine():
 
 def test_the_seam_adds_no_public_name_that_trl_has():
     """A hook that TRL already has would silently change TRL."""
-    own = {name for name in vars(rollouts.RolloutTrainer) if not name.startswith("_")}
+    seams = (rollouts.RolloutTrainer, prompts.PromptSeam, prompts.OrderAndLog)
+    own = {name for seam in seams for name in vars(seam) if not name.startswith("_")}
     taken = {name for name in own if hasattr(GRPOTrainer, name)}
     assert not taken
 

@@ -11,7 +11,6 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from ..checkpoints.state import load_state, save_state
 from ..teacher.forwards import counted_positions
 from .checkpoints import CheckedTrainer
 from .naming import NamedByMethod
+from .prompts import OrderAndLog
 from .versions import HAS_ROUTER_LOSS, NUM_LOGPS_VALUES, check_trl, warn_if_untested
 
 
@@ -92,14 +92,7 @@ def _with_text_calls(turn: dict[str, Any]) -> dict[str, Any]:
     return {**turn, "tool_calls": json.dumps(calls, ensure_ascii=False)} if calls else turn
 
 
-def _seek_epoch(sampler: Any, epoch: int) -> None:
-    """Put TRL's sampler where it stands after `epoch` epochs; a resumed run would otherwise repeat the first order."""
-    sampler.generator.manual_seed(sampler.seed)
-    for _ in range(epoch):
-        torch.randperm(sampler.num_samples, generator=sampler.generator)
-
-
-class RolloutTrainer(CheckedTrainer, NamedByMethod, GRPOTrainer):
+class RolloutTrainer(OrderAndLog, CheckedTrainer, NamedByMethod, GRPOTrainer):
     """GRPOTrainer with its private seams turned into hooks. Subclasses implement `add_targets` and `step_loss`."""
 
     def __init__(self, **kwargs):
@@ -183,11 +176,6 @@ class RolloutTrainer(CheckedTrainer, NamedByMethod, GRPOTrainer):
         return self._tokenizer
 
     @property
-    def mode(self) -> str:
-        """ "train" or "eval"."""
-        return "train" if self.model.training else "eval"
-
-    @property
     def end_token_ids(self) -> set[int]:
         """Tokens that end a rollout; one that was cut at the limit has none of them at its end."""
         return set(getattr(self, "eos_token_ids", [self._tokenizer.eos_token_id]))  # later TRL
@@ -238,11 +226,6 @@ class RolloutTrainer(CheckedTrainer, NamedByMethod, GRPOTrainer):
             self.generation_config.max_new_tokens = length
         if "max_new_tokens" in (getattr(self, "generation_kwargs", None) or {}):  # continuous batching reads these
             self.generation_kwargs["max_new_tokens"] = length
-
-    def add_metrics(self, metrics: dict[str, float]) -> None:
-        """Log numbers that are the same on every rank; averaged over the logging interval."""
-        for name, value in metrics.items():
-            self._metrics[self.mode][name].append(value)
 
     def add_table_column(self, name: str, values: list) -> None:
         """Append one value per local rollout to a column of the completions table (a collective)."""
@@ -389,12 +372,6 @@ class RolloutTrainer(CheckedTrainer, NamedByMethod, GRPOTrainer):
     def _counted_positions(self, model: torch.nn.Module) -> AbstractContextManager:
         """TRL names no positions, and its prompts are padded on the left."""
         return counted_positions(model, self.accelerator.unwrap_model(model))
-
-    def _get_train_sampler(self, dataset=None):
-        sampler = super()._get_train_sampler(dataset)
-        if getattr(sampler, "shuffle", False):
-            sampler.set_epoch = partial(_seek_epoch, sampler)
-        return sampler
 
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
