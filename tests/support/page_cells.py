@@ -7,6 +7,7 @@ from datasets import Dataset
 from engines import GLOBAL_BATCH, make_rows
 from two_terms import TwoTerms
 
+from trl_opsd.experimental.cipo import with_corrections
 from trl_opsd.pages import trainer_of
 
 GROUP = {"num_generations": GLOBAL_BATCH}
@@ -20,6 +21,7 @@ SPANS = {"span_weight": 2.0, "annotator_function": "page_cells:annotate"}
 PAGES = {
     "antisd": ("antisd", GROUP | ACTING),
     "brts": ("brts", TOP | {"num_generations": 2, "candidate_weight": 0.7}),
+    "corrections": ("corrections", {"num_generations": 2}),
     "critique": ("critique", {"critique_function": "page_cells:critique"}),
     "demopsd": ("demopsd", GROUP | {"distillation_length": None}),
     "egrsd": ("egrsd", {}),
@@ -56,6 +58,8 @@ TEXTS = ("1+2=3", "so 4", "wait, 10 it is", "it is 3 then", "a")
 def of_page(name):
     """Trainer and settings of a cell."""
     method, settings = PAGES[name]
+    if method == "corrections":
+        return with_corrections(trainer_of("rlsd"), correction_share=1.0, max_attempt_age=2), settings
     return TwoTerms if method == "two-terms" else trainer_of(method), settings
 
 
