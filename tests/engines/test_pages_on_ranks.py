@@ -9,7 +9,8 @@ from launching import run
 from page_cells import PAGES, REMEMBERING
 
 WORKER = str(Path(__file__).parents[1] / "support" / "page_worker.py")
-CELLS = [{"page": name, "resume": name in REMEMBERING, "lora": name == "sdpo-mix"} for name in PAGES]
+# Correction prompts wait in a queue of their own, which a checkpoint holds too.
+CELLS = [{"page": name, "resume": name in (*REMEMBERING, "corrections"), "lora": name == "sdpo-mix"} for name in PAGES]
 ADAPTED = [{"page": name, "resume": True, "lora": True} for name in ("antisd", "demopsd", "egrsd")]
 # What is written before scoring is given in the others; here the model writes it, and its rollouts.
 WRITING = [{"page": name, "resume": False, "lora": False, "generate": True} for name in ("rcsd", "pbsd")]

@@ -21,7 +21,7 @@ SPANS = {"span_weight": 2.0, "annotator_function": "page_cells:annotate"}
 PAGES = {
     "antisd": ("antisd", GROUP | ACTING),
     "brts": ("brts", TOP | {"num_generations": 2, "candidate_weight": 0.7}),
-    "corrections": ("corrections", {"num_generations": 2}),
+    "corrections": ("corrections", GROUP),
     "critique": ("critique", {"critique_function": "page_cells:critique"}),
     "demopsd": ("demopsd", GROUP | {"distillation_length": None}),
     "egrsd": ("egrsd", {}),

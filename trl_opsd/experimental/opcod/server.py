@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from urllib.error import HTTPError
 
 from .settings import PeerSettings
 
@@ -92,8 +93,12 @@ class PeerServer:
         if os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
         request = urllib.request.Request(f"{self.settings.url.rstrip('/')}/chat/completions", body, headers)
-        with urllib.request.urlopen(request, timeout=self.settings.timeout_seconds) as response:
-            answer = json.loads(response.read())["choices"][0]["message"]["content"]
+        try:
+            with urllib.request.urlopen(request, timeout=self.settings.timeout_seconds) as response:
+                answer = json.loads(response.read())["choices"][0]["message"]["content"]
+        except HTTPError as error:
+            with error:  # it holds the connection, and says what is wrong with the request
+                raise OSError(f"{error.code}: {error.read()[:300]!r}") from None
         if not isinstance(answer, str):
             raise TypeError(f"the answer is {answer!r}")
         return answer
