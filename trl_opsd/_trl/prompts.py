@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from trl import GRPOTrainer
 
 from .checkpoints import CheckedTrainer
 
@@ -16,8 +17,8 @@ def _seek_epoch(sampler: Any, epoch: int) -> None:
         torch.randperm(sampler.num_samples, generator=sampler.generator)
 
 
-class OrderAndLog:
-    """In front of a GRPO trainer: a resumed run keeps the order of its rows, and numbers are logged in the mode of the moment."""
+class OrderAndLog(GRPOTrainer):
+    """A GRPO trainer whose resumed run keeps the order of its rows, and that logs numbers in the mode of the moment."""
 
     @property
     def mode(self) -> str:
@@ -36,7 +37,7 @@ class OrderAndLog:
         return sampler
 
 
-class PromptSeam(OrderAndLog, CheckedTrainer):
+class PromptSeam(OrderAndLog, CheckedTrainer, GRPOTrainer):
     """In front of a GRPO trainer: other rows may take the place of a generation batch's, and what became of them is told."""
 
     # Hooks
