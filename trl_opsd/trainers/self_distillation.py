@@ -362,15 +362,18 @@ class SelfDistillationTrainer(RolloutTrainer):
         with head_function(self.model, of_states, keep_forward=True) as request:
             cached = self.policy_logps(model, batch)
         loss, stats = request.result
-        facts = stats.pop("facts", None)
+        facts, weight = stats.pop("facts", None), self.args.reward_weight
         if facts is not None:
             loss = loss + self.policy_loss(model, {**batch, "advantages": of_states.advantages(facts)}, cached)
-        elif self.args.reward_weight > 0:
-            loss = loss + self.args.reward_weight * self.policy_loss(model, batch, cached)
-        elif cached[2] is not None:
-            steps = self.current_gradient_accumulation_steps if self.mode == "train" else 1
-            loss = loss + self.router_aux_loss_coef * cached[2] / steps
+        else:  # TRL adds the router's loss to its own, where the reward's weight would weigh it too
+            loss = loss + (weight * self.policy_loss(model, batch, cached) if weight > 0 else 0.0)
+            loss = loss + (1.0 - weight) * self._router_loss(cached[2])
         return loss, stats
+
+    def _router_loss(self, balance: torch.Tensor | None) -> torch.Tensor | float:
+        """A micro-batch's part of the router's loss of a step, which is the mean over its micro-batches; 0 without experts."""
+        steps = self.current_gradient_accumulation_steps if self.mode == "train" else 1
+        return 0.0 if balance is None else self.router_aux_loss_coef * balance / steps
 
     def check_finite_loss(self) -> None:
         """Stop on NaN or inf in the loss of the current step, see `FiniteLosses.check`."""
