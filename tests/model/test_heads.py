@@ -240,6 +240,41 @@ def test_an_adapter_on_the_head_is_refused_because_the_loss_would_miss_it(settin
         attach_head_function(model)
 
 
+WHOLE_ADAPTERS = {  # which leave the head a plain layer
+    "all linear layers": {"target_modules": "all-linear"},
+    "input embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "copy of the input embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "copies of both": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+}
+if "ensure_weight_tying" in LoraConfig.__dataclass_fields__:  # which older versions of PEFT lack
+    WHOLE_ADAPTERS["copies that are tied"] = {**WHOLE_ADAPTERS["copies of both"], "ensure_weight_tying": True}
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|config has) `tie_word_embeddings:UserWarning")  # PEFT, about merging
+@pytest.mark.filterwarnings("ignore:.*ensure_weight_tying:UserWarning")  # PEFT, of a model that is not tied
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-tied"])
+@pytest.mark.parametrize("settings", WHOLE_ADAPTERS.values(), ids=WHOLE_ADAPTERS)
+def test_an_adapter_beside_the_head_gives_the_models_own_logits_tied_or_not(ids, family, settings):
+    model = get_peft_model(make(family), LoraConfig(r=2, **settings)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    own = model(input_ids=ids).logits
+    attach_head_function(model)
+    check_output_head(model, model, ids[:1])
+    torch.testing.assert_close(head_logits(model, ids)[0], own)
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|config has) `tie_word_embeddings:UserWarning")
+@pytest.mark.parametrize("settings", [{"trainable_token_indices": [1]}], ids=["trainable tokens of both"])
+def test_an_adapter_that_peft_ties_to_the_head_is_refused_too(settings):
+    model = get_peft_model(make("qwen3-tied"), LoraConfig(r=2, target_modules=["q_proj"], **settings))
+    with pytest.raises(ValueError, match=r"output head carries an adapter .*modules_to_save"):
+        attach_head_function(model)
+
+
 def test_the_head_applies_scale_bias_and_cap_in_the_order_of_transformers():
     hidden, weight, bias = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
     logits = OutputHead(weight, bias, 0.5, 3.0).logits(hidden)

@@ -9,11 +9,13 @@ import torch
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from peft.tuners.lora import layer as lora_layer
 from safetensors.torch import load_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from trl_opsd.model.heads import attach_head_function
 from trl_opsd.teacher.contexts import TEACHER_KINDS
 from trl_opsd.teacher.forwards import TeacherForward
-from trl_opsd.teacher.weights import Teacher, average_low_rank, changes_nothing
+from trl_opsd.teacher.low_rank import average_low_rank
+from trl_opsd.teacher.weights import Teacher, changes_nothing
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 
@@ -199,6 +201,72 @@ def test_the_lora_average_is_that_of_the_products_within_the_reported_loss(make_
             errors.append(((update - wanted).norm() / wanted.norm()).item())
         assert lost == pytest.approx(max(errors), rel=1e-3)
         assert 0 < lost < 0.7
+
+
+EXPERTS = ["gate_up_proj", "down_proj"]  # each one parameter of all experts
+
+
+@pytest.fixture
+def make_experts():
+    """A function that makes a mixture of four experts under LoRA on their weights."""
+
+    def make():
+        torch.manual_seed(0)
+        sizes = {
+            "vocab_size": 40,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "moe_intermediate_size": 8,
+            "head_dim": 8,
+        }
+        layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **layers, num_experts=4, num_experts_per_tok=2))
+        targets = {"target_modules": [], "target_parameters": [f"mlp.experts.{name}" for name in EXPERTS]}
+        return get_peft_model(model, LoraConfig(r=2, **targets)).eval()
+
+    return make
+
+
+def updates_of_experts(model):
+    """What PEFT itself adds to the weights (E, out, in), layer by layer."""
+    layers = [
+        module for module in model.modules() if getattr(module, "num_experts", 1) > 1 and hasattr(module, "lora_A")
+    ]
+    return [layer.get_delta_weight("default").detach().clone() for layer in layers]
+
+
+def test_the_average_of_experts_is_each_ones_own_within_the_rank(make_experts):
+    model = make_experts()
+    move(model, seed=5)
+    teacher, before = Teacher("ema", model, update_rate=0.3), updates_of_experts(model)
+    move(model, seed=6)
+    student = updates_of_experts(model)
+    lost = teacher.update()
+    with teacher.active():
+        taught = updates_of_experts(model)
+    assert len(taught) == 4 and all(len(update) == 4 for update in taught)
+    errors = []
+    for own, first, last in zip(taught, before, student, strict=True):
+        wanted = 0.7 * first + 0.3 * last
+        errors.append(((own - wanted).norm() / wanted.norm()).item())
+        for expert, update in zip(own, wanted, strict=True):
+            u, s, v = torch.linalg.svd(update)
+            torch.testing.assert_close(expert, u[:, :2] * s[:2] @ v[:2], rtol=1e-4, atol=1e-5)
+    assert lost == pytest.approx(max(errors), rel=1e-3) and 0 < lost < 0.7
+    assert all(torch.equal(own, last) for own, last in zip(updates_of_experts(model), student, strict=True))
+
+
+@pytest.mark.parametrize("kind", TEACHER_KINDS)
+def test_a_teacher_of_experts_under_lora_follows_as_its_kind_promises(make_experts, kind):
+    model, ids = make_experts(), torch.arange(20, 26)[None]
+    teacher, start = Teacher(kind, model, fresh_adapter=True, update_rate=1.0), logits(model, ids)
+    assert teacher.adapter_off is (kind == "base")
+    move(model, size=0.5)
+    teacher.update()
+    student = logits(model, ids)
+    with teacher.active():
+        torch.testing.assert_close(logits(model, ids), start if kind == "base" else student, rtol=1e-4, atol=1e-4)
+    assert (student - start).abs().max() > 0.1
 
 
 def test_a_fresh_adapter_needs_no_copy_and_an_old_one_does(make_model, ids):

@@ -89,7 +89,9 @@ def micro_batch(trainer, batch):
     """Router probabilities of a micro-batch's rows, whose padding is left out."""
     rows = []
     for row in range(len(batch["prompt_ids"])):
-        ids = [batch[f"{part}_ids"][row][batch[f"{part}_mask"][row].bool()].tolist() for part in ("prompt", "completion")]
+        ids = [
+            batch[f"{part}_ids"][row][batch[f"{part}_mask"][row].bool()].tolist() for part in ("prompt", "completion")
+        ]
         rows.append([layer.detach() for layer in read(trainer.model, *ids)[1]])
     return rows
 
@@ -133,3 +135,25 @@ def test_a_step_with_the_routers_loss_is_that_without_it_and_its_mean(make, data
         steps.append(whole_step(trainer, rows)[0])
     router = sum(balance(micro_batch(trainer, batch)) / 2 for batch in trainer._buffered_inputs)
     assert steps[1] - steps[0] == pytest.approx(COEFFICIENT * router.item(), rel=1e-5)
+
+
+def test_a_mixture_under_lora_on_its_experts_resumes_bit_for_bit(make, tmp_path):
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    settings = {
+        "peft_config": LoraConfig(r=2, target_modules=["q_proj"], target_parameters=experts),
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "learning_rate": 1e-2,
+        "teacher_model_kind": "ema",
+        "teacher_update_rate": 0.3,
+        "output_dir": str(tmp_path / "run"),
+    }
+    whole, resumed = make(**settings), make(**settings)
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    for (name, one), (_, other) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert any(".experts." in name for name in whole.teacher.values)
+    for name, value in whole.teacher.values.items():
+        assert torch.equal(value, resumed.teacher.values[name]), name

@@ -35,6 +35,7 @@ from ..model.sharding import (
     whole,
     whole_shape,
 )
+from .low_rank import average_low_rank, by_expert
 
 # Parts of the names of what goes off with a LoRA adapter: the factors, DoRA's magnitudes, PEFT's copies of whole modules
 # and of single tokens.
@@ -208,15 +209,23 @@ class Teacher:
                 put_back()
 
     def _update_pair(self, name_a: str, name_b: str) -> float:
-        """Average the update B A of one LoRA pair and refit it to the pair's rank."""
-        parameters = dict(self._trainable())
+        """Average the update B A of one LoRA pair and refit it to the pair's rank; of experts, each one's."""
+        parameters, experts = dict(self._trainable()), self._experts_of(name_a)
         pair = [parameters[name] for name in (name_a, name_b)]
         with gathered(pair):
-            student = tuple(whole(parameter).detach().float() for parameter in pair)
-            new_a, new_b, lost = average_low_rank((self.values[name_a], self.values[name_b]), student, self.update_rate)
-        self.values[name_a].copy_(new_a)
-        self.values[name_b].copy_(new_b)
+            student = by_expert(*(whole(parameter).detach().float() for parameter in pair), experts)
+            teacher = by_expert(self.values[name_a], self.values[name_b], experts)
+            new_a, new_b, lost = average_low_rank(teacher, student, self.update_rate)
+        for own, new in zip(teacher, (new_a, new_b), strict=True):
+            own.copy_(new)  # views of the values
         return lost
+
+    def _experts_of(self, name_a: str) -> int:
+        """Experts whose weights are one parameter and whose LoRA factors PEFT lays beside each other; 1 elsewhere."""
+        layer = name_a.split(".lora_A.")[0]
+        return next(
+            getattr(m, "num_experts", 1) for name, m in self.student.named_modules() if plain_name(name) == layer
+        )
 
 
 def changes_nothing(student: nn.Module) -> bool:
@@ -242,30 +251,6 @@ def changes_nothing(student: nn.Module) -> bool:
 def _holds_values(parameter: torch.Tensor) -> bool:
     """Whether anything but zeros is in it, once it is gathered."""
     return not parameter.is_meta and bool(whole(parameter).any())
-
-
-def average_low_rank(
-    teacher: tuple[torch.Tensor, torch.Tensor], student: tuple[torch.Tensor, torch.Tensor], rate: float
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """(1 - rate) B_T A_T + rate B_S A_S as the best pair of the same rank.
-
-    Args:
-        teacher: A (r, in) and B (out, r).
-        student: the same shapes.
-        rate: weight of the student, in (0, 1].
-
-    Returns:
-        A (r, in), B (out, r), and the Frobenius norm of what rank r cannot hold over that of the whole.
-    """
-    rank = teacher[0].shape[0]
-    left, left_core = torch.linalg.qr(torch.cat([(1 - rate) * teacher[1], rate * student[1]], dim=1))
-    right, right_core = torch.linalg.qr(torch.cat([teacher[0], student[0]], dim=0).T)
-    u, s, v = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
-    root = s[:rank].sqrt()
-    total = s.square().sum().sqrt().item()
-    lost = s[rank:].square().sum().sqrt().item() / total if total else 0.0
-    a, b = root[:, None] * (v[:rank] @ right.T), (left @ u[:, :rank]) * root
-    return nn.functional.pad(a, (0, 0, 0, rank - a.shape[0])), nn.functional.pad(b, (0, rank - b.shape[1])), lost
 
 
 def _at_least(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
