@@ -373,6 +373,11 @@ def test_a_dataset_without_solutions_is_refused_and_told_how_to_get_them(build, 
         build(train_dataset=rows.remove_columns("messages"))
 
 
+def test_layer_kernels_without_what_they_need_are_refused(build):
+    with pytest.raises(ValueError, match="use_liger_kernel=True"):
+        build(use_liger_kernel=True)
+
+
 @pytest.mark.parametrize("keep", [1, 0], ids=["no-answer", "empty"])
 def test_a_conversation_without_an_answer_is_refused(build, rows, keep):
     with pytest.raises(ValueError, match=r"row 0: `messages` .* ends with an assistant's turn"):

@@ -107,6 +107,17 @@ def adds_up_over_rows(config: GRPOConfig) -> bool:
     return config.loss_type in _LOSSES_OF_ROWS and quantile == 1.0 and not bonus
 
 
+def liger_enters_loss() -> bool:
+    """Whether `use_liger_kernel` changes more of GRPOTrainer than the model's layers: until TRL 1.16 its loss too."""
+    functions = {name: inspect.unwrap(value) for name, value in vars(GRPOTrainer).items() if callable(value)}
+    functions.pop("__init__")
+    return any(
+        "use_liger_kernel" in code_of.__code__.co_names
+        for code_of in functions.values()
+        if hasattr(code_of, "__code__")
+    )
+
+
 def trusts_remote_code(config: GRPOConfig) -> bool:
     """Whether a model's own code may run; before TRL 1.7 `model_init_kwargs` alone says so."""
     default = getattr(config, "trust_remote_code", False)

@@ -19,6 +19,7 @@ from ..teacher.contexts import Moment, Rollout
 from ..teacher.states import TargetStates
 from ..trainers.checks import check_fills_a_batch, check_trained, config_of
 from ..trainers.columns import LossColumns
+from ..trainers.kernels import prepare_layer_kernels
 from ..trainers.scorer import Scorer
 from ..trainers.step_loss import StepLoss
 from .gkd_config import GKDTrainer, NoTeacher, OPSDGKDConfig, refuse_arguments, refuse_fsdp
@@ -69,6 +70,7 @@ class OPSDGKDTrainer(CheckedTrainer, NamedByMethod, GKDTrainer):
         if not isinstance(args, self.config_class):
             raise ValueError(f"args is a {type(args).__name__}; give an {self.config_class.__name__}.")
         refuse_fsdp(args)
+        prepare_layer_kernels(args)
         if train_dataset is None:
             raise ValueError("train_dataset is None; give a dataset with the columns `messages` and `solution`.")
         check_datasets(check_messages, train_dataset, eval_dataset)

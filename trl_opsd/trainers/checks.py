@@ -21,6 +21,7 @@ from ..rows.passes import check_datasets
 from ..teacher.contexts import Contexts
 from ..teacher.jobs import ScoringJob
 from ..verification import warn_of_golds, which_verify
+from .kernels import prepare_layer_kernels
 
 _ROWS_TO_VERIFY = 32
 
@@ -44,6 +45,7 @@ def check_inputs(
             "with the policy that sampled, whose log-probabilities TRL takes at the sampling temperature. Leave "
             "loss_temperature unset."
         )
+    prepare_layer_kernels(args)
     if train_dataset is None:
         raise ValueError("train_dataset is None; give a dataset with the columns `prompt` and `solution`.")
     if isinstance(train_dataset, Mapping):
