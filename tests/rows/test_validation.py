@@ -333,6 +333,15 @@ def test_adapters_that_could_not_be_read_again_are_refused():
         check_engine(state, adapters=True)
 
 
+def test_engines_that_would_shard_a_base_of_four_bits_are_refused():
+    zero = [types.SimpleNamespace(deepspeed_plugin=types.SimpleNamespace(zero_stage=stage)) for stage in (2, 3)]
+    check_engine(zero[0], quantized=True)
+    check_engine(engine_state())
+    for state in (zero[1], engine_state()):
+        with pytest.raises(ValueError, match=r"its base has 4 or 8 bits .* Set ddp or zero2"):
+            check_engine(state, quantized=True)
+
+
 @pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])
 def test_split_sequences_and_heads_are_refused(name):
     parallelism = types.SimpleNamespace(**{name: 2})

@@ -35,18 +35,25 @@ def num_positions(config: Any) -> int | None:
     return positions
 
 
-def check_engine(state: Any, *, adapters: bool = False) -> None:
+def check_engine(state: Any, *, adapters: bool = False, quantized: bool = False) -> None:
     """Check that a distributed engine is one whose shards the teacher can take part in.
 
     Args:
         state: accelerate's state of the run.
         adapters: whether PEFT adapters train.
+        quantized: whether the weights below them have 4 or 8 bits.
 
     Raises:
-        ValueError: the engine is FSDP1, splits more than the batch and the parameters, or saves adapters that cannot be
-            read again.
+        ValueError: the engine is FSDP1, splits more than the batch and the parameters, saves adapters that cannot be read
+            again, or shards weights of 4 or 8 bits.
     """
     plugin = getattr(state, "fsdp_plugin", None)
+    shards = plugin is not None or getattr(getattr(state, "deepspeed_plugin", None), "zero_stage", 0) == 3
+    if quantized and shards:
+        raise ValueError(
+            "model: its base has 4 or 8 bits (bitsandbytes), and ZeRO-3 or FSDP2 would shard it, which was never tried here. "
+            "Set ddp or zero2 (recipes/accelerate/); a base of 4 bits is small."
+        )
     if plugin is not None and plugin.fsdp_version != 2:
         raise ValueError(
             f"fsdp_version={plugin.fsdp_version}: FSDP1 flattens parameters together, so the teacher's values cannot be "

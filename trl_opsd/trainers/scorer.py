@@ -12,6 +12,7 @@ from ..losses import OutputHead, likeliest_tokens, sampled_facts, token_overlap
 from ..methods import Method
 from ..model.checks import check_engine, check_model_config, check_vocabulary, num_positions
 from ..model.heads import attach_head_function, caps_logits, check_output_head, head_shape, whole_head
+from ..model.quantized import is_quantized, prepare_quantized
 from ..monitoring.diagnostics import sum_decompositions
 from ..rows.texts import Prompt
 from ..teacher.contexts import Contexts, TeacherContext
@@ -56,7 +57,8 @@ class Scorer:
         keep_head: bool = False,
         shares_contexts: bool = True,
     ):
-        check_engine(accelerator.state, adapters=hasattr(model, "peft_config"))
+        check_engine(accelerator.state, adapters=hasattr(model, "peft_config"), quantized=is_quantized(model))
+        prepare_quantized(model)
         check_same_weights(model, accelerator)
         check_model_config(model.config)
         if caps_logits(model):
