@@ -84,6 +84,7 @@ clean:
 .venv/real: .venv/ready
 	-$(BIN)/pip install -q -c constraints.txt gguf nbclient ipykernel
 	-$(BIN)/pip install -q --no-deps bitsandbytes==0.50.2
+	-$(BIN)/pip install -q -c constraints.txt tensorboard wandb
 	-$(BIN)/pip install -q --no-deps champ-dataset==1.0.0
 	-$(BIN)/pip install -q -c constraints.txt sentence-transformers
 	-$(BIN)/pip install -q inspect-ai==0.3.285

@@ -236,7 +236,7 @@ def main(name: str, arguments: Sequence[str]) -> Any:
         trainer = make_baseline(name, script_args, training_args, model_args)
     else:
         trainer = make_trainer(TRAINERS[name], script_args, training_args, model_args)
-    show_steps(trainer)
+    show_steps(trainer, script_args.rollout_table_steps)
     trainer.add_callback(LogFile)
     train(trainer, script_args.dataset_name)
     return trainer

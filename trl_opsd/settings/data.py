@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the commands that are no trainer's: what data is read, and what is inspected."""
+"""Settings of the commands that are no trainer's: what data is read, what a terminal shows, and what is inspected."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from .fields import option
 
 @dataclass
 class DataSettings:
-    """Where the rows come from, and which columns are read."""
+    """Where the rows come from, which columns are read, and how often the terminal shows what became of some."""
 
     dataset_name: str | None = option(
         None,
@@ -24,6 +24,11 @@ class DataSettings:
         None, "Text column to make a user message of. None: the dataset has a `prompt` column."
     )
     solution_column: str = option("solution", "Column of the reference solution, read by the teacher.")
+    rollout_table_steps: int | None = option(
+        None,
+        "Optimizer steps between two tables of a few rollouts in the terminal; num_completions_to_print says of how many. "
+        "None: a tenth of the run. 0: no table.",
+    )
 
 
 @dataclass

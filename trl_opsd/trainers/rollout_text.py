@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rollouts of a batch as text for a terminal of any width; TRL's table gives each of its columns as little as it has."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,23 +20,31 @@ def rollouts_text(rows: Sequence[Mapping[str, Any]], step: int, most: int | None
     Returns:
         The text; empty where nothing is to be shown.
     """
-    count = len(rows) if most is None else min(most, len(rows))
-    if count <= 0:
-        return ""
-    shown = [index * len(rows) // count for index in range(count)]
+    shown = spread(len(rows), most)
     parts = [
         f"--- rollout {index + 1} of {len(rows)}, step {step} ---\n{_row_text(rows[index])}\n\n" for index in shown
     ]
-    return _CONTROL.sub(lambda found: repr(found.group())[1:-1], "".join(parts))
+    return shown_text("".join(parts))
+
+
+def spread(number: int, most: int | None) -> list[int]:
+    """Indices of at most `most` of `number` rows, spread over them; None for all."""
+    count = number if most is None else max(0, min(most, number))
+    return [index * number // count for index in range(count)]
+
+
+def shown_text(text: str) -> str:
+    """A text whose control characters are shown and command no terminal; tabs and ends of lines stay."""
+    return _CONTROL.sub(lambda found: repr(found.group())[1:-1], text)
 
 
 def _row_text(row: Mapping[str, Any]) -> str:
     numbers = {name: value for name, value in row.items() if name not in ("prompt", "completion")}
-    texts = [f"{name}: {_read(row[name]).strip()}" for name in ("prompt", "completion")]
+    texts = [f"{name}: {read_turns(row[name]).strip()}" for name in ("prompt", "completion")]
     return "\n".join([*texts, ", ".join(f"{name} {_short(value)}" for name, value in numbers.items())])
 
 
-def _read(turns: str | list[dict[str, Any]]) -> str:
+def read_turns(turns: str | list[dict[str, Any]]) -> str:
     """Text, or what a conversation's turns say, each behind its role where there are several."""
     if isinstance(turns, str):
         return turns
@@ -48,7 +57,9 @@ def _read(turns: str | list[dict[str, Any]]) -> str:
 
 def _said(turn: Mapping[str, Any]) -> str:
     """What a turn says, and the tools that it calls."""
-    calls = [call.get("function", call) for call in turn.get("tool_calls") or ()]
+    calls = turn.get("tool_calls") or ()
+    calls = json.loads(calls) if isinstance(calls, str) else calls  # as they stand in a table that is being written
+    calls = [call.get("function", call) for call in calls]
     told = [f"[calls {call.get('name')} with {call.get('arguments')}]" for call in calls]
     return "\n".join(map(str, filter(None, [turn.get("content"), *told])))
 
