@@ -25,7 +25,9 @@ def trained(folder, tracker):
 
 def test_tensorboard_has_every_number_of_every_step(tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed: `pip install tensorboard`")
-    pytest.importorskip("torch.utils.tensorboard", reason="tensorboard lacks what it imports: `pip install tensorboard`")
+    pytest.importorskip(
+        "torch.utils.tensorboard", reason="tensorboard lacks what it imports: `pip install tensorboard`"
+    )
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     steps = trained(tmp_path, "tensorboard")
