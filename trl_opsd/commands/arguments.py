@@ -2,8 +2,10 @@
 """Whose a word of the command line or a key of a recipe is: the trainer's, accelerate's launcher's, or nobody's."""
 
 import argparse
+import atexit
 import difflib
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -145,6 +147,33 @@ def read_recipe(path: str) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise UsageError(f"--config {path}: holds a {type(recipe).__name__}; write one `key: value` a line.")
     return recipe
+
+
+def join_recipes(arguments: Sequence[str]) -> list[str]:
+    """The words with one `--config` in place of several, whose file holds the keys of all; a later file's win.
+
+    Raises:
+        UsageError: see `read_recipe`.
+    """
+    words, paths = [], []
+    rest = iter(arguments)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name == "--config":
+            paths.append(value if equals else next(rest, ""))
+        else:
+            words.append(word)
+    if len(paths) < 2:
+        return list(arguments)
+    import yaml
+
+    joined = {key: value for path in paths for key, value in read_recipe(path).items()}
+    folder = Path(tempfile.mkdtemp(prefix="trl_opsd-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    file = folder / f"{'+'.join(Path(path).stem for path in paths)}.yaml"  # which an error names
+    file.write_text(yaml.safe_dump(joined, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    first = next((index for index, word in enumerate(words) if word.startswith("--")), len(words))
+    return [*words[:first], "--config", str(file), *words[first:]]
 
 
 def recipe_place(path: str, key: str) -> str:

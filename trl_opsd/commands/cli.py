@@ -62,6 +62,8 @@ def run_command(name: str, rest: list[str]) -> Any:
     """Run one command; training ones take their name as the first argument, as one function serves them all."""
     if name not in COMMANDS:
         raise UsageError(unknown_command(name))
+    if sum(word.partition("=")[0] == "--config" for word in rest) > 1:
+        rest = import_module(".arguments", __package__).join_recipes(rest)
     if name in (*PAGES, *BASELINES):
         if "--help_all" in rest:
             import_module(".train", __package__).make_parser(name).print_help()
