@@ -50,3 +50,13 @@ def test_other_models_keep_their_dtype(make_model):
 def test_a_trainer_prepares_its_model(build, quantized):
     trainer = build(model=quantized)
     assert dtypes(trainer.model, True) == {torch.float32}
+
+
+def test_bfloat16_would_lose_steps_of_the_papers_rate_on_most_of_a_fresh_adapter(make_model):
+    """Why adapters are float32: a step of Adam is about the learning rate."""
+    values = torch.tensor([0.002, 0.01, 0.1])
+    assert torch.equal(values.bfloat16() + 5e-6, values.bfloat16()) and not torch.equal(values + 5e-6, values)
+    assert torch.tensor(0.001).bfloat16() + 5e-6 != torch.tensor(0.001).bfloat16()
+    model = get_peft_model(make_model(hidden_size=512), LoraConfig(r=4, target_modules=["q_proj"]))
+    fresh = torch.cat([p.detach().flatten() for name, p in model.named_parameters() if "lora_A." in name])
+    assert (fresh.abs() > 0.002).float().mean() > 0.9

@@ -8,7 +8,6 @@ when TRL has moved.
 
 import inspect
 import json
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -245,12 +244,6 @@ class RolloutTrainer(OrderAndLog, CheckedTrainer, NamedByMethod, GRPOTrainer):
         columns = {"prompt": logs["prompt"], "completion": logs["completion"], **logs["rewards"]}
         columns |= {"advantage": logs["advantages"], **logs["extra"]}
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=False)]
-
-    def reward_of_row(self, row: dict[str, Any]) -> float | None:
-        """The weighted reward of a row of the completions table; None where no function judged it."""
-        weighted = zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)
-        rewards = [weight * row[name] for name, weight in weighted if not math.isnan(row[name])]
-        return sum(rewards) if rewards else None
 
     @contextmanager
     def calls_as_text(self) -> Iterator[None]:

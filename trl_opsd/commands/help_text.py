@@ -20,7 +20,7 @@ _HEAD = """usage: trl-opsd {command} --config RECIPE.yaml [--accelerate_config z
 {what} Settings are read from the recipe; what is given here wins.
 
 launch:
-  --config FILE         recipe, one `key: value` a line; `env:` sets environment variables. Of several, a later one wins
+  --config FILE         recipe, one `key: value` a line; `env:` sets environment variables. Of several, later ones win
   --accelerate_config NAME
                         start under `accelerate launch` with a file or a name: single, ddp, zero2, zero3, fsdp2, ...
   --num_processes N     and every other option of `accelerate launch`; without any, training runs in this process

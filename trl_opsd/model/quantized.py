@@ -16,7 +16,7 @@ def prepare_quantized(model: nn.Module) -> None:
     On a CPU with AVX512-BF16, bitsandbytes repacks a 4-bit layer at its first forward without a gradient, which here is the
     first sampling. A repacked layer passes no gradient on, and only a warning of torch's says so.
 
-    TRL makes the adapters bfloat16, in which a step of 5e-6 is lost on any value above 0.001, and PEFT makes them float32
+    TRL makes the adapters bfloat16, in which a step of 5e-6 is lost on any value above 0.002, and PEFT makes them float32
     when a checkpoint is read. So a resumed run would be another one.
 
     Raises:

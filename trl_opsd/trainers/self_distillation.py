@@ -5,6 +5,7 @@ One generation batch: rows -> rollouts and rewards (TRL) -> contexts (`method`) 
 -> TRL shuffles and splits -> micro-batches -> student hidden states -> loss (`StepLoss`). No formula stands here.
 """
 
+import math
 import random
 from collections import Counter
 from functools import partial
@@ -437,6 +438,12 @@ class SelfDistillationTrainer(RolloutTrainer):
             self.num_completions_to_print = shown
         if self.log_completions and self.accelerator.is_main_process:
             print(rollouts_text(self.table_rows(), self.state.global_step, shown), end="", flush=True)
+
+    def reward_of_row(self, row: dict[str, Any]) -> float | None:
+        """The weighted reward of a row of the completions table; None where no function judged it."""
+        weighted = zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)
+        rewards = [weight * row[name] for name, weight in weighted if not math.isnan(row[name])]
+        return sum(rewards) if rewards else None
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, evaluation=None) -> None:
         """Write README.md and run.png into the output directory: method, settings, results, data, hardware, limits.
