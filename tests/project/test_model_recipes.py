@@ -118,6 +118,17 @@ def test_a_tiny_model_of_the_family_trains_two_steps(path, places):
     assert not getattr(trainer, "aux_loss_enabled", False)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b"])
+def test_the_planner_counts_a_model_of_the_family(name, places, capsys):
+    words = ["plan", "--method=opsd", "--config", str(OPSD), "--config", str(RECIPES / "models" / f"{name}.yaml")]
+    words.append(places(name)[0])
+    assert cli.main(words) == 0
+    assert "| always | weights |" in capsys.readouterr().out
+    assert cli.main([*words, "--load_in_4bit=true"]) == 2
+    assert "load_in_4bit=True: the planner counts weights of `dtype` alone" in capsys.readouterr().err
+
+
 def test_of_several_recipes_a_later_ones_key_wins_and_words_win_over_all(tmp_path):
     for name, text in (("a", "lora_r: 1\nlora_alpha: 2\n"), ("b", "lora_r: 3\n"), ("c", "seed: 4\n")):
         (tmp_path / f"{name}.yaml").write_text(text)

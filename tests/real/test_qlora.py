@@ -176,7 +176,8 @@ def test_a_saved_adapter_over_the_same_bits_is_the_trained_model(tmp_path, bits)
     torch.testing.assert_close(logits(read, IDS), logits(trainer.model.eval(), IDS), rtol=1e-5, atol=1e-5)
 
 
-def test_the_command_line_trains_over_four_bits(tmp_path):
+@pytest.mark.parametrize("command", ["opsd", "grpo", "sft"])
+def test_the_command_line_trains_over_four_bits(tmp_path, command):
     (tmp_path / "rows.jsonl").write_text(
         "".join(f'{{"prompt": "{n}+1=", "solution": "{n + 1}"}}\n' for n in range(1, 9))
     )
@@ -184,9 +185,14 @@ def test_the_command_line_trains_over_four_bits(tmp_path):
         f"--model_name_or_path {MODEL} --dataset_name {tmp_path}/rows.jsonl --output_dir {tmp_path}/run --use_cpu true"
     )
     words += " --bf16 false --load_in_4bit true --use_peft true --lora_target_modules all-linear --max_steps 1 --report_to none"
-    words += " --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --max_completion_length 8"
-    trainer = main("opsd", words.split())
+    words += " --per_device_train_batch_size 2 --gradient_accumulation_steps 1"
+    words += {"sft": "", "opsd": " --max_completion_length 8"}.get(
+        command, " --max_completion_length 8 --num_generations 2"
+    )
+    trainer = main(command, words.split())
     assert trainer.state.global_step == 1 and trainer.model.get_base_model().is_loaded_in_4bit
+    assert {p.dtype for p in adapters(trainer.model).values()} == {torch.float32}
+    assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in trainer.model.modules())
 
 
 def test_a_model_that_has_generated_on_this_cpu_is_refused_by_name(tmp_path):

@@ -39,6 +39,11 @@ def main(arguments: list[str]) -> None:
     args, model_args = _run_arguments(options.method, rest, num_gpus)
     if model_args.model_name_or_path is None:
         raise ValueError(f"model_name_or_path is not set; give a model's folder or one of {SHAPES}.")
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(model_args, name):
+            raise ValueError(
+                f"{name}=True: the planner counts weights of `dtype` alone. Leave it out for what the rest needs."
+            )
     run = Planned(
         load_config(model_args.model_name_or_path),
         args,

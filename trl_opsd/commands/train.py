@@ -16,6 +16,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from ..errors import UsageError
+from ..model.quantized import prepare_quantized
 from ..pages import PAGES, trainer_of
 from ..rows import champ
 from ..rows.files import is_data_file, load_data_file
@@ -97,6 +98,7 @@ def make_baseline(name: str, script_args: DataArguments, training_args: Any, mod
     """Build a trainer of `BASELINES` on the same rows and prompts."""
     arguments = _trainer_arguments(script_args, training_args, model_args)
     trainer = BASELINES[name][0](**baseline_arguments(name, arguments))
+    prepare_quantized(trainer.model)  # as the methods' trainers do
     warning = warn_of_first_golds(arguments["train_dataset"], training_args.verifier) if name == "grpo" else None
     if warning is not None and trainer.is_world_process_zero():
         warnings.warn(warning, stacklevel=2)
