@@ -4,6 +4,7 @@
 from .clip_agreement import clip_agreement, clip_gradient_products
 from .closed_form import FusedDiagnostics
 from .decomposition import SignalDecomposition, decompose_signal
+from .denoising import current_block, denoising_divergence, surest_positions
 from .dense import dense_divergence_from_hidden, dense_fact_loss
 from .divergences import CLIPS, DIVERGENCES, Divergence, token_divergence
 from .fact_loss import fused_fact_loss, sampled_facts
@@ -67,7 +68,9 @@ __all__ = [
     "clipped_ratio",
     "control_variate_advantage",
     "critical_weight",
+    "current_block",
     "decompose_signal",
+    "denoising_divergence",
     "dense_divergence_from_hidden",
     "dense_fact_loss",
     "entropy_direction",
@@ -92,6 +95,7 @@ __all__ = [
     "sampled_divergence",
     "sampled_facts",
     "steered_logits",
+    "surest_positions",
     "teacher_polarity",
     "token_divergence",
     "token_overlap",
