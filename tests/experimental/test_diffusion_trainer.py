@@ -4,10 +4,12 @@
 import json
 import math
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from launching import run
 from masked import QUICK, make_model, make_rows, make_settings, make_tokenizer, make_trainer
 from peft import LoraConfig
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, TrainerCallback, TrainingArguments
@@ -17,6 +19,7 @@ from trl_opsd.experimental.diffusion.rows import RepeatedRows
 from trl_opsd.experimental.diffusion.settings import LORA, DiffusionOPSDSettings
 from trl_opsd.experimental.diffusion.trainer import DiffusionOPSDConfig, DiffusionOPSDTrainer
 
+WORKER = str(Path(__file__).parents[1] / "support" / "masked_worker.py")
 ADAPTER = LoraConfig(r=4, lora_alpha=8, target_modules=["Wqkv", "Wo"], lora_dropout=0.0)
 MANY = {"updates_per_sample": 2, "num_samples": 4, "verifier": "masked:some", "max_steps": 6}
 
@@ -179,6 +182,16 @@ def test_a_step_does_not_depend_on_how_its_prompts_are_split_into_micro_batches(
     assert len(whole) == 6 and any(abs(row[0]) > 1e-3 for row in whole)
     for first, second in zip(one.model.parameters(), two.model.parameters(), strict=True):
         torch.testing.assert_close(first, second, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    two, one = (run(engine, tmp_path / engine, worker=WORKER) for engine in ("ddp", "single"))
+    for pair, alone in zip(two, one, strict=True):
+        assert len(alone["steps"]) == 6 and any(abs(step[0]) > 1e-3 for step in alone["steps"])
+        for theirs, ours in zip(pair["steps"], alone["steps"], strict=True):
+            assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-7)
+        assert pair["weights"] == pytest.approx(alone["weights"], rel=1e-7)
 
 
 @pytest.mark.parametrize("step", [2, 3])

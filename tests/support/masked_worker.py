@@ -44,7 +44,8 @@ if __name__ == "__main__":
     folder = parser.parse_args().output
     # Of the first, a process can have nothing to train on while another has.
     runs = [
-        train(folder / name, verifier, lora) for name, verifier, lora in (("full", "masked:some", False), ("lora", "masked:anything", True))
+        train(folder / name, verifier, lora)
+        for name, verifier, lora in (("full", "masked:some", False), ("lora", "masked:anything", True))
     ]
     if runs[0][0].is_world_process_zero():
         (folder / "numbers.json").write_text(json.dumps([numbers for _, numbers in runs]))
