@@ -3,7 +3,11 @@
 
 import json
 import math
+import random
+import subprocess
+import sys
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,8 @@ from masked import QUICK, make_model, make_rows, make_settings, make_tokenizer, 
 from peft import LoraConfig
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, TrainerCallback, TrainingArguments
 
+from trl_opsd.experimental.diffusion import build
+from trl_opsd.experimental.diffusion.accuracy import measure_accuracy
 from trl_opsd.experimental.diffusion.contexts import states_of_update
 from trl_opsd.experimental.diffusion.rows import RepeatedRows
 from trl_opsd.experimental.diffusion.settings import LORA, DiffusionOPSDSettings
@@ -419,3 +425,58 @@ def test_settings_count_blocks_steps_and_tokens():
     settings = make_settings(max_completion_length=24, block_length=8, diffusion_steps=12)
     assert (settings.num_blocks, settings.steps_per_block, settings.tokens_per_step) == (3, 4, 2)
     assert DiffusionOPSDSettings().steps_per_block == 16
+
+
+@pytest.mark.slow
+def test_the_example_trains_two_steps(tmp_path):
+    tokenizer = make_tokenizer()
+    make_model(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    script = Path(__file__).parents[2] / "examples" / "diffusion.py"
+    words = [f"--model={tmp_path / 'model'}", f"--output_dir={tmp_path / 'out'}", "--max_steps=2"]
+    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "'rows/used'" in done.stdout and (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_the_benchmark_has_a_line_for_each_decoding_of_each_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    benchmark = import_module("diffusion")
+    small = ["--base_steps", "1", "--problems", "2", "--rows", "4", "--steps", "1", "--batch", "2", "--samples", "1"]
+    benchmark.main(["--base", str(tmp_path / "base"), "--clips", "none", "0.05", *small])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 0.0001")]
+    assert [line.split("|")[2:6:3] for line in lines] == [
+        [f" {clip} ", f" {name} "] for clip in (None, 0.05) for name in ("greedy", "sampled")
+    ]
+
+
+def test_the_base_is_a_function_of_its_seed_and_learns_what_is_masked_alone():
+    tokenizer = make_tokenizer()
+    first, second = (build.train(tokenizer, seed=3, num_steps=1, progress=False).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    ids, maskable, share = build.draw_batch(tokenizer, random.Random(0), batch_size=4)
+    assert not maskable[:, :10].any() and maskable[:, -build.COMPLETION_LENGTH :].all()
+    assert (ids[:, -1] == tokenizer.eos_token_id).all() and share.min() >= build.LEAST_SHARE
+    model = make_model(tokenizer).eval()
+    nothing = torch.zeros_like(maskable)
+    nothing[:, -1] = True
+    loss = build.denoising_loss(model, ids, nothing, torch.ones_like(share), tokenizer.mask_token_id)
+    with torch.no_grad():
+        hidden = ids.clone()
+        hidden[:, -1] = tokenizer.mask_token_id
+        expected = -model(input_ids=hidden).logits[:, -1].log_softmax(-1)[:, tokenizer.eos_token_id].mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_accuracy_is_the_share_of_right_answers_of_each_question():
+    tokenizer, rows = make_tokenizer(), list(make_rows(3))
+    model = make_model(tokenizer).train()
+    settings = {"num_samples": 4, "temperature": 0.9}
+    scores = [
+        measure_accuracy(model, tokenizer, rows, make_settings(verifier=f"masked:{name}"), batch_size=5, **settings)
+        for name in ("anything", "nothing", "some")
+    ]
+    assert scores[0] == [1.0] * 3 and scores[1] == [0.0] * 3 and 0 < sum(scores[2]) < 3
+    assert model.training
+    with pytest.raises(ValueError, match="num_samples is 4 at temperature 0"):
+        measure_accuracy(model, tokenizer, rows, make_settings(), num_samples=4)
