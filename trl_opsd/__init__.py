@@ -48,6 +48,8 @@ if TYPE_CHECKING:  # for editors and type checkers, to which `X as X` says that 
     from .experimental.stableopd.trainer import StableOPDTrainer as StableOPDTrainer
     from .experimental.trace.trainer import TRACEConfig as TRACEConfig
     from .experimental.trace.trainer import TRACETrainer as TRACETrainer
+    from .experimental.vpd.trainer import VPDConfig as VPDConfig
+    from .experimental.vpd.trainer import VPDTrainer as VPDTrainer
     from .methods import Method as Method
     from .monitoring.guard import CollapseGuard as CollapseGuard
     from .rewards import accuracy_reward as accuracy_reward

@@ -31,6 +31,7 @@ PAGES = {
     "purified-opsd": Page("PurifiedOPSD", "OPSD less what the solution alone says (arXiv 2607.02234)"),
     "sdpo": Page("SDPO", "the teacher reads a right peer, or what an environment reports (arXiv 2601.20802)"),
     "sdft": Page("SDFT", "a moving average reads the row's answer as an example (arXiv 2601.19897)"),
+    "vpd": Page("VPD", "SDPO whose teacher learns to tell right from wrong now and then (arXiv 2605.15113)", True),
     "mopd": Page("MOPD", "the teacher reads two right peers and a wrong one (arXiv 2605.12652)"),
     "resd": Page("RESD", "the teacher reads the attempt, a reflection on it and a right one (arXiv 2605.12741)"),
     "demopsd": Page(

@@ -51,23 +51,30 @@ def student_inputs(batch: dict[str, Any], length: int | None = None) -> tuple[to
     Extras, where the batch has some, are further rows: (B + k, S).
 
     Args:
-        batch: `prompt_ids`, `completion_ids` and their masks, and perhaps `extra_ids` and `extra_mask` (B, E), and which k rows have
-            an extra, `extra_rows` (k,).
+        batch: `prompt_ids`, `completion_ids` and their masks, and perhaps `extra_ids` and `extra_mask` (B, E), which k rows have
+            an extra, `extra_rows` (k,), and `extra_prompt_ids` and `extra_prompt_mask` where extras have prompts of their own.
         length: of the rollouts' part that is read; None for all.
     """
     prompt = (batch["prompt_ids"], batch["prompt_mask"])
     parts = [(prompt, (batch["completion_ids"][:, :length], batch["completion_mask"][:, :length]))]
     if "extra_ids" in batch:
         extra, rows = (batch["extra_ids"], batch["extra_mask"]), batch["extra_rows"]
-        parts.append(tuple(tuple(own.index_select(0, rows) for own in pair) for pair in (prompt, extra)))
-    width = max(own[0].size(1) for _, own in parts)
-    ids, mask = (
-        torch.cat(
-            [torch.cat([first[k], functional.pad(own[k], (0, width - own[k].size(1)))], 1) for first, own in parts]
-        )
-        for k in range(2)
-    )
+        before = (batch["extra_prompt_ids"], batch["extra_prompt_mask"]) if "extra_prompt_ids" in batch else prompt
+        parts.append(tuple(tuple(own.index_select(0, rows) for own in pair) for pair in (before, extra)))
+    width, start = max(own[0].size(1) for _, own in parts), prompt_width(batch)
+
+    def joined(first: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        first = functional.pad(first, (start - first.size(1), 0))
+        return torch.cat([first, functional.pad(own, (0, width - own.size(1)))], 1)
+
+    ids, mask = (torch.cat([joined(first[k], own[k]) for first, own in parts]) for k in range(2))
     return ids, mask, width
+
+
+def prompt_width(batch: Mapping[str, Any]) -> int:
+    """Positions of `student_inputs` before rollouts and extras begin."""
+    widths = [batch[name].size(1) for name in ("prompt_ids", "extra_prompt_ids") if name in batch]
+    return max(widths)
 
 
 def schema_of(tool: Any) -> Any:

@@ -66,13 +66,15 @@ class Extra(NamedTuple):
     """A sequence beside a rollout, which is trained on in the same step.
 
     Attributes:
-        sequence: text, which the tokenizer encodes and ends, or ids as they were sampled.
+        sequence: text, which the tokenizer encodes and ends, ids as they were sampled, or None for the rollout's own tokens.
         contexts: views of the teacher on it, which are read; where `Method.extra_term` has a divergence, also such
             as have an anchor.
+        prompt: what the student reads before it, under `Method.extras_have_prompts`; None for the rollout's prompt.
     """
 
-    sequence: str | list[int]
+    sequence: str | list[int] | None
     contexts: tuple[TeacherContext, ...] = ()
+    prompt: TeacherContext | None = None
 
 
 class Term(NamedTuple):
@@ -167,6 +169,7 @@ class Method:
             student's.
         drafts: further texts that the model writes, after it has answered what `asks` asks; `Rollout.drafts` holds them.
         extras: from (rollouts of one prompt, settings, moment) to one sequence beside each rollout, or None.
+        extras_have_prompts: extras may stand behind a prompt of their own. Rows then keep their micro-batch and its width.
         extra_term: a second term of the loss, which is of extras alone; then `facts.extra` of the other rules is None.
         target_owner: whose weights alone read views with an anchor, "teacher", "base" or "live", so that one head reads the
             target even where the head trains; None where several may.
@@ -211,6 +214,7 @@ class Method:
     asks: Callable[[Rollout, Any], TeacherContext | None] | None = None
     drafts: Drafts | None = None
     extras: Callable[[Sequence[Rollout], Any, Moment], list[Extra | None]] | None = None
+    extras_have_prompts: bool = False
     extra_term: Term | None = None
     target_owner: str | None = None
     target_is_reference: bool = False
@@ -229,6 +233,8 @@ class Method:
             raise ValueError(f"{self.name}: pointwise is for a loss alone, without extras.")
         if not self.has_target and not {"loss", "advantages"} & set(ways):
             raise ValueError(f"{self.name}: without a target there is no divergence; give a loss or advantages.")
+        if self.extras_have_prompts and self.extras is None:
+            raise ValueError(f"{self.name}: extras_have_prompts needs extras.")
         term = self.extra_term
         if term is not None and (self.extras is None or term[1:] == (None, None)):
             raise ValueError(f"{self.name}: extra_term needs extras, and a divergence or a loss.")

@@ -229,8 +229,11 @@ class PrivilegedText:
         return Counted(views, contexts.reason) if isinstance(contexts, Counted) else views
 
     def extra(self, extra: Extra | None, rollout: Rollout) -> Extra | None:
-        """The sequence beside a rollout, its views with what the row brings."""
-        return None if extra is None else extra._replace(contexts=self.views(extra.contexts, rollout))
+        """The sequence beside a rollout, its views and its prompt with what the row brings."""
+        if extra is None:
+            return None
+        prompt = None if extra.prompt is None else self.view(extra.prompt, rollout)
+        return extra._replace(contexts=self.views(extra.contexts, rollout), prompt=prompt)
 
     def describe(self, columns: Collection[str] = ()) -> str:
         """What rows bring, in words; empty where it is the solution alone.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .._trl.rollouts import prompt_width
 from ..losses import Facts, OutputHead, Target
 from ..losses.tiles import nonzero_positions
 from ..methods import Method
@@ -127,7 +128,7 @@ class MicroBatchLoss:
     def _states(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B D, H) that predict rollouts, and (B E, H) that predict extras, 0 where there is none."""
         batch, (size, length) = self.batch, self.columns.shape
-        first = batch["prompt_ids"].size(1) - 1
+        first = prompt_width(batch) - 1
         states = hidden[:size, first : first + length].flatten(0, 1)
         if "extra_mask" not in batch:
             return states, states[:0]

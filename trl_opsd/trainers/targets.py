@@ -17,6 +17,7 @@ from ..rows.checks import check_rows, without_special_tokens
 from ..rows.texts import OWN_PROMPT, Prompt, as_text_turns, fill_template, is_missing, rewrite_last_turn
 from ..rows.token_texts import text_ends
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Written
+from ..teacher.prompts import left_pad
 from ..teacher.states import TargetStates, waits_in_host_memory
 from .drafts import DraftWriter
 from .groups import GroupReader
@@ -231,7 +232,10 @@ class TargetMaker:
         batch.marks = reading.marks
         self.log(reading.metrics)
         if self.method.extras is not None:
-            batch.extra_ids = [[] if extra is None else self._ids_of(extra) for extra in batch.extras]
+            batch.extra_ids = [
+                [] if extra is None else self._ids_of(extra, ids)
+                for extra, ids in zip(batch.extras, batch.ids, strict=True)
+            ]
 
     def _read_own_prompts(self, batch: RolloutBatch, share: float) -> None:
         """Give the rollouts the prompts that rows bring, and log how many do; a collective."""
@@ -305,8 +309,10 @@ class TargetMaker:
         self._told = True
         return nullcontext()
 
-    def _ids_of(self, extra: Extra) -> list[int]:
+    def _ids_of(self, extra: Extra, rollout: list[int]) -> list[int]:
         """Tokens of an extra, as many as a rollout may have; a text ends with the end token."""
+        if extra.sequence is None:
+            return rollout
         if not isinstance(extra.sequence, str):
             return extra.sequence[: self.longest]
         ids = self.tokenizer(extra.sequence, add_special_tokens=False)["input_ids"]
@@ -367,7 +373,19 @@ class TargetMaker:
         ids = [[*own, *[pad] * (width - len(own))] for own in batch.extra_ids]
         lengths = torch.tensor([len(own) for own in batch.extra_ids], device=mask.device)
         own = torch.arange(width, device=mask.device) < lengths.unsqueeze(1)
-        return {"extra_ids": torch.tensor(ids, device=mask.device), "extra_mask": own.to(mask.dtype)}
+        columns = {"extra_ids": torch.tensor(ids, device=mask.device), "extra_mask": own.to(mask.dtype)}
+        return columns | (self._prompt_columns(batch, mask) if self.method.extras_have_prompts else {})
+
+    def _prompt_columns(self, batch: RolloutBatch, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the student reads before the extras, padded on the left; one token where there is none."""
+        prompts = [
+            [self.tokenizer.pad_token_id]
+            if extra is None
+            else self.scorer.encode(prompt, extra.prompt or _PLAIN, f"generation batch row {index}").ids
+            for index, (prompt, extra) in enumerate(zip(batch.prompts, batch.extras, strict=True))
+        ]
+        ids, own = left_pad(prompts, self.tokenizer.pad_token_id)
+        return {"extra_prompt_ids": ids.to(mask.device), "extra_prompt_mask": own.to(mask.device, mask.dtype)}
 
     def seen(self, batch: RolloutBatch) -> Seen:
         """The batch of all ranks, for `Method.remember`; a collective."""
