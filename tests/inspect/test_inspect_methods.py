@@ -232,6 +232,7 @@ FAMILY = {
     "mopd": {**GROUPS, "support_size": 20},
     "resd": {**SINGLE, "support_size": 20, "write_review": False},
     "vopd": SINGLE,
+    "vpd": {**GROUPS, "support_size": 20, "gradient_accumulation_steps": 1},
     "rethinking-opd": {**GROUPS, "support_size": 5},
     "popd": {**SINGLE, "distillation_length": 6},
     "rlsd": GROUPS,

@@ -29,6 +29,7 @@ from trl_opsd.experimental.ssopd.trainer import SSOPDTrainer
 from trl_opsd.experimental.stableopd.trainer import StableOPDTrainer
 from trl_opsd.experimental.trace.trainer import TRACETrainer
 from trl_opsd.teacher.prompts import TeacherCollator
+from trl_opsd.experimental.vpd.trainer import VPDTrainer
 from trl_opsd.trainers.antisd import AntiSDTrainer
 from trl_opsd.trainers.critique import CritiqueSDTrainer
 from trl_opsd.trainers.demopsd import DemoPSDTrainer
@@ -124,6 +125,12 @@ METHODS = {
         SDPOTrainer,
         {**GROUPS, "support_size": None, "divergence": "reverse_kl", "feedback_beside_peer": True},
         columns=lambda place: {"feedback": FEEDBACK[place % 3]},
+    ),
+    "VPD": Row(
+        VPDTrainer,
+        {**GROUPS, "gradient_accumulation_steps": 1, "maximization_steps": 1, "teacher_model_kind": "live"},
+        memory={"midpoint": 0.1},
+        updates=1,
     ),
     "SDFT": Row(SDFTTrainer, {"max_completion_length": 24, "num_loss_tokens_to_skip": 1}),
     "MOPD": Row(
@@ -335,9 +342,11 @@ def by_itself(row):
     return replace(method, contexts=contexts, remember=remember)
 
 
-def equal_step(make, method, groups, **settings):
-    """A step with a teacher on equal terms, which is the first weights: a moving average is kept in float32."""
-    return gradients(make(on_equal_terms(method), **{"teacher_model_kind": "base", **settings}), groups)
+def equal_step(row, make, groups, **settings):
+    """A step with a teacher on equal terms, which is the first weights unless the row says otherwise: a moving average is kept in
+    float32."""
+    settings = {"teacher_model_kind": row.settings.get("teacher_model_kind", "base"), **settings}
+    return gradients(make(on_equal_terms(row.trainer.method), **settings), groups)
 
 
 def test_a_step_has_a_gradient(row, make, groups_of):
@@ -347,20 +356,20 @@ def test_a_step_has_a_gradient(row, make, groups_of):
 
 @of_rows(lambda row: not row.not_zero)
 def test_a_teacher_that_reads_what_the_student_reads_teaches_nothing(row, make, groups_of):
-    loss, gradient, _ = equal_step(make, row.trainer.method, groups_of(0, 5))
+    loss, gradient, _ = equal_step(row, make, groups_of(0, 5))
     assert abs(loss) < 1e-12 and gradient.abs().max() < 1e-10
 
 
 @of_rows(lambda row: row.not_zero)
 def test_where_such_a_teacher_still_has_a_loss_something_else_is_learnt(row, make, groups_of):
-    _, gradient, _ = equal_step(make, row.trainer.method, groups_of(0, 5))
+    _, gradient, _ = equal_step(row, make, groups_of(0, 5))
     assert gradient.abs().max() > 1e-5
 
 
 @of_rows(lambda row: row.equality is not None)
 def test_such_a_teacher_leaves_what_the_method_is_without_one(row, make, groups_of):
     equal, without = row.equality
-    one = equal_step(make, row.trainer.method, groups_of(0, 5), **equal)
+    one = equal_step(row, make, groups_of(0, 5), **equal)
     other = gradients(make(**without), groups_of(0, 5))
     assert one[0] == pytest.approx(other[0], **EXACT)
     assert_close(one[1], other[1])

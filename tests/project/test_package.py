@@ -71,6 +71,8 @@ def test_the_public_names_are_a_frozen_set():
         "SGSDTrainer",
         "SORTConfig",
         "SORTTrainer",
+        "VPDConfig",
+        "VPDTrainer",
         "VOPDConfig",
         "VOPDTrainer",
         "RethinkingOPDConfig",

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 # Rollouts of a step where it is not 32; these recipes stand in no line of the table of sizes but the first.
 LARGE = {
-    **dict.fromkeys(("sdpo", "mopd", "antisd", "trace", "ssopd", "rlsd", "rlrt", "dasd", "stableopd"), 256),
+    **dict.fromkeys(("sdpo", "mopd", "antisd", "trace", "ssopd", "rlsd", "rlrt", "dasd", "stableopd", "vpd"), 256),
     "brts": 128,
     "demopsd": 512,
     "vopd": 64,
@@ -227,6 +227,7 @@ OTHER_PAPERS = {  # which share less with OPSD
         "max_playbook_lessons": 200,
     },
     "sdpo": {"divergence": "jsd", "support_size": 100, "teacher_update_rate": 0.05, "learning_rate": 1e-5},
+    "vpd": {"divergence": "reverse_kl", "maximization_steps": 5, "reward_beta": 0.1, "teacher_model_kind": "live"},
     "demopsd": {"divergence": "reverse_kl", "support_size": 100, "largest_plain_share": 0.15, "num_generations": 8},
     "antisd": {"ascent_strength": 0.5, "gate_closes_below": 0.93, "max_completion_length": 32768, "max_steps": 200},
     "sgsd": {"max_skills": 8, "support_clip": 3.0, "support_threshold": 0.05, "max_steps": 200, "temperature": 1.1},

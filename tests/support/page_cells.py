@@ -48,8 +48,9 @@ PAGES = {
     "empty": ("opsd", {"shown_solution": "empty"}),
     "shortest_rollout": ("opsd", {"shown_solution": "shortest_rollout", "num_generations": GLOBAL_BATCH}),
     "vopd": ("vopd", {"baseline_size": 20}),
+    "vpd": ("vpd", GROUP | TOP | {"maximization_steps": 1, "expectation_weight": 1.0}),
 }
-REMEMBERING = ("antisd", "egrsd", "resd", "sgsd-bank")
+REMEMBERING = ("antisd", "egrsd", "resd", "sgsd-bank", "vpd")
 LESSON = '{"tags": [{"id": 1, "tag": "helpful"}], "add": [{"section": "code", "lesson": "1+1"}]}'  # of RESD's playbook
 # Of two texts side by side both may be wrong, so that a group of two may have no right one.
 TEXTS = ("1+2=3", "so 4", "wait, 10 it is", "it is 3 then", "a")

@@ -27,7 +27,7 @@ from ...methods.peers import anchored_views, corrected_weight, feedback_notes
 from ...teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Unused
 from .siblings import is_expectation, sequence_reward, shown_blocks
 
-_PLAIN = TeacherContext("plain", None, read=1.0, weights="live")
+_PLAIN = TeacherContext("plain", None, read=1.0)
 
 
 def variational_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
@@ -103,7 +103,6 @@ VPD = Method(
     loss=alternating_loss,
     reads_views=True,
     reads_old=True,
-    owners=lambda settings: ("live",),
     templates=prompt_templates("peer"),
     columns=("feedback",),
     notes=feedback_notes,
