@@ -17,15 +17,15 @@ from datasets import Dataset
 from measuring import emit, machine
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from trl_opsd.demo import masked
 from trl_opsd.demo.task import build_rows
 from trl_opsd.evaluation.measures import bootstrap_interval, paired_difference
-from trl_opsd.experimental.diffusion import build
 from trl_opsd.experimental.diffusion.accuracy import measure_accuracy
 from trl_opsd.experimental.diffusion.trainer import DiffusionOPSDConfig, DiffusionOPSDTrainer
 
 LENGTHS = {
     "max_prompt_length": 32,
-    "max_completion_length": build.COMPLETION_LENGTH,
+    "max_completion_length": masked.COMPLETION_LENGTH,
     "block_length": 8,
     "diffusion_steps": 12,
 }
@@ -34,7 +34,7 @@ LOGGED = ("divergence", "clipped_share", "samples/first_right", "samples/right",
 
 def rows_of(split: str, count: int) -> list[dict]:
     """Problems of two operations, the same for every run."""
-    return build_rows(split, count, num_operations=build.NUM_OPERATIONS)
+    return build_rows(split, count, num_operations=masked.NUM_OPERATIONS)
 
 
 def accuracies(model, tokenizer, args, options) -> dict[str, list[float]]:
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     """Make the base where there is none, train every combination, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", required=True, help="folder of the base; made there if it is missing")
-    parser.add_argument("--base_steps", type=int, default=build.DEFAULT_STEPS)
+    parser.add_argument("--base_steps", type=int, default=masked.DEFAULT_STEPS)
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-4])
     parser.add_argument("--clips", type=lambda text: None if text == "none" else float(text), nargs="+", default=[0.05])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25], help="retained shares")
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     if not Path(options.base).exists():
-        build.main(["--output", options.base, "--steps", str(options.base_steps)])
+        masked.main(["--output", options.base, "--steps", str(options.base_steps)])
     rows = []
     for learning_rate in options.learning_rates:
         for clip in options.clips:

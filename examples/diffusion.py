@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """d-OPSD: a masked-diffusion language model learns from itself that sees a part of its own right answer.
 
-    python -m trl_opsd.experimental.diffusion.build --output outputs/masked   # a tiny model of written-out arithmetic
+    python -m trl_opsd.demo.masked --output outputs/masked   # a tiny model of written-out arithmetic
     python examples/diffusion.py --model outputs/masked --max_steps 40
 
 For a model of your own, give rows of your own and the model's lengths; docs/methods/d-opsd.md has the authors' settings for LLaDA.
@@ -12,8 +12,8 @@ import argparse
 from datasets import Dataset
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from trl_opsd.demo.masked import COMPLETION_LENGTH, NUM_OPERATIONS
 from trl_opsd.demo.task import build_rows
-from trl_opsd.experimental.diffusion.build import COMPLETION_LENGTH, NUM_OPERATIONS
 from trl_opsd.experimental.diffusion.trainer import DiffusionOPSDConfig, DiffusionOPSDTrainer
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from masked import QUICK, make_model, make_rows, make_settings, make_tokenizer, 
 from peft import LoraConfig
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, TrainerCallback, TrainingArguments
 
-from trl_opsd.experimental.diffusion import build
+from trl_opsd.demo import masked
 from trl_opsd.experimental.diffusion.accuracy import measure_accuracy
 from trl_opsd.experimental.diffusion.contexts import states_of_update
 from trl_opsd.experimental.diffusion.rows import RepeatedRows
@@ -452,15 +452,15 @@ def test_the_benchmark_has_a_line_for_each_decoding_of_each_run(tmp_path, monkey
 
 def test_the_base_is_a_function_of_its_seed_and_learns_what_is_masked_alone():
     tokenizer = make_tokenizer()
-    first, second = (build.train(tokenizer, seed=3, num_steps=1, progress=False).state_dict() for _ in range(2))
+    first, second = (masked.train(tokenizer, seed=3, num_steps=1, progress=False).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    ids, maskable, share = build.draw_batch(tokenizer, random.Random(0), batch_size=4)
-    assert not maskable[:, :10].any() and maskable[:, -build.COMPLETION_LENGTH :].all()
-    assert (ids[:, -1] == tokenizer.eos_token_id).all() and share.min() >= build.LEAST_SHARE
+    ids, maskable, share = masked.draw_batch(tokenizer, random.Random(0), batch_size=4)
+    assert not maskable[:, :10].any() and maskable[:, -masked.COMPLETION_LENGTH :].all()
+    assert (ids[:, -1] == tokenizer.eos_token_id).all() and share.min() >= masked.LEAST_SHARE
     model = make_model(tokenizer).eval()
     nothing = torch.zeros_like(maskable)
     nothing[:, -1] = True
-    loss = build.denoising_loss(model, ids, nothing, torch.ones_like(share), tokenizer.mask_token_id)
+    loss = masked.denoising_loss(model, ids, nothing, torch.ones_like(share), tokenizer.mask_token_id)
     with torch.no_grad():
         hidden = ids.clone()
         hidden[:, -1] = tokenizer.mask_token_id

@@ -11,9 +11,9 @@ from groups import TEXTS, ids_of, privileged
 from pages import assert_same_step, gradients_of, moved, raw_logits, student_of, token_log_probs, whole_step
 
 from trl_opsd import SDPOTrainer
-from trl_opsd.experimental.vpd.method import judged_sequences, running_midpoint, variational_contexts
+from trl_opsd.experimental.vpd.expectation import is_expectation, running_midpoint
 from trl_opsd.experimental.vpd.settings import VPDSettings
-from trl_opsd.experimental.vpd.siblings import is_expectation
+from trl_opsd.experimental.vpd.siblings import judged_sequences, variational_contexts
 from trl_opsd.experimental.vpd.trainer import VPDConfig, VPDTrainer
 from trl_opsd.methods import Seen
 from trl_opsd.teacher.contexts import Moment, Rollout, Unused

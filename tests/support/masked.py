@@ -6,8 +6,8 @@ import hashlib
 import torch
 from datasets import Dataset
 
+from trl_opsd.demo.masked import build_masked_model, build_masked_tokenizer
 from trl_opsd.demo.task import build_rows
-from trl_opsd.experimental.diffusion.build import build_masked_model, build_masked_tokenizer
 from trl_opsd.experimental.diffusion.settings import DiffusionOPSDSettings
 from trl_opsd.experimental.diffusion.trainer import DiffusionOPSDConfig, DiffusionOPSDTrainer
 

@@ -14,58 +14,18 @@ tokens, that both kinds of steps share optimizer and learning rate, that E-steps
 0, and which siblings are shown are ours. Self-critique as a context is not here.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ...losses import preference_loss
-from ...methods.base import Extra, Method, RowFacts, Seen, prompt_templates
-from ...methods.groups import group_label, split_by_reward
+from ...methods.base import Method, RowFacts, prompt_templates
+from ...methods.groups import group_label
 from ...methods.papers import arxiv_paper
-from ...methods.peers import anchored_views, corrected_weight, feedback_notes
-from ...teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Unused
-from .siblings import is_expectation, sequence_reward, shown_blocks
-
-_PLAIN = TeacherContext("plain", None, read=1.0)
-
-
-def variational_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
-    """Siblings or feedback; in an E-step also both prompts as views whose log-probabilities delta is made of."""
-    contexts: list[Contexts] = []
-    expects = is_expectation(moment.step, settings)
-    for index, rollout in enumerate(group):
-        blocks = shown_blocks(group, index, settings)
-        if not blocks:
-            contexts.append(Unused("no sibling to show"))
-        elif expects and rollout.reward is None:
-            contexts.append(Unused("no reward"))
-        else:
-            views = anchored_views(blocks, settings)
-            contexts.append((*views, _privileged(blocks, settings), _PLAIN) if expects else views)
-    return contexts
-
-
-def judged_sequences(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Extra | None]:
-    """In an E-step each rollout behind the teacher's prompt.
-
-    Raises:
-        ValueError: a rollout has turns of tools, whose tokens are not the model's.
-    """
-    if any(rollout.turns for rollout in group):
-        raise ValueError(
-            "VPD's E-step reads whole rollouts, and these hold turns of tools. Train without `tools`, or use SDPO."
-        )
-    expects = is_expectation(moment.step, settings)
-    shown = [shown_blocks(group, index, settings) if expects else "" for index in range(len(group))]
-    return [
-        Extra(None, prompt=_privileged(blocks, settings)) if blocks and rollout.reward is not None else None
-        for blocks, rollout in zip(shown, group, strict=True)
-    ]
-
-
-def _privileged(blocks: str, settings: Any) -> TeacherContext:
-    return TeacherContext("peer", blocks, settings.max_rollout_context_length, read=1.0)
+from ...methods.peers import corrected_weight, feedback_notes
+from ...teacher.contexts import Moment
+from .expectation import is_expectation, running_midpoint, sequence_reward
+from .siblings import judged_sequences, variational_contexts
 
 
 def alternating_loss(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
@@ -75,22 +35,6 @@ def alternating_loss(facts: RowFacts, settings: Any, moment: Moment) -> torch.Te
     reward = sequence_reward(facts, settings)
     side = (facts.given["reward"][:, 0] >= settings.reward_threshold).to(reward.dtype) * 2 - 1
     return settings.expectation_weight * preference_loss(side * (reward - moment.memory.get("midpoint", 0.0)))
-
-
-def running_midpoint(memory: Mapping[str, Any], seen: Seen, settings: Any) -> Mapping[str, Any]:
-    """delta after the E-step of a generation batch that has right and wrong rollouts; else as it was."""
-    judged = [
-        (rollout, settings.reward_beta * (numbers[0].sum() - numbers[1].sum()).item())
-        for rollout, numbers in zip(seen.rollouts, seen.view_log_probs, strict=True)
-        if len(numbers) == 2
-    ]
-    right, wrong = split_by_reward([rollout for rollout, _ in judged], settings.reward_threshold)
-    if not right or not wrong:
-        return memory
-    means = [sum(judged[place][1] for place in places) / len(places) for places in (right, wrong)]
-    midpoint, share = sum(means) / 2, settings.midpoint_momentum
-    before = memory.get("midpoint")
-    return {"midpoint": midpoint if before is None else share * before + (1 - share) * midpoint}
 
 
 VPD = Method(

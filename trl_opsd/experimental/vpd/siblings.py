@@ -1,21 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VPD's parts: which step is an E-step, which siblings the teacher reads, and what it thinks of a rollout (arXiv 2605.15113)."""
+"""What VPD's teacher reads of a rollout, and the second sequence of an E-step (arXiv 2605.15113)."""
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from ...methods.base import RowFacts
+from ...methods.base import Extra
 from ...methods.groups import split_by_reward
-from ...methods.peers import block, shown_text
-from ...teacher.contexts import Rollout
+from ...methods.peers import anchored_views, block, shown_text
+from ...teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Unused
+from .expectation import is_expectation
+
+_PLAIN = TeacherContext("plain", None, read=1.0)
 
 
-def is_expectation(step: int, settings: Any) -> bool:
-    """Whether an optimizer step is an E-step: every (F + 1)-th is."""
-    between = settings.maximization_steps
-    return between is not None and (step + 1) % (between + 1) == 0
+def variational_contexts(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Contexts]:
+    """Siblings or feedback; in an E-step also both prompts as views whose log-probabilities delta is made of."""
+    contexts: list[Contexts] = []
+    expects = is_expectation(moment.step, settings)
+    for index, rollout in enumerate(group):
+        blocks = shown_blocks(group, index, settings)
+        if not blocks:
+            contexts.append(Unused("no sibling to show"))
+        elif expects and rollout.reward is None:
+            contexts.append(Unused("no reward"))
+        else:
+            views = anchored_views(blocks, settings)
+            contexts.append((*views, _privileged(blocks, settings), _PLAIN) if expects else views)
+    return contexts
+
+
+def judged_sequences(group: Sequence[Rollout], settings: Any, moment: Moment) -> list[Extra | None]:
+    """In an E-step each rollout behind the teacher's prompt.
+
+    Raises:
+        ValueError: a rollout has turns of tools, whose tokens are not the model's.
+    """
+    if any(rollout.turns for rollout in group):
+        raise ValueError(
+            "VPD's E-step reads whole rollouts, and these hold turns of tools. Train without `tools`, or use SDPO."
+        )
+    expects = is_expectation(moment.step, settings)
+    shown = [shown_blocks(group, index, settings) if expects else "" for index in range(len(group))]
+    return [
+        Extra(None, prompt=_privileged(blocks, settings)) if blocks and rollout.reward is not None else None
+        for blocks, rollout in zip(shown, group, strict=True)
+    ]
 
 
 def shown_blocks(group: Sequence[Rollout], index: int, settings: Any) -> str:
@@ -32,12 +61,5 @@ def shown_blocks(group: Sequence[Rollout], index: int, settings: Any) -> str:
     return blocks
 
 
-def sequence_reward(facts: RowFacts, settings: Any) -> torch.Tensor:
-    """(B,) r = beta (log T(y) - log S(y)), whose gradient goes to T alone.
-
-    Args:
-        facts: of rollouts under the bare prompt, and in `extra` of the same tokens under the teacher's.
-        settings: reads `reward_beta`.
-    """
-    taught, bare = (own.log_prob.masked_fill(own.given["mask"] == 0, 0.0).sum(-1) for own in (facts.extra, facts))
-    return settings.reward_beta * (taught - bare.detach())
+def _privileged(blocks: str, settings: Any) -> TeacherContext:
+    return TeacherContext("peer", blocks, settings.max_rollout_context_length, read=1.0)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes a tiny masked-diffusion language model of written-out arithmetic, on which d-OPSD can be tried.
 
-`python -m trl_opsd.experimental.diffusion.build --output DIR [--seed 0] [--steps N]`.
+`python -m trl_opsd.demo.masked --output DIR [--seed 0] [--steps N]`.
 
 A bidirectional ModernBERT of 0.7M parameters learns to fill in masked tokens of solutions of the embedded task. A share of the
 answer's positions, drawn anew for each example, is masked, and a masked token weighs one over that share (LLaDA, arXiv
@@ -18,9 +18,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedTokenizerFast
 
-from ...demo.build import build_optimizers, learning_rate_at
-from ...demo.task import Problem, draw_problem_of
-from ...demo.tokenizer import build_tokenizer
+from .build import build_optimizers, learning_rate_at
+from .task import Problem, draw_problem_of
+from .tokenizer import build_tokenizer
 
 NUM_OPERATIONS = (2,)
 COMPLETION_LENGTH = 24  # the longest answer of two operations has 21 tokens with its end
