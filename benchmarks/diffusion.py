@@ -58,6 +58,7 @@ def run(options, folder: Path, *, seed: int, learning_rate: float, clip: float |
         learning_rate=learning_rate,
         clip_value=clip,
         retained_share=share,
+        divergence=options.divergence,
         num_samples=options.samples,
         max_steps=options.steps,
         seed=seed,
@@ -118,6 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-4])
     parser.add_argument("--clips", type=lambda text: None if text == "none" else float(text), nargs="+", default=[0.05])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25], help="retained shares")
+    parser.add_argument("--divergence", default="reverse_kl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--split", default="test")
     parser.add_argument("--problems", type=int, default=150)
