@@ -8,7 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 from groups import TEXTS, ids_of, privileged
-from pages import assert_same_step, gradients_of, moved, raw_logits, student_of, token_log_probs, whole_step
+from pages import (
+    an_older_policy,
+    assert_same_step,
+    gradients_of,
+    moved,
+    prepared,
+    raw_logits,
+    student_of,
+    token_log_probs,
+    whole_step,
+)
 
 from trl_opsd import SDPOTrainer
 from trl_opsd.experimental.vpd.expectation import is_expectation, running_midpoint
@@ -131,6 +141,25 @@ def test_without_e_steps_every_step_is_sdpos(build, dataset):
         moved(each)
         each.state.global_step = 5
     assert_same_step(whole_step(trainer, rows_of(dataset)), whole_step(other, rows_of(dataset)))
+
+
+def test_an_m_step_weighs_tokens_by_the_ratio_to_the_policy_that_sampled_as_sdpo_does(build, dataset):
+    steps = []
+    for owner, settings in (
+        (VPDTrainer, {"show_wrong_sibling": False}),
+        (SDPOTrainer, {"divergence": "reverse_kl", "teacher_model_kind": "live"}),
+    ):
+        trainer = build(owner, **settings)
+        moved(trainer)
+        torch.manual_seed(0)  # of TRL's shuffle
+        batch = prepared(trainer, rows_of(dataset))
+        plain = trainer.compute_loss(trainer.model, batch).item()
+        an_older_policy(trainer, batch)
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        assert abs(loss.item() - plain) > 1e-4
+        steps.append((loss.item(), gradients_of(trainer.model)))
+    assert_same_step(*steps)
 
 
 @pytest.mark.parametrize("step", [0, E_STEP])
