@@ -28,8 +28,8 @@ from trl_opsd.experimental.sort.trainer import SORTTrainer
 from trl_opsd.experimental.ssopd.trainer import SSOPDTrainer
 from trl_opsd.experimental.stableopd.trainer import StableOPDTrainer
 from trl_opsd.experimental.trace.trainer import TRACETrainer
-from trl_opsd.teacher.prompts import TeacherCollator
 from trl_opsd.experimental.vpd.trainer import VPDTrainer
+from trl_opsd.teacher.prompts import TeacherCollator
 from trl_opsd.trainers.antisd import AntiSDTrainer
 from trl_opsd.trainers.critique import CritiqueSDTrainer
 from trl_opsd.trainers.demopsd import DemoPSDTrainer
