@@ -184,7 +184,7 @@ def test_the_sft_command_learns_the_completion_and_nothing_else(built, tmp_path)
     trainer = train("sft", [*line, "--per_device_train_batch_size", "2", *quick])
     tokenizer = AutoTokenizer.from_pretrained(model_path())
     for row, source in zip(trainer.train_dataset, lines(built), strict=True):
-        learnt = [token for token, mask in zip(row["input_ids"], row["completion_mask"], strict=True) if mask]
+        learnt = [token for token, mask in zip(row["input_ids"], row["labels"], strict=True) if mask != -100]
         assert tokenizer.decode(learnt, skip_special_tokens=True) == source["solution"]
         assert learnt[-1] == tokenizer.eos_token_id
 

@@ -18,6 +18,7 @@ from ..teacher.contexts import TEACHER_PROMPT_TEMPLATE
 
 BUILDERS = {
     "mixsd": "tokens of the bare prompt and of the prompt with the solution, mixed; right completions are kept",
+    "spd": "completions sampled with keys and values projected onto what right answers depend on",
 }
 _THINKING = {"on": {"enable_thinking": True}, "off": {"enable_thinking": False}, "default": {}}
 # Where something is written, or what of the journal is; everything else changes what is sampled.
@@ -77,6 +78,15 @@ def _add_mixsd(parser: argparse.ArgumentParser) -> None:
     _add_failures(parser, "discard")
 
 
+def _add_spd(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0 decodes greedily")
+    parser.add_argument("--calibration_rows", type=int, default=50, help="first rows, whose boxed answers are read")
+    parser.add_argument("--rank_share", type=float, default=0.5, help="dimensions that stay; 1 is plain sampling")
+    parser.add_argument("--layers", type=int, nargs="+", help="blocks that are projected; middle and last if unset")
+    _add_failures(parser, "write")
+    parser.set_defaults(top_k=0)
+
+
 def run(arguments: list[str]) -> None:
     """Build as a command line says; writes the output and prints the report."""
     options = make_parser().parse_args(arguments)
@@ -92,8 +102,9 @@ def run(arguments: list[str]) -> None:
     journal = Journal(options.output, settings_of(options, rows))
     if journal.entries:
         print(f"{journal.path}: {len(journal.entries)} of {len(rows)} rows were done before")
-    chat = _THINKING[options.thinking]
-    build(rows, partial(builder.make_source, options, partial(bare_prompt, options), chat), plan_of(options), journal)
+    prompt = partial(bare_prompt, options)
+    source = partial(builder.make_source, options, prompt, _THINKING[options.thinking], rows)
+    build(rows, source, plan_of(options), journal)
     kept = kept_entries(journal, options.failures == "write", getattr(builder, "NEVER", ()))
     write_rows(options.output, [output_row(rows[entry["row"]], entry, options.seed) for entry in kept])
     print(f"{report(journal, kept, builder.NAMES, start)}\nThe rows are in {options.output}.")
@@ -107,7 +118,15 @@ def check(options: argparse.Namespace) -> None:
     """
     from ..verification import check_verifier
 
-    least = {"num_rows": 1, "max_new_tokens": 1, "batch_size": 1, "tries": 1, "temperature": 0, "top_k": 0}
+    least = {
+        "num_rows": 1,
+        "max_new_tokens": 1,
+        "batch_size": 1,
+        "tries": 1,
+        "calibration_rows": 1,
+        "temperature": 0,
+        "top_k": 0,
+    }
     for name, lowest in least.items():
         value = getattr(options, name, None)
         if value is not None and not value >= lowest:

@@ -43,13 +43,14 @@ def expert_prompt(row: Mapping[str, Any], template: str) -> Any:
     )
 
 
-def make_source(options: argparse.Namespace, bare: Any, chat: Mapping[str, Any]) -> Any:
+def make_source(options: argparse.Namespace, bare: Any, chat: Mapping[str, Any], rows: Any = None) -> Any:
     """The model under both prompts.
 
     Args:
         options: of `trl-opsd build mixsd`.
         bare: from a row to its prompt as the student reads it.
         chat: keyword arguments of the chat template.
+        rows: not read; nothing is calibrated.
     """
     from ..commands.eval.run import load_model
     from .build import Source

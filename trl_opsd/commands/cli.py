@@ -31,7 +31,7 @@ COMMANDS = {
         "sample, verify and compare models: avg@k, pass@k, majority@k, paired differences",
         "commands.eval.run:run",
     ),
-    "build": ("make SFT data by sampling: mixsd", "builders.cli:run"),
+    "build": ("make SFT data by sampling: mixsd, spd", "builders.cli:run"),
     "inspect": (
         "write an HTML page of what the teacher says of each token of some rollouts",
         "inspect.run:run_inspect",
