@@ -16,6 +16,8 @@ from trl_opsd.builders.mixsd import Coin, useful_tries
 from trl_opsd.commands import cli
 from trl_opsd.commands.train import main as train
 from trl_opsd.demo import TEACHER_PROMPT_TEMPLATE, build_rows, model_path
+from trl_opsd.rows.formats import from_messages
+from trl_opsd.trainers.baselines import SFTBaselineConfig, sft_row
 from trl_opsd.verification import verify
 
 
@@ -202,3 +204,12 @@ def test_trls_own_sft_trainer_learns_the_assistants_turn_alone(built, tmp_path):
         for ids, mask in zip(batch["input_ids"], batch["labels"], strict=True)
     }
     assert told == {row["solution"] for row in lines(built)}
+
+
+def test_of_chat_messages_as_tessys_rows_are_sft_learns_the_last_turn_alone():
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    turns = [{"role": "user", "content": "1+2=?"}, {"role": "assistant", "content": "1+2=3\n\\boxed{3}"}]
+    row = sft_row(from_messages({"messages": turns}), tokenizer, SFTBaselineConfig(use_cpu=True, bf16=False))
+    learnt = [token for token, mask in zip(row["input_ids"], row["completion_mask"], strict=True) if mask]
+    assert tokenizer.decode(learnt, skip_special_tokens=True) == "1+2=3\n\\boxed{3}"
+    assert learnt[-1] == tokenizer.eos_token_id and len(learnt) < len(row["input_ids"])
