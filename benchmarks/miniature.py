@@ -135,7 +135,7 @@ def with_columns(row: dict[str, Any]) -> dict[str, Any]:
     return {
         **row,
         "plan": "\n".join(step.split("=")[0] for step in steps),
-        "skills": [steps[0], steps[-1]],
+        "skills": [steps[0], steps[-1]] if steps else [],
         "rubric": steps,
         "feedback": answer,
         "critique": row["solution"],

@@ -19,7 +19,7 @@ from trl_opsd.evaluation.measures import (
     summarize,
 )
 from trl_opsd.evaluation.sampling import Completion, generate_completions, render_prompt
-from trl_opsd.monitoring.markers import count_markers
+from trl_opsd.monitoring.markers import EPISTEMIC_MARKERS, count_markers, find_markers
 from trl_opsd.verification import verifies, verify
 
 GENERATION = {"max_new_tokens": 40, "chat_template_kwargs": {"enable_thinking": False}}
@@ -92,6 +92,13 @@ def test_markers_are_whole_words_in_any_case():
     assert count_markers("Wait, await waiting; wait!\nHmm") == 3
     assert count_markers("a check, a rethink", ("rethink", "check")) == 2
     assert count_markers("wait", ()) == 0
+
+
+def test_markers_within_longer_words_count_only_as_substrings():
+    text = "I await the checkout. Wait, it SEEMS likelier, perhaps."
+    assert count_markers(text, EPISTEMIC_MARKERS) == 3  # wait, seems, perhaps
+    assert count_markers(text, EPISTEMIC_MARKERS, whole_words=False) == 6
+    assert find_markers("await", ("wait",), whole_words=False) == [(1, 5)] and find_markers("await", ("wait",)) == []
 
 
 def test_bootstrap_agrees_with_the_normal_interval():
