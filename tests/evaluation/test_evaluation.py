@@ -97,7 +97,7 @@ def test_markers_are_whole_words_in_any_case():
 def test_markers_within_longer_words_count_only_as_substrings():
     text = "I await the checkout. Wait, it SEEMS likelier, perhaps."
     assert count_markers(text, EPISTEMIC_MARKERS) == 3  # wait, seems, perhaps
-    assert count_markers(text, EPISTEMIC_MARKERS, whole_words=False) == 6
+    assert count_markers(text, EPISTEMIC_MARKERS, whole_words=False) == 5  # await, checkout too
     assert find_markers("await", ("wait",), whole_words=False) == [(1, 5)] and find_markers("await", ("wait",)) == []
 
 
