@@ -87,6 +87,7 @@ clean:
 	-$(BIN)/pip install -q -c constraints.txt tensorboard wandb
 	-$(BIN)/pip install -q --no-deps champ-dataset==1.0.0
 	-$(BIN)/pip install -q -c constraints.txt sentence-transformers
+	-$(BIN)/pip install -q -c constraints.txt fastapi uvicorn openai
 	-$(BIN)/pip install -q inspect-ai==0.3.285
 	-$(MAKE) .venv-docs/ready
 	touch $@
