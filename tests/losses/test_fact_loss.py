@@ -113,8 +113,8 @@ def test_a_loss_of_sampled_tokens_equals_autograd_through_dense_logits(loss_of, 
     want = by_hand(problem, loss_of, target)
     for tile_tokens in (1, 3, None):
         got = fused(problem, loss_of, target, tile_tokens=tile_tokens)
-        assert_equal_runs(got[:2], want, rtol=0, atol=1e-12)
-        assert_equal_runs(got, fused(problem, loss_of, target, form=dense_fact_loss), rtol=0, atol=1e-12)
+        assert_equal_runs(got[:2], want, rtol=1e-12, atol=1e-12)
+        assert_equal_runs(got, fused(problem, loss_of, target, form=dense_fact_loss), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -124,7 +124,7 @@ def test_a_loss_of_the_divergence_too_equals_autograd_through_dense_logits(loss_
     problem = Problem(rule, Shape(), variant)
     want = by_hand(problem, loss_of)
     for tile_tokens in (2, None):
-        assert_equal_runs(fused(problem, loss_of, tile_tokens=tile_tokens)[:2], want, rtol=0, atol=1e-12)
+        assert_equal_runs(fused(problem, loss_of, tile_tokens=tile_tokens)[:2], want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -135,7 +135,7 @@ def test_fused_equals_dense_for_every_shape_and_support(rule, shape, support):
     problem.narrow(support=support)
     for loss_of in (trace, crooked):
         dense = fused(problem, loss_of, form=dense_fact_loss)
-        assert_equal_runs(fused(problem, loss_of, tile_tokens=2), dense, rtol=0, atol=1e-12)
+        assert_equal_runs(fused(problem, loss_of, tile_tokens=2), dense, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("loss_of", [sgsd, pbsd, only_divergence, crooked])  # those that detach nothing
@@ -192,7 +192,7 @@ def test_positions_that_do_not_count_may_hold_anything_and_their_terms_are_not_s
     for states in (problem.hidden.data, problem.anchor):
         states[[2, 4, 5]] = torch.nan
     loss, gradients, diagnostics = fused(problem, trace, positions=counts)
-    assert_equal_runs((loss, gradients), want, rtol=0, atol=1e-12)
+    assert_equal_runs((loss, gradients), want, rtol=1e-12, atol=1e-12)
     assert not diagnostics.student_entropy[[2, 4, 5]].any() and diagnostics.student_entropy[counts].all()
 
 
@@ -286,7 +286,7 @@ def test_blocks_of_a_tile_change_nothing(monkeypatch):
     problem = Problem(("jsd", "upper"), MixtureShape(0.4, 3.0), "bias")
     want = fused(problem, trace)
     monkeypatch.setattr(tiles, "BLOCK_BYTES", {"cpu": 2 * V * 8})
-    assert_equal_runs(fused(problem, trace, tile_tokens=5), want, rtol=0, atol=1e-14)
+    assert_equal_runs(fused(problem, trace, tile_tokens=5), want, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -345,14 +345,14 @@ def test_a_loss_of_each_position_alone_is_the_same_tile_by_tile(loss_of, counted
     want = fused(problem, loss_of, positions=positions)
     for tile_tokens in (1, 3, None):
         got = fused(problem, loss_of, positions=positions, pointwise=True, tile_tokens=tile_tokens)
-        assert_equal_runs(got, want, rtol=0, atol=1e-12)
+        assert_equal_runs(got, want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("loss_of", POINTWISE[:2])
 def test_without_a_target_too(loss_of):
     problem = Problem(("reverse_kl", None), Shape(), "softcap")
     want = fused(problem, loss_of, False)
-    assert_equal_runs(fused(problem, loss_of, False, pointwise=True, tile_tokens=2), want, rtol=0, atol=1e-12)
+    assert_equal_runs(fused(problem, loss_of, False, pointwise=True, tile_tokens=2), want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -65,10 +65,10 @@ def test_ogls_sd_equals_steered_logits_by_hand(build, dataset, left_out):
 
 
 @pytest.mark.parametrize(
-    ("trainer_class", "views"), [(OPSDTrainer, ["teacher"]), (PurifiedOPSDTrainer, ["teacher", "reference"])]
+    ("trainer_class", "views"), [(OPSDTrainer, ["teacher"]), (PurifiedOPSDTrainer, ["plain", "teacher", "reference"])]
 )
 @pytest.mark.parametrize("template", [None, "{prompt} Please."])
-def test_a_batch_renders_each_prompt_once_for_the_student_and_once_for_each_view(
+def test_a_batch_of_checked_rows_renders_each_prompt_once_for_each_view(
     build, dataset, monkeypatch, trainer_class, views, template
 ):
     trainer = build(trainer_class, num_generations=2, per_device_train_batch_size=8, prompt_template=template)
@@ -81,7 +81,7 @@ def test_a_batch_renders_each_prompt_once_for_the_student_and_once_for_each_view
     monkeypatch.setattr(trainer.tokenizer, "apply_chat_template", counted)
     step(trainer, [dataset[index] for index in range(4) for _ in range(2)])
     ours = [conversation for conversation in rendered if isinstance(conversation[0], dict)]  # TRL renders whole batches
-    assert len(ours) == 4 * (1 + len(views))
+    assert len(ours) == 4 * len(views)
 
 
 def test_a_batch_that_leaves_out_every_cut_rollout_warns_and_scores_none(build, dataset):

@@ -24,7 +24,14 @@ def script():
 
 
 def form_of(page):
-    """The lines of a page without numbers, machine and packages; rows of a table that are equal then stand once."""
+    """The lines of a page without numbers, machine and packages, tags in order; rows of a table that are equal then stand once."""
+    page = re.sub(  # TRL keeps tags in a set, whose order is a process's own
+        r"^tags:\n((?:- .*\n)+)",
+        lambda found: "tags:\n" + "".join(sorted(found.group(1).splitlines(True))),
+        page,
+        count=1,
+        flags=re.MULTILINE,
+    )
     page = re.sub(r"### Framework versions\n.*?(?=## Citations)", "", page, flags=re.DOTALL)
     lines = [line for line in page.splitlines() if not line.startswith(("Hardware: ", "Packages: "))]
     lines = [re.sub(r"(?<![\w/])[-+]?\d[\d.,]*(e[-+]?\d+)?", "0", line) for line in lines]

@@ -20,6 +20,7 @@ COLUMNS: Mapping[str, Any] = {
 _WRITTEN = Written("(what the model writes)", [])
 _LARGEST = 4
 _MOST_DRAFTS = 64
+_STEPS = 64  # within which a method that has extras now and then has one
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def stand_in(method: Method, settings: Any, row: Mapping[str, Any] | None = None
             break
     extra = None
     if method.extras is not None:
-        asked = (method.extras(group_of(kinds), settings, moment) for kinds in groups)
+        moments = (replace(moment, step=step) for step in range(_STEPS))
+        asked = (method.extras(group_of(kinds), settings, own) for own in moments for kinds in groups)
         extra = next((extra for group in asked for extra in group if extra is not None), None)
     return StandIn(request, drafts, tuple((kind, context) for context, kind in views.items()), tuple(longest), extra)
 
