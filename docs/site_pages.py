@@ -18,7 +18,7 @@ _PAGES = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "docs/**/*.md",
-    "recipes/README.md",
+    "recipes/**/README.md",
     "benchmarks/**/README.md",
 )
 _LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")

@@ -23,7 +23,7 @@ compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), 
 )
 def test_compiled_equals_eager_in_value_gradients_and_diagnostics(rule):
     torch._dynamo.reset()  # beyond so many kinds of call torch falls back to eager
-    tiles._compiled_sweep.cache_clear()
+    tiles._sweep_by.cache_clear()
     for tile_tokens in (3, None):  # 5 positions have weight: a whole tile, the rest of one, all in one
         problem = Problem(rule, BoundedShape(2.0, 0.7), "all")
         eager = problem.run(fused_divergence, tile_tokens=tile_tokens)
@@ -37,7 +37,7 @@ def test_compiled_equals_eager_in_value_gradients_and_diagnostics(rule):
 @pytest.mark.parametrize("support", [Support(3), Support(2, "union", "renormalise")], ids=str)
 def test_compiled_equals_eager_with_a_support_a_weight_and_a_loss_of_facts(support):
     torch._dynamo.reset()
-    tiles._compiled_sweep.cache_clear()
+    tiles._sweep_by.cache_clear()
     problem = Problem(("jsd", "upper"), MixtureShape(0.4, 3.0), "all")
     problem.narrow(support=support)
     weighed = {"token_ids": TOKENS, "given": COLUMNS, "weight_of": signed}
@@ -45,3 +45,8 @@ def test_compiled_equals_eager_with_a_support_a_weight_and_a_loss_of_facts(suppo
     assert_equal_runs(compiled, eager, rtol=0, atol=1e-9)
     eager, compiled = (fused(problem, trace, compiled=flag) for flag in (False, True))
     assert_equal_runs(compiled, eager, rtol=0, atol=1e-9)
+
+
+def test_what_a_loss_can_be_compiled_by_is_refused_by_name():
+    with pytest.raises(ValueError, match="compiled='fast' is neither True, False nor 'kernel'"):
+        Problem(("jsd", None), BoundedShape(2.0, 0.7)).run(fused_divergence, compiled="fast")

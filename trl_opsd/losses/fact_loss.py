@@ -44,7 +44,7 @@ def fused_fact_loss(
     num_tokens: int | None = None,
     tile_tokens: int | None = None,
     positions: torch.Tensor | None = None,
-    compiled: bool = False,
+    compiled: bool | str = False,
     pointwise: bool = False,
 ) -> tuple[torch.Tensor, FusedDiagnostics]:
     """The loss that a function makes of the facts of all positions, from final hidden states.

@@ -35,7 +35,7 @@ def fused_divergence(
     num_tokens: int | None = None,
     tile_tokens: int | None = None,
     positions: torch.Tensor | None = None,
-    compiled: bool = False,
+    compiled: bool | str = False,
     token_ids: torch.Tensor | None = None,
     given: Mapping[str, torch.Tensor] | None = None,
     weight_of: Callable[[Facts], torch.Tensor] | None = None,
@@ -56,7 +56,9 @@ def fused_divergence(
         num_tokens: compare the first `num_tokens` rows of the heads only, in [1, V]; None for all.
         tile_tokens: positions per tile, >= 1; None sizes a tile by `TILE_BYTES`.
         positions: (n,) int64, where `token_weights` is not 0, if that is known; to find it a GPU must be waited for.
-        compiled: fuse the elementwise work with `torch.compile`, which needs Triton on a GPU and a C++ compiler on a CPU.
+        compiled: fuse the elementwise work: True with `torch.compile`, which needs Triton on a GPU and a C++ compiler on a CPU;
+            "kernel" with one kernel of our own, which needs Triton, has no support, floor or `entropy_top_k`, and has run in
+            Triton's interpreter alone.
         token_ids: (N,) int64 sampled tokens, in [0, num_tokens) where the weight is not 0, if their log-probabilities are
             wanted: in the facts and in the diagnostics.
         given: columns (N,) or (K, N), and 0-d tensors, that the facts hold for `weight_of`.
@@ -67,7 +69,7 @@ def fused_divergence(
         0-d loss, float32 or float64, and the diagnostics of every position.
 
     Raises:
-        ValueError: for shapes that do not match, a setting out of range, or a direction under a head that caps its
+        ValueError: for shapes that do not match, a setting out of range or, with `compiled="kernel"`, one that the kernel has not, or a direction under a head that caps its
             logits: there the logits of a sum of hidden states are not the sum of the views' logits.
     """
     check_shapes(student_hidden, head, target, token_weights.shape, tile_tokens)

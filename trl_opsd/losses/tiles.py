@@ -56,7 +56,7 @@ class Work:
     token_ids: torch.Tensor | None
     given: Mapping[str, torch.Tensor]
     tile_tokens: int | None
-    compiled: bool
+    compiled: bool | str
     weight_of: Callable[[Facts], torch.Tensor] | None = None
 
     def run(self, hidden: torch.Tensor, gradients: Gradients) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,7 +130,7 @@ class Work:
         token_ids = None if self.token_ids is None else self.token_ids[rows]
         if target is None:
             return sweep_sampled(student, token_ids), None
-        run = _compiled_sweep() if self.compiled else sweep
+        run = _sweep_by(self.compiled)
         return run(student, target, self.divergence, token_ids, with_gradient=with_gradient)
 
 
@@ -186,9 +186,17 @@ class FusedDivergence(torch.autograd.Function):
 
 
 @functools.cache
-def _compiled_sweep() -> Callable:
-    """`sweep` as one kernel or few; compiled at its first call of each kind."""
-    return torch.compile(sweep)
+def _sweep_by(compiled: bool | str) -> Callable:
+    """`sweep`, or the same as one kernel or few: compiled at its first call of each kind, or ours."""
+    if compiled == "kernel":
+        try:
+            from .sweep_kernel import sweep_by_kernel
+        except ImportError as error:
+            raise ValueError("compiled='kernel' needs Triton: `pip install triton`, or set compiled=False.") from error
+        return sweep_by_kernel
+    if compiled not in (True, False):
+        raise ValueError(f"compiled={compiled!r} is neither True, False nor 'kernel'.")
+    return torch.compile(sweep) if compiled else sweep
 
 
 def _graph_is_kept() -> bool:
