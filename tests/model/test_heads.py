@@ -250,6 +250,7 @@ if "ensure_weight_tying" in LoraConfig.__dataclass_fields__:  # which older vers
     WHOLE_ADAPTERS["copies that are tied"] = {**WHOLE_ADAPTERS["copies of both"], "ensure_weight_tying": True}
 
 
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")  # of older PEFT, which goes on
 @pytest.mark.filterwarnings("ignore:Model (has|config has) `tie_word_embeddings:UserWarning")  # PEFT, about merging
 @pytest.mark.filterwarnings("ignore:.*ensure_weight_tying:UserWarning")  # PEFT, of a model that is not tied
 @pytest.mark.parametrize("family", ["qwen3", "qwen3-tied"])
