@@ -91,6 +91,12 @@ def test_commands_of_the_readme_exist():
         assert f"\n{extra} = " in extras.group(1)
 
 
+def test_the_table_of_commands_has_every_method():
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    (row,) = [line for line in page.splitlines() if line.startswith("| `opsd`,")]
+    assert re.findall(r"`([\w-]+)`", row.split(" | ")[0]) == list(PAGES_OF_METHODS)
+
+
 def test_settings_named_in_the_docs_exist():
     owners = (OPSDConfig, OPSDGKDConfig, Method, TeacherContext, *map(settings_of, PAGES_OF_METHODS))
     fields = {name for owner in owners for name in owner.__dataclass_fields__}
