@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the README and the docs say is true: snippets run, links lead somewhere, tables match the code."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from groups import reward_boxed
 from trl_opsd import Method, OGLSSDTrainer, OPSDConfig, OPSDGKDConfig, SelfDistillationTrainer, TeacherContext
 from trl_opsd.experimental.brts.trainer import BRTSTrainer
 from trl_opsd.experimental.stableopd.trainer import StableOPDTrainer
+from trl_opsd.losses import fused_divergence
 from trl_opsd.methods import OGLS_SD
 from trl_opsd.pages import PAGES as PAGES_OF_METHODS
 from trl_opsd.pages import settings_of
@@ -100,6 +102,7 @@ def test_the_table_of_commands_has_every_method():
 def test_settings_named_in_the_docs_exist():
     owners = (OPSDConfig, OPSDGKDConfig, Method, TeacherContext, *map(settings_of, PAGES_OF_METHODS))
     fields = {name for owner in owners for name in owner.__dataclass_fields__}
+    fields |= set(inspect.signature(fused_divergence).parameters)
     for page in PAGES:
         for name in re.findall(r"`(\w+)=[^`]*`", page.read_text()):
             assert name in fields or name in {"trl"}, (page.name, name)
