@@ -216,3 +216,28 @@ def test_masks_of_the_saliency_reward_have_a_row_for_each_choice_and_length(load
     assert weak["first_loss"] < strong["first_loss"] and 0 < strong["reward"] < weak["reward"] < 1
     benchmark.main(["--cost", "8", "--steps", "1", "--output", str(output)])
     assert all(read(output)[2][name] > 0 for name in ("reasoning", "once_s", "step_s", "whole_step_s"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_host_time_leaves_out_the_pauses_of_engine_and_teacher(load, tmp_path, monkeypatch):
+    benchmark = load("host_time")
+    monkeypatch.setattr(benchmark.scorer, "score_contexts", benchmark.scorer.score_contexts)  # put back afterwards
+    output = tmp_path / "rows.jsonl"
+    small = ["--rollouts", "8", "--tokens", "16", "--repeats", "1", "--sampling", "1", "--teacher", "1"]
+    monkeypatch.setattr("sys.argv", ["host_time.py", *small, "--methods", "grpo", "opsd", "--output", str(output)])
+    benchmark.main()
+    rows = read(output)
+    assert [row["method"] for row in rows] == ["grpo", "opsd"]
+    for row in rows:
+        assert row["before_s"] > 0 and row["behind_s"] > 0 and row["host_s"] < 2
+
+
+def test_passes_over_a_tile_are_counted_by_hand(load):
+    benchmark = load("sweep_passes")
+    a, b = torch.randn(3, 4), torch.randn(3, 4)
+    with benchmark.Passes(12) as counted:
+        (a + b).exp_().sum().item()  # three, then two, then one; the sum is no tile
+        a[:2].mul(2.0)
+    assert (counted.moved / 12, counted.operations) == (6, 3)
+    passes, operations = benchmark.plain_passes(benchmark.Divergence("forward_kl"), (4, 50))
+    assert operations > 10 and passes > operations

@@ -2,6 +2,8 @@
 """The sweep as a Triton kernel, in Triton's interpreter, against the dense loss in float64 and the plain sweep."""
 
 import os
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,3 +104,9 @@ def test_a_loss_whose_rule_the_kernel_does_not_have_is_refused_by_name():
     problem.narrow(support=Support(3))
     with pytest.raises(ValueError, match=r"support=.* is not in the kernel"):
         problem.run(fused_divergence, compiled="kernel")
+
+
+@pytest.mark.parametrize("rule", [("forward_kl", None), ("jsd", "symmetric")], ids=str)
+def test_a_tile_is_read_or_written_seven_times(rule, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    assert import_module("sweep_passes").kernel_passes(rule_of(*rule), (2, 5000)) == pytest.approx(7, abs=0.01)
