@@ -3,6 +3,7 @@
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import textwrap
 from functools import cache
@@ -15,6 +16,8 @@ PACKAGE = Path(__file__).parents[2] / "trl_opsd"
 
 def classes():
     for path in sorted(PACKAGE.rglob("*.py")):
+        if path.name == "sweep_kernel.py" and not importlib.util.find_spec("triton"):
+            continue
         module = importlib.import_module(
             ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
         )
