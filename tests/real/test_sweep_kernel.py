@@ -19,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":  # Triton reads it when it is impo
 pytest.importorskip("triton", reason="triton is not installed: `pip install triton`")
 from trl_opsd.losses.sweep_kernel import sweep_by_kernel
 
-SHAPES = [(3, 37), (1, 64), (2, 2500)]
+SHAPES = [(3, 37, 16), (1, 64, 64), (2, 2500, 1024)]  # positions, entries, entries of a block
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-5}
 
 
@@ -31,12 +31,13 @@ def rule_of(name, clip):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_value_and_gradient_are_the_dense_loss_in_float64(rule, shape, dtype):
+    *shape, block = shape
     student, target = (draw(*shape, seed=seed).to(dtype) for seed in (0, 1))
     leaf = student.double().requires_grad_()
     wanted = token_divergence(leaf, target.double(), **settings(*rule))
     wide = torch.empty(shape, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     stats, gradient = sweep_by_kernel(
-        student, target, rule_of(*rule), with_gradient=True, temperature=TEMPERATURE, out=wide, block=64
+        student, target, rule_of(*rule), with_gradient=True, temperature=TEMPERATURE, out=wide, block=block
     )
     torch.testing.assert_close(stats[0].double(), wanted.detach(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     if rule[0] != "policy_reverse_kl" or rule[1] in (None, "token"):
