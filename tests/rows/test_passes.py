@@ -104,6 +104,17 @@ def test_a_later_row_whose_turns_the_template_refuses_is_named_before_training(t
         check_prompts(TeacherCollator(refusing, TEMPLATES), Dataset.from_list(rows), None)
 
 
+@pytest.mark.parametrize("place", [0, 9])
+def test_a_row_that_the_students_own_template_makes_too_long_is_named_before_training(tokenizer, place):
+    rows = make_rows(15)
+    rows[place]["prompt"] = conversation("1+" * 80)
+    limits, template = {"max_positions": 250, "max_length": 240}, "so " * 35 + "{prompt}"
+    check_prompts(TeacherCollator(tokenizer, TEMPLATES, **limits), Dataset.from_list(rows), None)
+    collator = TeacherCollator(tokenizer, TEMPLATES, prompt_template=template, **limits)
+    with pytest.raises(ValueError, match=rf"^train_dataset row {place}: A prompt has .* positions for 250"):
+        check_prompts(collator, Dataset.from_list(rows), None)
+
+
 def byte_level_tokenizer(texts):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

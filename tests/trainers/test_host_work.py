@@ -75,6 +75,9 @@ def test_prompts_of_a_stream_are_checked_when_they_come(build, make_model, make_
         trainer.targets.prepare(rows, "train", trainer._moment())
     streaming = make_trainer(make_model, make_args, dataset.to_iterable_dataset(), tokenizer)
     assert not streaming.targets.rows_are_checked and build().targets.rows_are_checked
+    # A problem that is read twice is counted once before training, so it is looked at when it comes.
+    assert build(prompt_template="{prompt} Again: {prompt}").targets.rows_are_checked is False
+    assert build(prompt_template="Q: {prompt}").targets.rows_are_checked is True
 
 
 def test_what_is_encoded_ahead_has_the_rows_columns_and_the_students_own_template(

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..commands.arguments import CommandParser, check_writable
+from ..commands.arguments import THINKING, CommandParser, check_writable
 from ..errors import UsageError
 from ..rows.formats import FORMATS
 from ..teacher.contexts import TEACHER_PROMPT_TEMPLATE
@@ -20,7 +20,6 @@ BUILDERS = {
     "mixsd": "tokens of the bare prompt and of the prompt with the solution, mixed; right completions are kept",
     "spd": "completions sampled with keys and values projected onto what right answers depend on",
 }
-_THINKING = {"on": {"enable_thinking": True}, "off": {"enable_thinking": False}, "default": {}}
 # Where something is written, or what of the journal is; everything else changes what is sampled.
 _NOT_SAMPLING = ("output", "failures", "dataset_name", "builder")
 
@@ -31,12 +30,13 @@ def make_parser() -> argparse.ArgumentParser:
         prog="trl-opsd build", description="Make SFT data by sampling; JSONL in, JSONL out, resumable."
     )
     kinds = parser.add_subparsers(dest="builder", required=True, metavar="BUILDER")
+    own = {"mixsd": _add_mixsd, "spd": _add_spd}
     for name, text in BUILDERS.items():
         one = kinds.add_parser(
             name, help=text, description=f"{text}.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         _add_shared(one)
-        globals()[f"_add_{name}"](one)
+        own[name](one)
     return parser
 
 
@@ -50,7 +50,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--solution_column", default="solution", help="reference solution, answer boxed")
     parser.add_argument("--num_rows", type=int, help="only the first so many")
     parser.add_argument("--prompt_template", help="question in `{prompt}`; give the same to `trl-opsd sft`")
-    parser.add_argument("--thinking", choices=[*_THINKING], default="off", help="`enable_thinking` of the template")
+    parser.add_argument("--thinking", choices=[*THINKING], default="off", help="`enable_thinking` of the template")
     parser.add_argument("--max_new_tokens", type=int, default=4096, help="length limit of a completion")
     parser.add_argument("--batch_size", type=int, default=16, help="rows sampled at once")
     parser.add_argument("--seed", type=int, default=0, help="each row and try has random numbers of its own")
@@ -103,7 +103,7 @@ def run(arguments: list[str]) -> None:
     if journal.entries:
         print(f"{journal.path}: {len(journal.entries)} of {len(rows)} rows were done before")
     prompt = partial(bare_prompt, options)
-    source = partial(builder.make_source, options, prompt, _THINKING[options.thinking], rows)
+    source = partial(builder.make_source, options, prompt, THINKING[options.thinking], rows)
     build(rows, source, plan_of(options), journal)
     kept = kept_entries(journal, options.failures == "write", getattr(builder, "NEVER", ()))
     write_rows(options.output, [output_row(rows[entry["row"]], entry, options.seed) for entry in kept])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from ..errors import UsageError
 from ..evaluation.sampling import render_prompt
@@ -92,9 +93,8 @@ def gradient_grams(
         for ids, is_decisive in rows:
             tokens = torch.tensor([ids], device=model.device)
             with torch.enable_grad():
-                log_probs = model(input_ids=tokens).logits[0, :-1].log_softmax(-1)
-                losses = -log_probs.gather(-1, tokens[0, 1:, None])[:, 0]
-                loss = losses[torch.tensor(is_decisive[1:], device=model.device)].mean()
+                decisive = torch.tensor(is_decisive[1:], device=model.device)
+                loss = cross_entropy(model(input_ids=tokens).logits[0, :-1][decisive], tokens[0, 1:][decisive])
                 gradients = torch.autograd.grad(loss, [outputs[name] for name in layers])
             for name, gradient in zip(layers, gradients, strict=True):
                 flat = gradient[0].double().cpu()

@@ -22,6 +22,10 @@ _SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 _NOT_LAUNCHER = {"training_script", "training_script_args", "module", "no_python", "config_file"}
 
 
+# Of `--thinking`: keyword arguments of the chat template.
+THINKING = {"on": {"enable_thinking": True}, "off": {"enable_thinking": False}, "default": {}}
+
+
 class CommandParser(argparse.ArgumentParser):
     """A parser of a command's words whose complaint is one line, without the options in front of it."""
 

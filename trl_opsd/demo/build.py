@@ -211,14 +211,24 @@ def train_phase(
             with torch.no_grad():
                 target = answer_logits(start, [example.alike for example in batch], batch, tokenizer)[0].softmax(-1)
         loss = cross_entropy(logits, target)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+        take_step(model, loss, optimizers, schedules)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def take_step(
+    model: torch.nn.Module,
+    loss: torch.Tensor,
+    optimizers: Sequence[torch.optim.Optimizer],
+    schedules: Sequence[LambdaLR],
+) -> None:
+    """One clipped step of all optimizers and their schedules."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer, schedule in zip(optimizers, schedules, strict=True):
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
 
 
 def save(

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedTokenizerFast
 
-from .build import build_optimizers, learning_rate_at
+from .build import build_optimizers, learning_rate_at, take_step
 from .task import Problem, draw_problem_of
 from .tokenizer import build_tokenizer
 
@@ -121,12 +121,7 @@ def train(
     for step in bar:
         batch = draw_batch(tokenizer, generator)
         loss = denoising_loss(model, *batch, tokenizer.mask_token_id)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+        take_step(model, loss, optimizers, schedules)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
     return model.eval()

@@ -33,6 +33,7 @@ from .sampled import (
     preference_loss,
     relative_ratio,
     sampled_divergence,
+    sequence_log_ratio,
     teacher_polarity,
     view_shares,
 )
@@ -94,6 +95,7 @@ __all__ = [
     "relative_ratio",
     "sampled_divergence",
     "sampled_facts",
+    "sequence_log_ratio",
     "steered_logits",
     "surest_positions",
     "teacher_polarity",

@@ -56,9 +56,8 @@ def fused_divergence(
         num_tokens: compare the first `num_tokens` rows of the heads only, in [1, V]; None for all.
         tile_tokens: positions per tile, >= 1; None sizes a tile by `TILE_BYTES`.
         positions: (n,) int64, where `token_weights` is not 0, if that is known; to find it a GPU must be waited for.
-        compiled: fuse the elementwise work: True with `torch.compile`, which needs Triton on a GPU and a C++ compiler on a CPU;
-            "kernel" with one kernel of our own, which needs Triton, has no support, floor or `entropy_top_k`, and has run in
-            Triton's interpreter alone.
+        compiled: fuse the elementwise work: True with `torch.compile` (Triton on a GPU, a C++ compiler on a CPU), "kernel"
+            with `sweep_kernel`, which has no support, floor or `entropy_top_k` and has run in Triton's interpreter alone.
         token_ids: (N,) int64 sampled tokens, in [0, num_tokens) where the weight is not 0, if their log-probabilities are
             wanted: in the facts and in the diagnostics.
         given: columns (N,) or (K, N), and 0-d tensors, that the facts hold for `weight_of`.

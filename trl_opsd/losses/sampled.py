@@ -28,6 +28,20 @@ def bounded_square(log_prob_ratio: torch.Tensor) -> torch.Tensor:
     return math.log(2) - softplus(-log_prob_ratio.square() / 2)
 
 
+def sequence_log_ratio(log_prob: torch.Tensor, reference: torch.Tensor | float, mask: torch.Tensor) -> torch.Tensor:
+    """Sum over the tokens of each sequence of log q(y) - log p(y).
+
+    Args:
+        log_prob: (B, D) of the tokens under q.
+        reference: (B, D) under p; 0 for the log-probability of q alone.
+        mask: (B, D), 0 where a token does not count.
+
+    Returns:
+        (B,).
+    """
+    return (log_prob - reference).masked_fill(mask == 0, 0.0).sum(-1)
+
+
 def preference_loss(margin: torch.Tensor) -> torch.Tensor:
     """-log sigmoid(m) (PBSD, arXiv 2605.05040), any shape.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..losses import preference_loss
+from ..losses import preference_loss, sequence_log_ratio
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext
 from .base import Extra, Method, RowFacts
 from .papers import arxiv_paper
@@ -49,8 +49,7 @@ def pair_loss(facts: RowFacts, settings: Any, moment: Moment) -> torch.Tensor:
 
 def _relative(facts: RowFacts) -> torch.Tensor:
     """(B,) log q(y) - log p(y) of whole sequences."""
-    ratio = facts.log_prob - facts.given["view_log_probs"][0]
-    return ratio.masked_fill(facts.given["mask"] == 0, 0.0).sum(-1)
+    return sequence_log_ratio(facts.log_prob, facts.given["view_log_probs"][0], facts.given["mask"])
 
 
 PBSD = Method(

@@ -40,6 +40,8 @@ class TeacherCollator:
         max_length: budget of a privileged prompt in tokens; the slot's text is shortened to it, the template never.
         render_kwargs: passed to `apply_chat_template` for every context (tools, another chat template).
         max_positions: tokens that the model has positions for; None for no limit.
+        prompt_template: into which the last turn of the student's prompts is put when they are sampled from. Checks put it there;
+            `encode` gets a "plain" prompt that holds it.
     """
 
     tokenizer: Any
@@ -50,6 +52,7 @@ class TeacherCollator:
     max_length: int | None = None
     render_kwargs: dict[str, Any] = field(default_factory=dict)
     max_positions: int | None = None
+    prompt_template: str | None = None
 
     @cached_property
     def special_tokens(self) -> tuple[str, ...]:
@@ -74,6 +77,7 @@ class TeacherCollator:
             teacher_kwargs=settings.teacher_chat_template_kwargs or {},
             prefix=settings.teacher_prefix,
             max_length=settings.max_teacher_prompt_length,
+            prompt_template=getattr(settings, "prompt_template", None),
             render_kwargs=render_kwargs or {},
             **limits,
         )
@@ -135,10 +139,17 @@ class TeacherCollator:
             ValueError: the chat template refuses or leaves the text of the message out, or the model has fewer positions
                 than the student's prompt has tokens.
         """
-        ids = self._within_positions(self._render(prompt, self.student_kwargs))
-        self._check_shows_text(prompt, ids)
+        sampled = self.as_sampled(prompt)
+        ids = self._within_positions(self._render(sampled, self.student_kwargs))
+        self._check_shows_text(sampled, ids)
         for template in self.templates:
             self._privileged_ids(prompt, template, _CUT)
+
+    def as_sampled(self, prompt: Prompt) -> Prompt:
+        """The student's prompt as it is sampled from."""
+        if self.prompt_template is None:
+            return prompt
+        return rewrite_last_turn(prompt, lambda text: fill_template(self.prompt_template, prompt=text))
 
     def _check_shows_text(self, prompt: Prompt, ids: list[int]) -> None:
         """Templates of vision-language models may render nothing of a text that stands in no list of parts."""
@@ -155,7 +166,7 @@ class TeacherCollator:
         has_template = getattr(self.tokenizer, "chat_template", None) or "chat_template" in self.render_kwargs
         turn = [{"role": "user", "content": "?"}] if has_template else "?"
         prompts = [self._privileged_ids(turn, template, _CUT) for template in self.templates]
-        return max(map(len, [*prompts, self._render(turn, self.student_kwargs)]))
+        return max(map(len, [*prompts, self._render(self.as_sampled(turn), self.student_kwargs)]))
 
     def settings_key(self) -> str:
         """All that decides how a prompt is encoded, as text."""

@@ -174,7 +174,9 @@ class SelfDistillationTrainer(RolloutTrainer):
             reward=self._reward_answers,
             log=self.add_metrics,
             privileged=self.privileged,
-            rows_are_checked=hasattr(self.train_dataset, "__len__"),
+            # The check counts a problem once.
+            rows_are_checked=hasattr(self.train_dataset, "__len__")
+            and (self.args.prompt_template or "").count("{prompt}") <= 1,
         )
         self.engine_check = EngineCheck(self.model, self.accelerator, self.args)
         self.memory: dict[str, Any] = {}

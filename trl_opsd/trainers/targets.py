@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from ..methods import Extra, Seen
 from ..methods.privileged import PrivilegedText
 from ..rows.checks import check_rows, without_special_tokens
-from ..rows.texts import OWN_PROMPT, Prompt, as_text_turns, fill_template, is_missing, rewrite_last_turn
+from ..rows.texts import OWN_PROMPT, Prompt, as_text_turns, is_missing, rewrite_last_turn
 from ..rows.token_texts import text_ends
 from ..teacher.contexts import Contexts, Moment, Rollout, TeacherContext, Written
 from ..teacher.prompts import left_pad
@@ -105,18 +105,14 @@ class TargetMaker:
         Raises:
             ValueError: names the row that cannot be read.
         """
-        name, template = "generation batch", self.settings.prompt_template
-        tokens = self.scorer.collator.special_tokens
+        name, collator = "generation batch", self.scorer.collator
+        tokens = collator.special_tokens
         check_rows(rows, name, needs_solution=self.method.needs_solution, special_tokens=tokens)
         for index, row in enumerate(rows):
             self.privileged.check_row(row, f"{name} row {index}")
         rows = [{**row, "prompt": as_text_turns(row["prompt"])} for row in rows]
         prompts = [row["prompt"] for row in rows]
-        if template is not None:
-            rewritten = [
-                rewrite_last_turn(prompt, lambda text: fill_template(template, prompt=text)) for prompt in prompts
-            ]
-            rows = [{**row, "prompt": prompt} for row, prompt in zip(rows, rewritten, strict=True)]
+        rows = [{**row, "prompt": collator.as_sampled(row["prompt"])} for row in rows]
         self.scorer.encoder.forget()
         if mode != "train" or not self.rows_are_checked:
             for index, row in enumerate(rows):  # here an error has the row's place

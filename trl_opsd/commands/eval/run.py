@@ -15,14 +15,13 @@ from ...errors import UsageError
 from ...rows import champ
 from ...rows.formats import FORMATS
 from ...verification import check_verifier
-from ..arguments import CommandParser, check_writable
+from ..arguments import THINKING, CommandParser, check_writable
 from .models import RULES, EvaluatedModel, resolve_models
 from .questions import BENCHMARKS, load_questions
 from .samples import check_sample_files, leaves_samples, write_all_samples
 from .summary import add_to_cards, check_cards, summarize, table_of
 
 BACKENDS = ("transformers", "vllm")
-_THINKING = {"on": {"enable_thinking": True}, "off": {"enable_thinking": False}, "default": {}}
 _BATCH_SIZE = 32
 
 
@@ -59,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top_p", type=float, default=0.95, help="nucleus mass, in (0, 1]")
     parser.add_argument("--top_k", type=int, default=20, help="0 keeps all tokens")
     parser.add_argument("--max_new_tokens", type=int, default=38_912, help="length limit of a completion")
-    parser.add_argument("--thinking", choices=[*_THINKING], default="default", help="`enable_thinking` of the template")
+    parser.add_argument("--thinking", choices=[*THINKING], default="default", help="`enable_thinking` of the template")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one evaluation per seed")
     parser.add_argument(
         "--verifier",
@@ -213,12 +212,11 @@ def load_model(name: str, dtype: str) -> tuple[Any, Any]:
 
 def note_of_mode(tokenizer: Any, prompt: list[dict], thinking: str) -> str:
     """A sentence where the mode that the completions are sampled in was not chosen and makes a difference; else nothing."""
-    if thinking != "default" or isinstance(prompt, str):
+    from ...evaluation.sampling import render_prompt
+
+    if thinking != "default":
         return ""
-    own, off = (
-        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **_THINKING[mode])
-        for mode in ("default", "off")
-    )
+    own, off = (render_prompt(tokenizer, prompt, THINKING[mode]) for mode in ("default", "off"))
     return (own != off) * (
         "note: the chat template has a thinking switch, and --thinking was left out, so the template's own mode is measured. A run of "
         "trl-opsd trains with thinking off unless its chat_template_kwargs say otherwise: give --thinking off to measure what was trained."
@@ -241,7 +239,7 @@ def evaluate_rows(model: Any, tokenizer: Any, rows: list, seed: int, options: ar
         tokenizer,
         [row["prompt"] for row in rows],
         num_samples=options.num_samples,
-        chat_template_kwargs=_THINKING[options.thinking],
+        chat_template_kwargs=THINKING[options.thinking],
         seed=seed,
         progress=True,
         **sampling,

@@ -54,14 +54,17 @@ class PeerServer:
         key = sha256(self.settings.url.encode() + body).hexdigest()
         with self._guard:
             lock = self._locks.setdefault(key, threading.Lock())
-        with lock:  # the same text from another thread waits for this answer
-            file = self.folder / f"{key}.json"
-            if file.exists():
-                self.count("cached")
-                return json.loads(file.read_text(encoding="utf-8"))["answer"]
-            answer = self._call(body)
-            self._keep(file, answer)
-            return answer
+        try:
+            with lock:  # the same text from another thread waits for this answer
+                file = self.folder / f"{key}.json"
+                if file.exists():
+                    self.count("cached")
+                    return json.loads(file.read_text(encoding="utf-8"))["answer"]
+                answer = self._call(body)
+                self._keep(file, answer)
+                return answer
+        finally:
+            self._locks.pop(key, None)  # a run asks about as many texts as it has rollouts
 
     def _keep(self, file: Path, answer: str) -> None:
         """Write whole or not at all: another process may read it."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ...losses import sequence_log_ratio
 from ...methods.base import RowFacts, Seen
 from ...methods.groups import split_by_reward
 
@@ -23,7 +24,7 @@ def sequence_reward(facts: RowFacts, settings: Any) -> torch.Tensor:
         facts: of rollouts under the bare prompt, and in `extra` of the same tokens under the teacher's.
         settings: reads `reward_beta`.
     """
-    taught, bare = (own.log_prob.masked_fill(own.given["mask"] == 0, 0.0).sum(-1) for own in (facts.extra, facts))
+    taught, bare = (sequence_log_ratio(own.log_prob, 0.0, own.given["mask"]) for own in (facts.extra, facts))
     return settings.reward_beta * (taught - bare.detach())
 
 
