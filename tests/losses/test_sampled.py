@@ -23,6 +23,7 @@ from trl_opsd.losses import (
     preference_loss,
     relative_ratio,
     sampled_divergence,
+    sequence_log_ratio,
     teacher_polarity,
     token_divergence,
 )
@@ -298,3 +299,11 @@ def test_the_floor_of_the_log_ratio_is_the_log_odds_of_its_share():
     u = torch.linspace(-5, 5, 11, dtype=torch.float64)
     torch.testing.assert_close(floored_log_ratio(u, share=0.1), u.clamp(min=math.log(1 / 9)), rtol=0, atol=1e-15)
     assert floored_log_ratio(u, share=0.5).min() == 0
+
+
+def test_a_sequences_log_ratio_sums_the_tokens_that_count_whatever_stands_behind_them():
+    log_prob = torch.tensor([[-1.0, -2.0, float("nan")], [-0.5, float("inf"), -4.0]], dtype=torch.float64)
+    reference = torch.tensor([[-3.0, -0.5, 1.0], [-0.25, 2.0, -5.0]], dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
+    assert sequence_log_ratio(log_prob, reference, mask).tolist() == [2.0 - 1.5, -0.25 + 1.0]
+    assert sequence_log_ratio(log_prob, 0.0, mask).tolist() == [-3.0, -4.5]

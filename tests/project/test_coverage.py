@@ -4,12 +4,15 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import coverage
+
+from trl_opsd.demo import model_path
 
 
 def test_a_cell_trains_on_its_questions_again_and_again_and_a_poor_context_is_the_answer_alone():
@@ -38,6 +41,21 @@ def test_the_table_has_gains_over_the_base_and_markers_within_and_beyond():
     base, other = coverage.table(rows).splitlines()[2:]
     assert base == "| base | 0.500 | 0.250 | 1.0 / 2.0 | 3.0 / 4.0 |"
     assert other.startswith("| rich-8-still | 0.875, +37.5 [") and "0.000, -25.0 [" in other and "6.0 / 12.0" in other
+
+
+def test_markers_are_counted_by_words_and_by_substrings_per_thousand_tokens(monkeypatch):
+    asked = []
+
+    def evaluate(model, tokenizer, rows, **settings):
+        asked.append(len(rows[0]["solution"].split("\n")) - 1)
+        texts = [[SimpleNamespace(text="Wait, I await it.")], [SimpleNamespace(text="It seems so, maybe.")]]
+        return SimpleNamespace(per_question_scores=(1.0, 0.0), completions=texts, mean_completion_length=10.0)
+
+    monkeypatch.setattr("trl_opsd.evaluation.measures.evaluate", evaluate)
+    record = coverage.measure(model_path(), 2, seed=0)
+    # Of 20 tokens: wait and maybe by words; await and seems too where the study counts.
+    assert (record["within_words"], record["within_substrings"]) == (100.0, 200.0)
+    assert record["within_scores"] == [1.0, 0.0] and asked[0] in (2, 3, 4) and asked[1] in coverage.LONGER
 
 
 @pytest.mark.filterwarnings("ignore")
