@@ -256,6 +256,23 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(make, tmp_path, trai
     assert torch.equal(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), weights)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_shows_what_was_drawn_for_its_own_groups(make, dataset, monkeypatch, rank):
+    """Two ranks hold four groups of four; the second and the third show an attempt."""
+    trainer = make(with_corrections(GRPOTrainer, **ALL))
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda _: 2))
+    monkeypatch.setattr(type(trainer.accelerator), "process_index", property(lambda _: rank))
+    drawn = {group: Attempt(dataset[group + 4], f"attempt {group}", False, True, 1) for group in (1, 2)}
+    asked = []
+    monkeypatch.setattr(trainer.queue, "draw", lambda num_groups: asked.append(num_groups) or drawn)
+    trainer.model.train()
+    rows = [dataset[2 * rank + place // 4] for place in range(8)]
+    got = [row["prompt"][-1]["content"] for row in trainer.replace_rows(rows)]
+    plain, shown = (slice(0, 4), slice(4, 8)) if rank == 0 else (slice(4, 8), slice(0, 4))
+    assert asked == [4] and got[plain] == [row["prompt"][-1]["content"] for row in rows[plain]]
+    assert len(set(got[shown])) == 1 and f"attempt {rank + 1}" in got[shown][0]
+
+
 def test_what_a_run_shows_is_logged(make):
     entries, _ = steps(make(with_corrections(GRPOTrainer, correction_share=0.5)))
     names = {"share", "right", "queue", "reward_plain", "skipped_unrewarded", "skipped_empty", "skipped_long"}
